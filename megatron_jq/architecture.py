@@ -1,0 +1,237 @@
+"""F1: the shape of a policy: presets, architecture TOML files, Hugging Face config.json. Plain numbers, no torch.
+
+What every policy here shares is not a field: decoder-only, RMSNorm before each block, SwiGLU, rotary positions over the
+whole head, no biases but the optional one on query, key and value.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from megatron_jq.errors import UserError
+from megatron_jq.toml_files import did_you_mean, format_table, read_toml
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of low rotary frequencies; `factor` 1 would be no scaling."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that decides a policy's parameter shapes and its function, but the tokenizer's vocabulary."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int  # key/value heads
+    kv_channels: int  # channels a head
+    max_position_embeddings: int
+    rotary_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: float = 1e-6
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    tie_embeddings: bool = True
+    init_method_std: float = 0.02
+    vocab_size: int | None = None  # None: the tokenizer's
+
+
+PRESETS = {
+    "tiny": Architecture(
+        num_layers=2, hidden_size=64, ffn_hidden_size=192, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+        max_position_embeddings=512, qk_layernorm=True,
+    ),
+    "small": Architecture(  # 19.4 million parameters with a vocabulary of 1024
+        num_layers=6, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_query_groups=4, kv_channels=64,
+        max_position_embeddings=2048, qk_layernorm=True,
+    ),
+    "qwen3-0.6b": Architecture(
+        num_layers=28, hidden_size=1024, ffn_hidden_size=3072, num_attention_heads=16, num_query_groups=8,
+        kv_channels=128, max_position_embeddings=40_960, rotary_base=1e6, qk_layernorm=True, vocab_size=151_936,
+    ),
+    "llama-3.2-1b": Architecture(
+        num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8,
+        kv_channels=64, max_position_embeddings=131_072, rotary_base=5e5, rope_scaling=RopeScaling(factor=32.0),
+        norm_epsilon=1e-5, vocab_size=128_256,
+    ),
+}  # fmt: skip
+
+HUGGING_FACE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def load_architecture(model: str) -> Architecture:
+    """A preset's name, an architecture TOML, a Hugging Face config.json, or a folder that holds one. UserError else."""
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix not in (".toml", ".json"):
+        hint = did_you_mean(model, PRESETS, "a file must end in .toml or .json")
+        raise UserError(f"--model {model}: no such preset ({', '.join(PRESETS)}); {hint}")
+    if not path.is_file():
+        raise UserError(f"--model {model}: there is no file {path}")
+    return read_architecture_toml(path) if path.suffix == ".toml" else read_hugging_face_config(path)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding: the next multiple of divisible_by x TP, as Megatron pads, so that shards are equal."""
+    multiple = divisible_by * tensor_model_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def architecture_problems(architecture: Architecture) -> list[str]:
+    """What is wrong with the numbers by themselves, whatever the layout."""
+    a, problems = architecture, []
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    for name in (*sizes, "max_position_embeddings"):
+        if getattr(a, name) < 1:
+            problems.append(f"{name} must be at least 1, not {getattr(a, name)}")
+    if a.num_query_groups >= 1 and a.num_attention_heads % a.num_query_groups:
+        problems.append(
+            f"num_attention_heads ({a.num_attention_heads}) must be a multiple of num_query_groups "
+            f"({a.num_query_groups})"
+        )
+    if a.kv_channels % 2:
+        problems.append(f"kv_channels ({a.kv_channels}) must be even: rotary positions turn pairs of channels")
+    for name in ("rotary_base", "norm_epsilon", "init_method_std"):
+        if not (math.isfinite(getattr(a, name)) and getattr(a, name) > 0):
+            problems.append(f"{name} must be above 0 and finite, not {getattr(a, name)}")
+    if a.vocab_size is not None and a.vocab_size < 1:
+        problems.append(f"vocab_size must be at least 1, not {a.vocab_size}")
+    return problems
+
+
+def architecture_to_toml(architecture: Architecture) -> str:
+    """A file that read_architecture_toml turns back into an equal Architecture."""
+    values = asdict(architecture)
+    scaling = values.pop("rope_scaling")
+    return format_table(values) + ("" if scaling is None else "\n[rope_scaling]\n" + format_table(scaling))
+
+
+def read_architecture_toml(path: str | Path) -> Architecture:
+    """Keys are Architecture's fields. Groups default to the heads, channels to hidden_size / heads."""
+    table = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
+    if isinstance(table.get("rope_scaling"), dict):
+        table["rope_scaling"] = RopeScaling(**_checked(table["rope_scaling"], RopeScaling, ("factor",), path))
+    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
+    values = _checked(table, Architecture, needed, path)
+    heads = max(1, values["num_attention_heads"])
+    derived = {"num_query_groups": heads, "kv_channels": values["hidden_size"] // heads}
+    return _sound(Architecture(**{**derived, **values}), path)
+
+
+def read_hugging_face_config(path: str | Path) -> Architecture:
+    """A config.json of one of HUGGING_FACE_MODEL_TYPES. UserError for what Architecture cannot express."""
+    try:
+        source = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(source, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    kind = source.get("model_type")
+    if kind not in HUGGING_FACE_MODEL_TYPES:
+        supported = ", ".join(HUGGING_FACE_MODEL_TYPES)
+        raise UserError(f"{path}: model_type {kind!r} is not supported; these are: {supported}")
+    for key, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if source.get(key, expected) != expected:
+            raise UserError(f"{path}: {key} = {source[key]!r} is not supported, only {expected!r}")
+    values = {name: _hugging_face_number(source, key, path) for name, key in _HUGGING_FACE_SIZES.items()}
+    if kind == "llama":  # its older files, from before grouped queries, leave this out
+        source.setdefault("num_key_value_heads", values["num_attention_heads"])
+    if kind != "qwen3" and source.get("head_dim") is None:
+        source["head_dim"] = values["hidden_size"] // max(1, values["num_attention_heads"])
+    # Within its window, sliding-window attention is full attention: so a shorter context keeps the function exact.
+    window = source.get("sliding_window") if kind == "mistral" or source.get("use_sliding_window") else None
+    if window is not None:
+        values["max_position_embeddings"] = min(values["max_position_embeddings"], window)
+    rotary_base, rope_scaling = _hugging_face_rope(source, path)
+    return _sound(
+        Architecture(
+            **values,
+            num_query_groups=_hugging_face_number(source, "num_key_value_heads", path),
+            kv_channels=_hugging_face_number(source, "head_dim", path),
+            rotary_base=rotary_base,
+            rope_scaling=rope_scaling,
+            norm_epsilon=float(source.get("rms_norm_eps", 1e-6)),
+            qk_layernorm=kind == "qwen3",
+            add_qkv_bias=kind == "qwen2",
+            tie_embeddings=bool(source.get("tie_word_embeddings", False)),
+            init_method_std=float(source.get("initializer_range", 0.02)),
+        ),
+        path,
+    )
+
+
+_HUGGING_FACE_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+
+
+def _hugging_face_number(source: dict, key: str, path: str | Path) -> int:
+    if type(source.get(key)) is not int:
+        raise UserError(f"{path}: {key} must be an integer, not {source.get(key)!r}")
+    return source[key]
+
+
+def _hugging_face_rope(source: dict, path: str | Path) -> tuple[float, RopeScaling | None]:
+    """(rotary_base, scaling). Transformers 5 keeps both in `rope_parameters`, earlier versions in two keys."""
+    scaling = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    base = float(scaling.get("rope_theta") or source.get("rope_theta") or 10_000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        raise UserError(f"{path}: rope type {kind!r} is not supported; these are: default, llama3")
+    try:
+        return base, RopeScaling(**{f.name: f.type(scaling[f.name]) for f in fields(RopeScaling)})
+    except KeyError as error:
+        raise UserError(f"{path}: rope type 'llama3' lacks {error.args[0]}") from error
+
+
+def _checked(table: dict, record: type, needed: tuple[str, ...], path: str | Path) -> dict:
+    """The table, whole numbers widened to float where need be. UserError: an unknown or missing key, a wrong type."""
+    known = {f.name: f.type for f in fields(record)}
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UserError(f"{path}: unknown key {key}; {did_you_mean(name, known, f'valid: {list(known)}')}")
+        kind = known[name]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise UserError(f"{path}: {key} = {value!r} must be of type {wanted}")
+        values[name] = value
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise UserError(f"{path}: missing {', '.join(missing)}")
+    return values
+
+
+def _sound(architecture: Architecture, path: str | Path) -> Architecture:
+    problems = architecture_problems(architecture)
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    return architecture
+
+
+def with_overrides(architecture: Architecture, **overrides: int | float | bool | None) -> Architecture:
+    """The same architecture with the overrides that are not None."""
+    return replace(architecture, **{name: value for name, value in overrides.items() if value is not None})

@@ -1,0 +1,56 @@
+"""F5: `megatron-jq COMMAND …`: parse, check, call, exit code.
+
+Exit codes: 0 done; 2 bad input, with `megatron-jq: error: …` on standard error; anything else is a fault of ours, with
+its traceback.
+"""
+
+import os
+import sys
+
+from megatron_jq import __version__
+from megatron_jq.config import parse_args
+from megatron_jq.config_validate import validate
+from megatron_jq.errors import UserError
+from megatron_jq.toml_files import did_you_mean
+
+USAGE = """\
+usage: megatron-jq train [--config FILE] [--name value ...]
+       megatron-jq --version
+
+commands:
+  train   train a policy with GARL, PAFT or a baseline; `megatron-jq train --help` lists the settings
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; argv without the program's name. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except UserError as error:
+        ranked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+        prefix = f"[rank {os.environ['RANK']}] " if ranked else ""
+        # One write: several ranks share the terminal, and lines of several writes would mix.
+        sys.stderr.write("".join(f"{prefix}megatron-jq: error: {line}\n" for line in str(error).splitlines()))
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    if not argv:
+        raise UserError("a command must follow: train (megatron-jq --help)")
+    command, *rest = argv
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"megatron-jq {__version__}")
+        return 0
+    if command != "train":
+        raise UserError(f"unknown command {command}; {did_you_mean(command, ['train'], 'there is: train')}")
+    config = parse_args(rest)
+    # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.
+    world_size = os.environ.get("WORLD_SIZE")
+    validate(config, None if world_size is None else int(world_size))
+    from megatron_jq.train.trainer import run_training
+
+    return run_training(config)

@@ -1,0 +1,284 @@
+"""F1: a run's settings. Layers: the defaults below, then one TOML file (`--config FILE`), then flags.
+
+Groups nest here and in TOML tables; flags are flat, so a name is unique over all groups. Names are Megatron's where
+Megatron has the thing. What is derived from settings is in config_validate.py. No torch: `--help` must be quick.
+"""
+
+import contextlib
+import io
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from megatron_jq.errors import UserError
+from megatron_jq.toml_files import did_you_mean, format_table, read_toml
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy. Sizes left at None are the preset's."""
+
+    model: str = "tiny"  # tiny, small, qwen3-0.6b, llama-3.2-1b; an architecture .toml; a Hugging Face config.json
+    num_layers: int | None = None  # transformer layers
+    hidden_size: int | None = None  # width of the residual stream
+    ffn_hidden_size: int | None = None  # width of the SwiGLU block
+    num_attention_heads: int | None = None  # query heads
+    num_query_groups: int | None = None  # key/value heads
+    kv_channels: int | None = None  # channels a head
+    max_position_embeddings: int | None = None  # context length in tokens
+    untie_embeddings_and_output_weights: bool | None = None  # an output layer of its own
+    make_vocab_size_divisible_by: int = 128  # the embedding is padded to a multiple of this x TP
+    init_method_std: float | None = None  # standard deviation of the initial weights
+    bf16: bool = False  # parameters in bfloat16, main weights in float32; otherwise all in float32
+
+    @property
+    def params_dtype(self) -> str:
+        """Name of the torch dtype of parameters and activations."""
+        return "bfloat16" if self.bf16 else "float32"
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout. Data parallelism takes the processes that tensor and pipeline parallelism leave."""
+
+    tensor_model_parallel_size: int = 1  # processes that share each layer
+    pipeline_model_parallel_size: int = 1  # processes among which layers are cut into stages
+    sequence_parallel: bool = False  # split activations between layers over the tensor-parallel ranks
+    use_distributed_optimizer: bool = False  # shard the optimizer's state over the data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
+    distributed_timeout_minutes: float = 10.0  # deadline of every collective; a dead rank ends the job within it
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the latter where it is installed
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss l_q = (1 - P^(1-q)) / (1-q) and how its gradient is estimated."""
+
+    estimator: Literal["garl", "paft", "grpo", "rloo", "maxrl"] = "garl"  # grpo, rloo, maxrl: baselines on exact match
+    q: float = 0.75  # commitment: 0 is RL on expected success, 1 is log marginal likelihood (GARL, PAFT)
+    q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
+    q_final: float | None = None  # q at the schedule's end
+    q_schedule_iters: int | None = None  # its length in steps (step: where q jumps); None: train-iters
+    num_resamples: int | None = None  # PAFT's draws a prompt; None: num-rationales
+    normalize: bool = True  # the factor 1/M^q, which bounds the effective reward by 1
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How rationales are drawn."""
+
+    num_rationales: int = 8  # rationales a prompt, M
+    prompts_per_step: int = 16  # prompts a step, B, over all data-parallel replicas
+    rationale_budget: int = 64  # most tokens sampled for a rationale; then its close token is forced
+    answer_budget: int | None = None  # most tokens of a sampled answer; None: the longest gold answer
+    temperature: float = 1.0  # of sampling and of ln p(z|x) alike
+    top_p: float = 1.0  # nucleus mass, of sampling and of ln p(z|x) alike
+    rollout_batch_size: int | None = None  # most rationales decoded at once on a replica; None: all
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts and gold answers, and their tokens."""
+
+    train_data: str = "builtin:recall"  # builtin:KIND, or a JSON-lines file
+    eval_data: str | None = None  # the same, held out
+    data_format: Literal["auto", "jsonl", "gsm8k"] = "auto"  # auto: GSM8K where the fields are its own
+    prompt_field: str = "prompt"  # of a JSON-lines file
+    answer_field: str = "answer"  # of a JSON-lines file
+    train_examples: int = 1024  # examples that a builtin task makes for training
+    eval_examples: int = 64  # held-out examples to evaluate on
+    max_prompt_tokens: int | None = None  # longer prompts are overlong; None: what the context leaves
+    overlong_prompts: Literal["error", "drop"] = "error"  # what to do with prompts that do not fit
+    tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"  # kind of tokenizer-model
+    tokenizer_model: str | None = None  # its file or folder; None: trained from the data into the run directory
+    tokenizer_vocab_size: int | None = None  # pieces of a tokenizer trained from the data; None: 1024, or a word each for builtin
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Megatron-core's optimizer and the learning rate over time."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3  # largest learning rate
+    min_lr: float = 0.0  # where the decay ends
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_iters: int = 0  # steps of linear warm-up from 0
+    lr_decay_iters: int | None = None  # step at which min-lr is reached; None: train-iters
+    weight_decay: float = 0.0  # decoupled
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop and what it shows."""
+
+    train_iters: int = 100  # optimizer steps
+    micro_batch_size: int = 16  # sequences a forward-backward pass
+    pad_sequences_to_multiple_of: int = 1  # pad a micro-batch's length up to a multiple
+    seed: int = 1234  # of weights, data order and sampling
+    run_dir: str = "runs/default"  # metrics, checkpoints, tokenizer; must not hold another run
+    log_interval: int = 1  # steps between progress lines
+    sample_interval: int = 10  # steps between printed samples; 0: never
+    eval_interval: int = 0  # steps between evaluations; 0: only at the end, where there is evaluation data
+    eval_temperature: float = 0.0  # 0: greedy
+    eval_samples: int = 1  # samples a held-out prompt
+    tensorboard: bool = True  # also write TensorBoard events
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a policy with GARL, PAFT or a baseline.
+
+    `--config FILE` reads a TOML file before the flags. Its keys are the flags' names, at the top level or in the
+    tables [model], [parallel], [objective], [rollout], [data], [optimizer], [training].
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+# Flag in Python's spelling → (group, type). A name that stood in two groups would be lost here; a test counts them.
+SETTINGS: dict[str, tuple[str, Any]] = {f.name: (g.name, f.type) for g in fields(Config) for f in fields(g.type)}
+
+
+def parse_args(argv: list[str], prog: str = "megatron-jq train") -> Config:
+    """Flags (and the file that `--config` names) → Config. UserError names the flag or key at fault and the fix."""
+    config_file, flags = _tokenise(argv)
+    base = Config() if config_file is None else load_toml(config_file)
+    try:
+        return _run_tyro(flags, base, prog)
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help was printed
+            raise
+    for flag in flags:  # tyro's own message is a box about many flags: find the one, and say it in a line
+        try:
+            _run_tyro([flag], base, prog)
+        except SystemExit as stop:
+            name, _, text = flag.removeprefix("--").partition("=")
+            kind = SETTINGS[name.replace("-", "_")][1]
+            raise UserError(f"--{name} {text}: expected {_expectation(kind)}") from stop
+    raise AssertionError(f"each of {flags} parses alone, together they do not")
+
+
+def _run_tyro(flags: list[str], base: Config, prog: str) -> Config:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(Config, args=flags, default=base, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _tokenise(argv: list[str]) -> tuple[str | None, list[str]]:
+    """(the --config file, the other flags as `--name=value`, `--name`, `--no-name`). UserError on an unknown flag."""
+    config_file, flags, rest = None, [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        if token in ("-h", "--help"):
+            flags.append("--help")
+            continue
+        if not token.startswith("--"):
+            raise UserError(f"unexpected argument {token!r}; settings are given as --name value")
+        written, has_value, value = token.removeprefix("--").partition("=")
+        name = written.replace("-", "_")
+        plain = name.removeprefix("no_")
+        if plain in SETTINGS and bool in _alternatives(SETTINGS[plain][1]):
+            if has_value:
+                raise UserError(f"{token}: a switch takes no value; write --{_kebab(plain)} or --no-{_kebab(plain)}")
+            # tyro spells a switch with a third state (None: leave it to the preset) as a choice
+            two_states = SETTINGS[plain][1] is bool
+            flags.append(f"--{_kebab(name)}" if two_states else f"--{_kebab(plain)}={plain == name}")
+            continue
+        if name not in SETTINGS and name != "config":
+            valid = [f"--{_kebab(known)}" for known in (*SETTINGS, "config")]
+            hint = did_you_mean(f"--{_kebab(name)}", valid, "--help lists them all")
+            raise UserError(f"unknown flag --{written}; {hint}")
+        if not has_value:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{_kebab(name)}: a value must follow")
+            value = rest.pop(0)
+        if name != "config":
+            flags.append(f"--{_kebab(name)}={value}")
+        elif config_file is None:
+            config_file = value
+        else:
+            raise UserError(f"--config is given twice ({config_file}, {value}); one file is read")
+    return config_file, flags
+
+
+def load_toml(path: str | Path) -> Config:
+    """The defaults with a TOML file's keys on top. UserError for unknown or misplaced keys and for wrong types."""
+    groups: dict[str, dict[str, Any]] = {g.name: {} for g in fields(Config)}
+    for key, value in read_toml(path).items():
+        table = value if isinstance(value, dict) else {key: value}
+        if isinstance(value, dict) and key not in groups:
+            raise UserError(f"{path}: unknown table [{key}]; {did_you_mean(key, groups, f'valid: {list(groups)}')}")
+        for name, setting in table.items():
+            name = name.replace("-", "_")
+            if name not in SETTINGS:
+                raise UserError(f"{path}: unknown key {name}; {did_you_mean(name, SETTINGS, 'see --help')}")
+            group, kind = SETTINGS[name]
+            if table is value and group != key:
+                raise UserError(f"{path}: {name} belongs in [{group}], not in [{key}]")
+            if name in groups[group]:
+                raise UserError(f"{path}: {name} is given twice")
+            groups[group][name] = _typed(setting, kind, f"{path}: {name}")
+    base = Config()
+    return replace(base, **{name: replace(getattr(base, name), **values) for name, values in groups.items()})
+
+
+def to_argv(config: Config) -> list[str]:
+    """The flags that differ from the defaults: parse_args(to_argv(c)) == c. For torchrun, srun and nemo-run alike."""
+    argv, default = [], Config()
+    for name, (group, kind) in SETTINGS.items():
+        value = getattr(getattr(config, group), name)
+        if value == getattr(getattr(default, group), name):
+            continue
+        if bool in _alternatives(kind):
+            argv.append(f"--{_kebab(name)}" if value else f"--no-{_kebab(name)}")
+        else:
+            argv.append(f"--{_kebab(name)}={value}")
+    return argv
+
+
+def to_toml(config: Config) -> str:
+    """Every setting, grouped: what run_dir/config.toml holds and `--config` reads back."""
+    return "\n".join(f"[{name}]\n{format_table(settings)}" for name, settings in asdict(config).items())
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _alternatives(kind: Any) -> tuple:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """A TOML value as the setting's type; whole numbers may stand for float settings."""
+    for option in _alternatives(kind):
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    raise UserError(f"{where} = {value!r}: expected {_expectation(kind)}")
+
+
+def _expectation(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    wanted = [o for o in _alternatives(kind) if o is not type(None)]
+    return " or ".join(
+        names[o] if o in names else "one of " + ", ".join(map(str, typing.get_args(o))) for o in wanted
+    )

@@ -1,0 +1,209 @@
+"""F1: what is wrong with a configuration, found before any work starts, and what follows from a right one."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_jq.architecture import Architecture, architecture_problems, load_architecture, with_overrides
+from megatron_jq.config import Config
+from megatron_jq.errors import UserError
+
+# Estimators that need another rationale of the same prompt, for a baseline or a group mean
+LEAVE_ONE_OUT = ("garl", "grpo", "rloo", "maxrl")
+# Estimators whose reward is the exact match of an answer that was sampled; GARL and PAFT score y* itself
+SAMPLES_ANSWERS = ("grpo", "rloo", "maxrl")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Numbers that follow from a valid Config and the number of processes."""
+
+    architecture: Architecture  # the preset or file, with the overrides
+    world_size: int
+    data_parallel_size: int  # replicas
+    rationales_per_step: int  # B * M
+    rationales_per_replica: int
+    num_resamples: int  # PAFT's K
+    samples_answers: bool
+    q_schedule_iters: int
+    lr_decay_iters: int
+    params_dtype: Literal["float32", "bfloat16"]
+
+
+def resolve_architecture(config: Config) -> Architecture:
+    """The model that the settings name, overrides applied. UserError where there is none of that name."""
+    m = config.model
+    untied = m.untie_embeddings_and_output_weights
+    return with_overrides(
+        load_architecture(m.model),
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups,
+        kv_channels=m.kv_channels,
+        max_position_embeddings=m.max_position_embeddings,
+        init_method_std=m.init_method_std,
+        tie_embeddings=None if untied is None else not untied,
+    )
+
+
+def derive(config: Config, world_size: int) -> Derived:
+    """Every derived value. UserError, as validate raises it, where the configuration is not a valid one."""
+    validate(config, world_size)
+    p, rationales = config.parallel, config.rollout.prompts_per_step * config.rollout.num_rationales
+    replicas = world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
+    return Derived(
+        architecture=resolve_architecture(config),
+        world_size=world_size,
+        data_parallel_size=replicas,
+        rationales_per_step=rationales,
+        rationales_per_replica=rationales // replicas,
+        num_resamples=config.objective.num_resamples or config.rollout.num_rationales,
+        samples_answers=config.objective.estimator in SAMPLES_ANSWERS,
+        q_schedule_iters=config.objective.q_schedule_iters or config.training.train_iters,
+        lr_decay_iters=config.optimizer.lr_decay_iters or config.training.train_iters,
+        params_dtype=config.model.params_dtype,
+    )
+
+
+def validate(config: Config, world_size: int | None) -> None:
+    """Raise one UserError that lists every problem, a line each, with the flag and the fix.
+
+    world_size None: not known yet; only then the checks that need it are left out.
+    """
+    architecture = resolve_architecture(config)
+    problems = [
+        *_range_problems(config),
+        *_objective_problems(config),
+        *architecture_problems(architecture),
+        *_layout_problems(config, architecture, world_size),
+        *_length_problems(config, architecture),
+        *_schedule_problems(config),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+# Lower bounds, inclusive, of every numeric setting that has one; None (a default to be derived) passes.
+AT_LEAST = {
+    1: (
+        "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_resamples",
+        "q_schedule_iters", "num_rationales", "prompts_per_step", "rationale_budget", "answer_budget",
+        "rollout_batch_size", "train_examples", "eval_examples", "max_prompt_tokens", "tokenizer_vocab_size",
+        "lr_decay_iters", "train_iters", "micro_batch_size", "pad_sequences_to_multiple_of", "log_interval",
+        "eval_samples",
+    ),
+    0: (
+        "q", "q_final", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "sgd_momentum",
+        "clip_grad", "sample_interval", "eval_interval", "eval_temperature", "seed",
+    ),
+}  # fmt: skip
+AT_MOST_ONE = ("q", "q_final", "top_p")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
+ABOVE_ZERO = ("temperature", "top_p", "distributed_timeout_minutes", "adam_eps")
+
+
+def _range_problems(config: Config) -> list[str]:
+    values = {f.name: getattr(getattr(config, g.name), f.name) for g in fields(config) for f in fields(g.type)}
+    numbers = {n: v for n, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    least = {name: bound for bound, names in AT_LEAST.items() for name in names}
+    problems = []
+    for name, value in numbers.items():
+        flag = f"--{name.replace('_', '-')}"
+        if not math.isfinite(value):
+            problems.append(f"{flag} must be finite, not {value}")
+        elif name in ABOVE_ZERO and value <= 0:
+            problems.append(f"{flag} must be above 0, not {value}")
+        elif name in BELOW_ONE and value >= 1:
+            problems.append(f"{flag} must be below 1, not {value}")
+        elif name in AT_MOST_ONE and not least.get(name, 0) <= value <= 1:
+            problems.append(f"{flag} must lie between 0 and 1, not {value}")
+        elif value < least.get(name, value):
+            problems.append(f"{flag} must be at least {least[name]}, not {value}")
+    for name in ("train_data", "prompt_field", "answer_field", "run_dir", "eval_data", "tokenizer_model"):
+        if values[name] == "":
+            problems.append(f"--{name.replace('_', '-')} must not be empty")
+    return problems
+
+
+def _objective_problems(config: Config) -> list[str]:
+    o, problems = config.objective, []
+    if o.estimator in LEAVE_ONE_OUT and config.rollout.num_rationales == 1:
+        problems.append(
+            f"--num-rationales must be at least 2 for --estimator {o.estimator}: its baseline is the other rationales "
+            "of the prompt (paft can do with 1)"
+        )
+    if o.q_schedule == "constant" and (o.q_final is not None or o.q_schedule_iters is not None):
+        problems.append("--q-final and --q-schedule-iters need --q-schedule step, linear or cosine")
+    if o.q_schedule != "constant" and o.q_final is None:
+        problems.append(f"--q-schedule {o.q_schedule} needs --q-final")
+    if o.q_schedule == "step" and o.q_schedule_iters is None:
+        problems.append("--q-schedule step needs --q-schedule-iters: the step at which q jumps to --q-final")
+    if o.num_resamples is not None and o.estimator != "paft":
+        problems.append(f"--num-resamples is PAFT's; remove it, or choose --estimator paft instead of {o.estimator}")
+    return problems
+
+
+def _layout_problems(config: Config, architecture: Architecture, world_size: int | None) -> list[str]:
+    p, a, problems = config.parallel, architecture, []
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    if tp < 1 or pp < 1:
+        return []  # said by _range_problems; nothing can be divided
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(a, name) % tp:
+            problems.append(f"--tensor-model-parallel-size {tp} does not divide {name} ({getattr(a, name)})")
+    if a.num_layers % pp:
+        problems.append(f"--pipeline-model-parallel-size {pp} does not divide num_layers ({a.num_layers})")
+    if p.sequence_parallel and tp == 1:
+        problems.append("--sequence-parallel needs --tensor-model-parallel-size above 1")
+    if world_size is None:
+        return problems
+    if world_size % (tp * pp):
+        problems.append(
+            f"{world_size} process(es) cannot be cut into tensor x pipeline groups of {tp} x {pp} = {tp * pp}: start a "
+            "multiple of that (torchrun --nproc-per-node), or change --tensor-model-parallel-size or "
+            "--pipeline-model-parallel-size"
+        )
+        return problems
+    replicas, rationales = world_size // (tp * pp), config.rollout.prompts_per_step * config.rollout.num_rationales
+    if rationales > 0 and rationales % replicas:
+        problems.append(
+            f"--prompts-per-step x --num-rationales ({rationales}) must be a multiple of the {replicas} data-parallel "
+            "replicas, which share them evenly"
+        )
+    return problems
+
+
+def _length_problems(config: Config, architecture: Architecture) -> list[str]:
+    r, d, problems = config.rollout, config.data, []
+    prompt, answer = d.max_prompt_tokens or 1, r.answer_budget or 1
+    if prompt + r.rationale_budget + 1 + answer > architecture.max_position_embeddings:
+        problems.append(
+            f"the model's context of {architecture.max_position_embeddings} tokens cannot hold a prompt of {prompt}, "
+            f"a rationale of {r.rationale_budget} (--rationale-budget), its close token and an answer of {answer}: "
+            "lower the budget, or raise --max-position-embeddings"
+        )
+    trains_tokenizer = d.tokenizer_type == "sentencepiece" and d.tokenizer_model is None
+    if trains_tokenizer and architecture.vocab_size is not None and d.tokenizer_vocab_size > architecture.vocab_size:
+        problems.append(
+            f"--tokenizer-vocab-size ({d.tokenizer_vocab_size}) must not be above the model's vocabulary "
+            f"({architecture.vocab_size})"
+        )
+    if d.tokenizer_type == "huggingface" and d.tokenizer_model is None:
+        problems.append("--tokenizer-type huggingface needs --tokenizer-model: a tokenizer.json, or a folder with one")
+    return problems
+
+
+def _schedule_problems(config: Config) -> list[str]:
+    o, t, problems = config.optimizer, config.training, []
+    if o.min_lr > o.lr:
+        problems.append(f"--min-lr ({o.min_lr}) must not be above --lr ({o.lr})")
+    decay_iters = t.train_iters if o.lr_decay_iters is None else o.lr_decay_iters
+    if o.lr_decay_style != "constant" and o.lr_warmup_iters >= decay_iters:
+        problems.append(f"--lr-warmup-iters ({o.lr_warmup_iters}) must be below --lr-decay-iters ({decay_iters})")
+    if t.eval_samples > 1 and t.eval_temperature == 0:
+        problems.append("--eval-samples above 1 needs --eval-temperature above 0: greedy samples are all the same")
+    if t.eval_interval > 0 and config.data.eval_data is None and not config.data.train_data.startswith("builtin:"):
+        problems.append("--eval-interval needs --eval-data")
+    return problems

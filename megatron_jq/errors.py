@@ -1,0 +1,9 @@
+"""F0: the exceptions a user is meant to read. The command line prints their message instead of a traceback."""
+
+
+class UserError(ValueError):
+    """Bad input: the message names the flag, file or line at fault and says how to mend it. Exit code 2."""
+
+
+class RunFailure(RuntimeError):
+    """A run that had to stop: the message names step and cause. Exit code 3."""

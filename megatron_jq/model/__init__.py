@@ -1,0 +1,1 @@
+"""F3: Megatron-core's GPTModel as a policy, its J_Q head, and the rows of tokens that it reads."""

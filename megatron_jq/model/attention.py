@@ -1,0 +1,131 @@
+"""F3: core attention over packed rows, on CPU and CUDA alike, through torch's scaled_dot_product_attention.
+
+A micro-batch is one row of T tokens, segment behind segment. Megatron-core carries a `PackedSeqParams` from the model's
+entry down to the core attention and looks at nothing in it but `qkv_format`; our plans are such records, and say which
+token attends to which. qkv_format "sbhd" keeps Megatron-core from re-deriving positions out of segment lengths.
+
+Axes: T tokens, h query heads, g key/value groups (h a multiple of g), d channels a head; heads are this tensor-parallel
+rank's own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class AttentionPlan(PackedSeqParams):
+    """Which token attends to which. `attend` maps q [T, h, d], k and v [T, g, d] to [T, h, d]."""
+
+    def __init__(self):
+        super().__init__(qkv_format="sbhd")
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        raise NotImplementedError  # abstract: the plans below
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of similar length, attended to as one padded batch."""
+
+    token_nS: Tensor  # index into the row; entries beyond a segment's end repeat its last token and are never read
+
+
+class CausalSegments(AttentionPlan):
+    """Every token attends to itself and to what stands before it in its own segment (block-diagonal causal).
+
+    lengths: tokens of each segment; they fill the row from its start. Attention is computed bucket by bucket so that short
+    segments are not padded to the longest; equal lengths need no copy at all.
+    """
+
+    #: A bucket's shortest segment holds at least this share of its longest: bounds the padded work at 1/share^2.
+    FILL = 0.75
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        super().__init__()
+        self.lengths = lengths
+        self.equal = len(set(lengths)) <= 1
+        if not self.equal:
+            self._make_buckets(device)
+
+    def _make_buckets(self, device: torch.device) -> None:
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        order = sorted((i for i, length in enumerate(self.lengths) if length), key=lambda i: self.lengths[i])
+        groups: list[list[int]] = []
+        for i in reversed(order):  # longest first
+            if groups and self.lengths[i] >= self.FILL * self.lengths[groups[-1][0]]:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        self.buckets = []
+        place_T = torch.empty(starts[-1], dtype=torch.long)  # where each token of the row lies in the buckets' output
+        offset = 0
+        for group in groups:
+            longest = self.lengths[group[0]]
+            token_nS = torch.empty(len(group), longest, dtype=torch.long)
+            for row, i in enumerate(group):
+                ids = torch.arange(starts[i], starts[i + 1])
+                token_nS[row, : len(ids)] = ids
+                token_nS[row, len(ids) :] = ids[-1]
+                place_T[ids] = offset + row * longest + torch.arange(len(ids))
+            offset += token_nS.numel()
+            self.buckets.append(_Bucket(token_nS.to(device)))
+        self.place_T = place_T.to(device)
+
+    def attend(self, layer, q, k, v, scale):
+        if self.equal:
+            n = max(len(self.lengths), 1)
+            return _causal(*(x.unflatten(0, (n, -1)) for x in (q, k, v)), scale).flatten(0, 1)
+        outputs = [_causal(*(x[b.token_nS] for x in (q, k, v)), scale).flatten(0, 1) for b in self.buckets]
+        return torch.cat(outputs)[self.place_T]
+
+
+def _causal(q_nShd: Tensor, k_nSgd: Tensor, v_nSgd: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_nShd, k_nSgd, v_nSgd))
+    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return output.transpose(1, 2)
+
+
+class PlannedAttention(MegatronModule):
+    """Core attention for Megatron-core's SelfAttention: shape handling here, everything else in the plan.
+
+    query [T, 1, h, d], key and value [T, 1, g, d] → [T, 1, h·d]. Raises AssertionError without a plan: that is a fault of
+    ours, never of the user's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+        **_,
+    ):
+        super().__init__(config)
+        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
+        assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
+        self.layer_number = layer_number
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
+        assert isinstance(packed_seq_params, AttentionPlan) and query.shape[1] == 1
+        output = packed_seq_params.attend(
+            self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), self.scale
+        )
+        return output.reshape(output.shape[0], 1, -1)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return {}

@@ -1,0 +1,96 @@
+"""F3: random initial weights that do not depend on the parallel layout.
+
+Megatron-core draws each shard from its rank's own stream, so TP2 or PP2 start from other weights than one process does.
+Here every parameter is drawn whole, from a generator seeded by (seed, global name), and the rank keeps its slice: runs at
+two layouts are the same run.
+"""
+
+import hashlib
+import math
+import re
+
+import torch
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_jq.architecture import Architecture
+from megatron_jq.model.policy import Policy
+
+#: Dimension along which a parameter is split over tensor-parallel ranks; what is not listed is replicated.
+PARTITION_DIM = {
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_proj.weight": 1,
+    "linear_fc1.weight": 0,
+    "linear_fc2.weight": 1,
+}
+
+
+def partition_dim(name: str) -> int | None:
+    return next((dim for suffix, dim in PARTITION_DIM.items() if name.endswith(suffix)), None)
+
+
+def global_name(policy: Policy, name: str) -> str:
+    """A parameter's name with its layer number counted over the whole model, and the tied output layer's own name."""
+    if name == "output_layer.weight" and policy.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    offset = get_transformer_layer_offset(policy.config, policy.vp_stage, policy.pg_collection.pp.rank())
+    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + offset), name)
+
+
+def local_slice(full: torch.Tensor, name: str, rank: int, size: int) -> torch.Tensor:
+    """This tensor-parallel rank's part of a whole parameter, in Megatron-core's layout.
+
+    linear_fc1 holds gate and up projection one behind the other, each split by itself; whole: [2·F, H], gate first.
+    """
+    dim = partition_dim(name)
+    if dim is None or size == 1:
+        return full
+    if name.endswith("linear_fc1.weight"):
+        gate, up = full.chunk(2, dim=0)
+        return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
+    return full.chunk(size, dim=dim)[rank]
+
+
+def draw_parameter(name: str, shape: tuple[int, ...], architecture: Architecture, seed: int) -> torch.Tensor:
+    """The whole parameter, float32 on CPU: normal(0, std) for matrices (output projections std / sqrt(2·layers)), ones
+    for norms, zeros for biases, zeros for vocabulary rows that are padding.
+    """
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    std = architecture.init_method_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * architecture.num_layers)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator) * std
+
+
+def mark_partitions(policy: Policy) -> None:
+    """Tell Megatron-core's gradient norm which parameters are split, and how (its own initialisation would)."""
+    for name, parameter in policy.named_parameters():
+        dim = partition_dim(name)
+        if dim is not None:
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim = dim
+            parameter.partition_stride = 2 if name.endswith("linear_fc1.weight") else 1
+
+
+@torch.no_grad()
+def initialise(policy: Policy, architecture: Architecture, seed: int) -> None:
+    """Fill this rank's parameters. Vocabulary rows beyond the true vocabulary are zero."""
+    rank, size = policy.pg_collection.tp.rank(), policy.pg_collection.tp.size()
+    for name, parameter in policy.named_parameters():
+        name = global_name(policy, name)
+        dim = partition_dim(name)
+        shape = list(parameter.shape)
+        if dim is not None:
+            shape[dim] *= size
+        padding = 0
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            padding, shape[0] = shape[0] - policy.true_vocab_size, policy.true_vocab_size
+        full = draw_parameter(name, tuple(shape), architecture, seed)
+        if padding:
+            full = torch.cat([full, full.new_zeros(padding, shape[1])])
+        parameter.copy_(local_slice(full, name, rank, size))

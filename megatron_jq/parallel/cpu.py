@@ -1,0 +1,92 @@
+"""F2: lets Megatron-core 0.16 run where there is no CUDA, without touching its files.
+
+Megatron-core asks for `torch.cuda` in four ways that have an exact meaning on a CPU: the current device, the random
+state, a synchronise, and `device="cuda"` in a factory call. `install` answers the first three; `cpu_mode` redirects the
+fourth while it is entered. The mode costs a Python call for every torch call, so `native` leaves it for the model's
+own forward, which needs none of it.
+"""
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+class _CudaToCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs = dict(kwargs, device=_CPU)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers compare type strings ("torch.cuda.FloatTensor") to tell fp32 from 16-bit parameters.
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+class _CpuRngTracker:
+    """Megatron-core's CudaRNGStatesTracker over the CPU generator: named streams, one for tensor-parallel regions."""
+
+    def __init__(self):
+        self.reset()
+        self.use_cudagraphable_rng = False
+
+    def is_initialized(self):
+        return self._initialized
+
+    def reset(self):
+        self.states_, self.seeds_, self._initialized = {}, set(), False
+
+    def get_states(self):
+        return dict(self.states_)
+
+    def set_states(self, states):
+        self.states_, self._initialized = dict(states), True
+
+    def add(self, name, seed):
+        assert seed not in self.seeds_ and name not in self.states_, f"random stream {name} exists already"
+        self._initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name="model-parallel-rng"):
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+def install() -> None:
+    """Answer Megatron-core's `torch.cuda` questions for a CPU. Once a process; harmless when repeated."""
+    global _installed
+    if _installed:
+        return
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.manual_seed = torch.manual_seed
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    megatron_random._CUDA_RNG_STATE_TRACKER = _CpuRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    _installed = True
+
+
+def cpu_mode() -> contextlib.AbstractContextManager:
+    """Redirect `device="cuda"` to the CPU while entered. Thread-local."""
+    return _CudaToCpu()
+
+
+def native() -> contextlib.AbstractContextManager:
+    """Leave `cpu_mode` for the enclosed calls, which name no device."""
+    return torch._C.DisableTorchFunction()

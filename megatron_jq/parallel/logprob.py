@@ -1,0 +1,216 @@
+"""F2: log-probabilities of given tokens from a vocabulary that is split over tensor-parallel ranks.
+
+Rank r of a group of size n holds rows [r·V/n, (r+1)·V/n) of the (padded) output embedding. No function here gathers the
+vocabulary: ranks exchange three numbers a token (largest logit, sum of exponentials, the target's logit), in two
+all-reduces. Rows at and beyond `vocab_size` are padding for an even split: they have probability zero, so that results
+do not depend on the layout.
+
+Shapes: T tokens, H hidden, V this rank's share of the vocabulary. A `group` of None means one process.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def _rank_size(group) -> tuple[int, int]:
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def _all_reduce(tensor: torch.Tensor, group, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def mask_vocabulary_padding(logits_TV: torch.Tensor, group, vocab_size: int | None) -> torch.Tensor:
+    """Set the logits of padding rows of the vocabulary to -inf, in place."""
+    if vocab_size is not None:
+        rank, _ = _rank_size(group)
+        valid = vocab_size - rank * logits_TV.shape[-1]
+        if valid < logits_TV.shape[-1]:
+            logits_TV[..., max(valid, 0) :] = float("-inf")
+    return logits_TV
+
+
+def _local_targets(targets_T: torch.Tensor, shard: int, group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets as columns of this rank's shard (0 where they lie elsewhere), and whether they lie here."""
+    rank, _ = _rank_size(group)
+    column_T = targets_T - rank * shard
+    here_T = (column_T >= 0) & (column_T < shard)
+    return column_T.where(here_T, torch.zeros_like(column_T)), here_T
+
+
+def _partial_softmax(logits_TV, column_T, here_T):
+    """This rank's (largest logit, sum of exp(logit - largest), target's logit or 0), each [T].
+
+    A shard of padding alone has largest = -inf and contributes a sum of zero.
+    """
+    largest_T = logits_TV.amax(dim=-1)
+    shift_T = torch.where(largest_T == float("-inf"), torch.zeros_like(largest_T), largest_T)
+    sum_T = (logits_TV - shift_T[:, None]).exp_().sum(dim=-1)
+    target_T = logits_TV.gather(-1, column_T[:, None]).squeeze(-1)
+    return largest_T, sum_T, target_T.where(here_T, torch.zeros_like(target_T))
+
+
+def _merge_over_ranks(largest_T, sum_T, target_T, group):
+    """Log-normaliser and target logit over the whole vocabulary, each [T]. Two all-reduces whatever T is."""
+    if group is None or group.size() == 1:
+        return largest_T + sum_T.log(), target_T
+    global_T = _all_reduce(largest_T.clone(), group, dist.ReduceOp.MAX)
+    both_2T = torch.stack([sum_T * (largest_T - global_T).exp(), target_T])
+    _all_reduce(both_2T, group)
+    return global_T + both_2T[0].log(), both_2T[1]
+
+
+def _logit_gradient(logits_TV, log_normaliser_T, column_T, here_T, grad_T):
+    """d/dlogits of sum(grad · ln p[target]) = grad · (onehot - softmax), over this rank's columns, in place."""
+    probability_TV = logits_TV.sub_(log_normaliser_T[:, None]).exp_()
+    probability_TV.mul_(-grad_T[:, None])
+    probability_TV.scatter_add_(-1, column_T[:, None], (grad_T * here_T)[:, None])
+    return probability_TV
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TV, targets_T, group, vocab_size):
+        logits_TV = logits_TV.to(_accumulation_dtype(logits_TV.dtype), copy=True)
+        mask_vocabulary_padding(logits_TV, group, vocab_size)
+        column_T, here_T = _local_targets(targets_T, logits_TV.shape[-1], group)
+        normaliser_T, target_T = _merge_over_ranks(*_partial_softmax(logits_TV, column_T, here_T), group)
+        ctx.save_for_backward(logits_TV, normaliser_T, column_T, here_T)
+        return target_T - normaliser_T
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        logits_TV, normaliser_T, column_T, here_T = ctx.saved_tensors
+        return _logit_gradient(logits_TV.clone(), normaliser_T, column_T, here_T, grad_T), None, None, None
+
+
+def vocab_parallel_log_probs(
+    logits_TV: torch.Tensor, targets_T: torch.Tensor, group, *, vocab_size: int | None = None
+) -> torch.Tensor:
+    """ln softmax(logits)[target] in nats, [T], differentiable in this rank's logits.
+
+    logits_TV: this rank's shard, any float dtype, left unchanged; computed in float32 (float64 stays). targets_T: global
+    ids, int64. Equals torch.log_softmax over the gathered vocabulary. Cost: two all-reduces, of T and of 2T numbers.
+    """
+    return _VocabParallelLogProbs.apply(logits_TV, targets_T, group, vocab_size)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """hidden · weightᵀ → ln p[target], `chunk` tokens at a time; the backward pass makes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH, weight_VH, targets_T, group, chunk, vocab_size, inverse_temperature_T, top_p):
+        column_T, here_T = _local_targets(targets_T, weight_VH.shape[0], group)
+        threshold_T = None if top_p is None else hidden_TH.new_empty(len(targets_T), dtype=torch.float32)
+        partial = []
+        for part in _chunks(len(targets_T), chunk):
+            logits = _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T)
+            if top_p is not None:
+                threshold_T[part] = _threshold_with_target(logits, top_p, column_T[part], here_T[part], part, group)
+                logits.masked_fill_(logits < threshold_T[part, None], float("-inf"))
+            partial.append(_partial_softmax(logits, column_T[part], here_T[part]))
+        normaliser_T, target_T = _merge_over_ranks(*(torch.cat(columns) for columns in zip(*partial)), group)
+        ctx.save_for_backward(hidden_TH, weight_VH, column_T, here_T, normaliser_T, inverse_temperature_T, threshold_T)
+        ctx.group, ctx.chunk, ctx.vocab_size = group, chunk, vocab_size
+        return target_T - normaliser_T
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        hidden_TH, weight_VH, column_T, here_T, normaliser_T, inverse_temperature_T, threshold_T = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_TH)
+        grad_weight = torch.zeros_like(weight_VH, dtype=_accumulation_dtype(weight_VH.dtype))
+        for part in _chunks(len(grad_T), ctx.chunk):
+            logits = _chunk_logits(hidden_TH, weight_VH, part, ctx.group, ctx.vocab_size, inverse_temperature_T)
+            if threshold_T is not None:
+                logits.masked_fill_(logits < threshold_T[part, None], float("-inf"))
+            grad = _logit_gradient(logits, normaliser_T[part], column_T[part], here_T[part], grad_T[part])
+            if inverse_temperature_T is not None:
+                grad.mul_(inverse_temperature_T[part, None])
+            grad = grad.to(hidden_TH.dtype)
+            torch.mm(grad, weight_VH, out=grad_hidden[part])
+            grad_weight += grad.t() @ hidden_TH[part]
+        return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None, None, None
+
+
+def _chunks(total: int, chunk: int):
+    return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)] or [slice(0, 0)]
+
+
+def _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T):
+    logits = hidden_TH[part] @ weight_VH.t()
+    logits = logits.to(_accumulation_dtype(logits.dtype))
+    if inverse_temperature_T is not None:
+        logits.mul_(inverse_temperature_T[part, None])
+    return mask_vocabulary_padding(logits, group, vocab_size)
+
+
+def linear_log_probs(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    group,
+    *,
+    chunk_tokens: int = 1024,
+    vocab_size: int | None = None,
+    inverse_temperature_T: torch.Tensor | None = None,
+    top_p_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """ln p[target] of softmax(hidden · weightᵀ · inverse temperature), in nats, [T]; logits live for one chunk at a time.
+
+    hidden_TH is alike on all ranks of the group; weight_VH is this rank's shard. Differentiable in both: the gradient of
+    hidden_TH is this rank's share and must be summed over the group by the caller's mapping (Megatron-core's
+    copy_to / gather_from regions do so). With top_p_T the distribution is first cut to its nucleus, whose membership is
+    a constant for the gradient; 1.0 keeps all tokens. Cost without top-p: two all-reduces whatever T and the chunk are.
+    """
+    return _LinearLogProbs.apply(
+        hidden_TH, weight_VH, targets_T, group, chunk_tokens, vocab_size, inverse_temperature_T, top_p_T
+    )
+
+
+def _threshold_with_target(logits, top_p_T, column, here, part, group):
+    """A sampled token stays in the nucleus even when rounding puts it a hair outside the one it was drawn from."""
+    target = torch.where(here, logits.gather(-1, column[:, None]).squeeze(-1), float("-inf"))
+    _all_reduce(target, group, dist.ReduceOp.MAX)
+    return torch.minimum(nucleus_threshold(logits, top_p_T[part], group), target)
+
+
+def nucleus_threshold(logits_TV: torch.Tensor, top_p_T: torch.Tensor, group) -> torch.Tensor:
+    """The smallest logit inside each row's nucleus, [T] float32: the highest t with P(logit >= t) >= top_p.
+
+    Exact: bisects over the 2^32 float32 values themselves, one all-reduce of T numbers a halving. Ties at the threshold are
+    all inside. Rows with top_p = 1 get -inf.
+    """
+    logits_TV = logits_TV.float()
+    largest_T, sum_T, _ = _partial_softmax(
+        logits_TV, torch.zeros_like(logits_TV[:, 0], dtype=torch.long), logits_TV[:, 0] > float("inf")
+    )
+    normaliser_T, _ = _merge_over_ranks(largest_T, sum_T, torch.zeros_like(sum_T), group)
+    probability_TV = (logits_TV - normaliser_T[:, None]).double().exp_()
+    order_TV = _float_order(logits_TV)
+    low_T = torch.full_like(top_p_T, -(2**31), dtype=torch.int64)  # always inside
+    high_T = torch.full_like(top_p_T, 2**31 - 1, dtype=torch.int64)  # above every finite float
+    for _ in range(32):
+        middle_T = (low_T + high_T) >> 1
+        mass_T = (probability_TV * (order_TV >= middle_T[:, None])).sum(dim=-1)
+        inside_T = _all_reduce(mass_T, group) >= top_p_T
+        low_T, high_T = low_T.where(~inside_T, middle_T), high_T.where(inside_T, middle_T)
+    threshold_T = _order_float(low_T)
+    return torch.where(top_p_T >= 1.0, float("-inf"), threshold_T)
+
+
+def _float_order(x: torch.Tensor) -> torch.Tensor:
+    """float32 → int64 with the same order."""
+    bits = x.contiguous().view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _order_float(order: torch.Tensor) -> torch.Tensor:
+    bits = torch.where(order < 0, order ^ 0x7FFFFFFF, order).int()
+    value = bits.view(torch.float32)
+    return torch.where(value.isnan(), float("-inf"), value)

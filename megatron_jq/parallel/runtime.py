@@ -1,0 +1,112 @@
+"""F2: start and stop a process of the job. The one place that decides between CPU with gloo and CUDA with NCCL."""
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_jq.errors import UserError
+from megatron_jq.parallel import cpu
+from megatron_jq.parallel.groups import ParallelGroups, build_groups, destroy_groups
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place in the job: rank, device, groups, and the contexts that Megatron-core's calls need."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    groups: ParallelGroups
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 prints, writes logs and draws."""
+        return self.rank == 0
+
+    def megatron(self) -> contextlib.AbstractContextManager:
+        """Enter around Megatron-core's schedules, optimizer and constructors."""
+        return contextlib.nullcontext() if self.device.type == "cuda" else cpu.cpu_mode()
+
+    def native(self) -> contextlib.AbstractContextManager:
+        """Enter around a model's forward inside `megatron()`, where no redirection is needed."""
+        return contextlib.nullcontext() if self.device.type == "cuda" else cpu.native()
+
+
+def world_size_from_environment() -> int:
+    """What torchrun or srun promised; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    timeout: timedelta,
+    seed: int,
+    device: str = "auto",
+) -> Runtime:
+    """Join the job and build its groups.
+
+    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`. Megatron-core's
+    random streams are seeded per tensor- and pipeline-parallel rank from `seed`, alike over data-parallel replicas.
+
+    Raises UserError when CUDA is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this process sees no CUDA device; use --device cpu or fix CUDA_VISIBLE_DEVICES")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    rank, world_size = int(os.environ.get("RANK", "0")), world_size_from_environment()
+    if use_cuda:
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(local)
+        # One launch queue keeps compute and tensor-parallel collectives in the order that Megatron-core overlaps them in.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
+        local = torch.device("cpu")
+        cpu.install()
+    if "MASTER_ADDR" not in os.environ:
+        if world_size > 1:
+            raise UserError("WORLD_SIZE is above 1 but MASTER_ADDR is not set; start with torchrun or srun")
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(_free_port())
+    dist.init_process_group("nccl" if use_cuda else "gloo", rank=rank, world_size=world_size, timeout=timeout)
+    with contextlib.nullcontext() if use_cuda else cpu.cpu_mode():
+        groups = build_groups(tensor_model_parallel_size, pipeline_model_parallel_size, timeout)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=use_cuda)
+    return Runtime(rank, world_size, local, groups)
+
+
+def stop() -> None:
+    """Leave the job. Call on the way out of a healthy run only: after a failure the peers may not answer."""
+    destroy_groups()
+    dist.destroy_process_group()
+
+
+def agree(runtime: Runtime, error: str | None) -> None:
+    """Raise the same UserError on every rank when any rank brings an `error`, so that none waits for the others."""
+    errors: list[str | None] = [None] * runtime.world_size
+    dist.all_gather_object(errors, error)
+    first = next((message for message in errors if message is not None), None)
+    if first is not None:
+        raise UserError(first)
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """Peak of this process: allocated CUDA memory, or resident memory on CPU."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,100 @@
+"""F1: frozen records that cross rooms. Token ids are never decoded and re-encoded on the way.
+
+Shapes: B prompts a step, M rationales a prompt. `slot` numbers are positions in the step's [B, M] table, the same on
+every rank and for every parallel layout.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One supervised pair (x, y*) as token ids.
+
+    prompt_ids end where the rationale begins; answer_ids hold y* tokenised on its own, its terminator included,
+    because a string's probability needs its end (PAPER.md, consequence 2).
+    """
+
+    index: int  # row in its data set, 0-based
+    prompt_text: str
+    answer_text: str
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled rationale z of one prompt, and a sampled answer where an estimator asked for one.
+
+    rationale_ids end with the close token. Its first `num_sampled` ids were drawn from the policy; what follows (a close
+    token put there by force) carries no score-function weight. A Rollout that failed is `valid=False`: it leaves M.
+    """
+
+    prompt_slot: int
+    rationale_slot: int
+    rationale_ids: tuple[int, ...]
+    num_sampled: int
+    answer_ids: tuple[int, ...] = ()  # sampled, terminator included when it was sampled; empty when none was asked for
+    log_prob: float = 0.0  # ln of the sampling distribution over the num_sampled rationale tokens, in nats
+    valid: bool = True
+
+    @property
+    def forced(self) -> bool:
+        return self.num_sampled < len(self.rationale_ids)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One row for the trainer: prompt, rationale, answer, and which of its tokens are scored.
+
+    The answer is y* for GARL, PAFT and scoring, the sampled answer for GRPO and RLOO.
+    """
+
+    prompt_slot: int
+    rationale_slot: int
+    prompt_ids: tuple[int, ...]
+    rationale_ids: tuple[int, ...]
+    num_sampled: int
+    answer_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.rationale_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Constants of the surrogate loss -(1/B) sum_b (1/M_b) sum_m [rationale ln p(z|x) + answer ln p(y|x,z)].
+
+    Both float64 [B, M], already divided by B and M_b (or K), without gradient. A masked entry is exactly zero.
+    """
+
+    rationale_BM: torch.Tensor
+    answer_BM: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Names are fixed in DESIGN.md; None is written as null."""
+
+    step: int
+    q: float
+    loss: float
+    log_p_mean: float
+    p_mean: float
+    effective_reward_max: float
+    ess_mean: float
+    grad_norm: float
+    lr: float
+    num_rationales_valid: int
+    rationale_tokens_mean: float
+    forced_fraction: float
+    tokens_trained: int
+    seconds_rollout: float
+    seconds_score: float
+    seconds_train: float
+    peak_memory_bytes: int
+    log_prob_mismatch_max: float | None = None  # max |ln p(z|x) rollout - trainer|, nats per sequence
+    reward_mean: float | None = None  # exact-match rate of sampled answers, where the estimator samples them
+    eval_exact_match: float | None = None

@@ -1,0 +1,188 @@
+"""F3: generation inside the training job, with the training weights, at any tensor- and pipeline-parallel layout.
+
+Each replica decodes its share in waves. A wave prefills every prompt once, then feeds one token a row and step. Ranks of a
+model-parallel group run the same bookkeeping on the same sampled ids; only hidden states and three numbers a row travel.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_jq.model.attention import AttentionPlan
+from megatron_jq.model.policy import Policy
+from megatron_jq.model.rows import LogitsHead, Rows
+from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.records import Rollout
+from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, WaveCache
+from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
+from megatron_jq.rollout.sampling import UniformStream, sample_tokens
+
+
+@dataclass
+class _Row:
+    """One rationale being generated: what was drawn, and what must still be fed before the next draw."""
+
+    prompt_slot: int
+    rationale_slot: int
+    position: int  # of the next token to feed
+    stream: UniformStream
+    rationale: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    num_sampled: int = 0
+    log_prob: float = 0.0
+    in_answer: bool = False
+    done: bool = False
+    to_feed: deque = field(default_factory=deque)
+
+    def draw(self) -> float:
+        return self.stream.at(self.num_sampled + len(self.answer))
+
+    def accept(self, token: int, log_prob: float, options: SamplingOptions) -> None:
+        """Take one sampled token: continue, close (by force where needed), or finish."""
+        if self.in_answer:
+            self.answer.append(token)
+            self.done = token == options.eos_id or len(self.answer) >= options.answer_budget
+            self.to_feed.append(token)
+            return
+        self.rationale.append(token)
+        self.num_sampled += 1
+        self.log_prob += log_prob
+        self.to_feed.append(token)
+        closed = token == options.close_id
+        if closed or token == options.eos_id or self.num_sampled >= options.rationale_budget:
+            if not closed:
+                self.rationale.append(options.close_id)
+                self.to_feed.append(options.close_id)
+            self.in_answer = True
+            self.done = options.answer_budget == 0
+
+    def rollout(self) -> Rollout:
+        return Rollout(
+            self.prompt_slot,
+            self.rationale_slot,
+            tuple(self.rationale),
+            self.num_sampled,
+            tuple(self.answer),
+            self.log_prob,
+        )
+
+
+def _next_tokens(active: list[_Row]) -> tuple[list[int], list[int], list[int]]:
+    """(token, position) that each row feeds next, and the rows that draw behind it. Finished rows feed a dummy."""
+    tokens, positions, drawing = [], [], []
+    for i, row in enumerate(active):
+        tokens.append(row.to_feed.popleft() if row.to_feed else 0)
+        positions.append(row.position)
+        row.position += 1
+        if not row.to_feed and not row.done:
+            drawing.append(i)
+    return tokens, positions, drawing
+
+
+class MegatronEngine:
+    """RolloutEngine over the policy itself.
+
+    max_rows: rationales decoded at a time (None: the replica's whole share); bounds the cache's memory.
+    """
+
+    #: Finished rows are dropped from the batch once this share of it is idle.
+    IDLE_SHARE = 0.25
+
+    def __init__(self, policy: Policy, runtime: Runtime, *, max_rows: int | None = None):
+        self.policy, self.runtime, self.max_rows = policy, runtime, max_rows
+        self.tokens_computed = 0  # token positions that went through the layers, padding included; for benchmarks
+
+    @torch.no_grad()
+    def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
+        with self.runtime.native():
+            return [rollout for wave in self._waves(requests) for rollout in self._run_wave(wave, options)]
+
+    def _waves(self, requests: list[RolloutRequest]) -> list[list[RolloutRequest]]:
+        waves: list[list[RolloutRequest]] = [[]]
+        room = self.max_rows
+        for request in requests:
+            slots = request.rationale_slots
+            while slots:
+                if room == 0:
+                    waves.append([])
+                    room = self.max_rows
+                taken, slots = slots[:room], slots[room:] if room is not None else ()
+                waves[-1].append(RolloutRequest(request.prompt_slot, request.prompt_ids, taken))
+                room = room - len(taken) if room is not None else None
+        return [wave for wave in waves if wave]
+
+    def _run_wave(self, wave: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
+        rows = [
+            _Row(r.prompt_slot, m, len(r.prompt_ids), UniformStream(options.seed, options.step, r.prompt_slot, m))
+            for r in wave
+            for m in r.rationale_slots
+        ]
+        device = self.runtime.device
+        cache = WaveCache([len(r.prompt_ids) for r in wave], [len(r.rationale_slots) for r in wave], device)
+        logits = self._prefill(wave, cache)
+        if logits is not None:  # the group's logits serve each of its rows
+            logits = logits[cache.group_of_row]
+        self._sample(rows, list(range(len(rows))), logits, options)
+        active = rows
+        while not all(row.done for row in active):
+            if sum(row.done for row in active) > self.IDLE_SHARE * len(active):
+                kept = [i for i, row in enumerate(active) if not row.done]
+                active = [active[i] for i in kept]
+                cache.keep(torch.tensor(kept, device=device))
+            tokens, positions, drawing = _next_tokens(active)
+            logits = self._forward(tokens, positions, DecodePlan(cache), torch.tensor(drawing, dtype=torch.long))
+            cache.length += 1
+            self._sample(active, drawing, logits, options)
+        return [row.rollout() for row in rows]
+
+    def _prefill(self, wave: list[RolloutRequest], cache: WaveCache) -> torch.Tensor | None:
+        lengths = [len(r.prompt_ids) for r in wave]
+        tokens = [token for r in wave for token in r.prompt_ids]
+        positions = [position for length in lengths for position in range(length)]
+        last = torch.tensor(lengths).cumsum(0) - 1
+        padding = -len(tokens) % self._row_multiple
+        return self._forward(tokens, positions, PrefillPlan(lengths, padding, cache, self.runtime.device), last)
+
+    @property
+    def _row_multiple(self) -> int:
+        return self.runtime.groups.tp.size() if self.policy.config.sequence_parallel else 1
+
+    def _forward(self, tokens, positions, plan: AttentionPlan, drawing: torch.Tensor) -> torch.Tensor | None:
+        """One pass through all pipeline stages. Logits [N, V/tp] of the drawing positions on the last stage, else None."""
+        padding = [0] * (-len(tokens) % self._row_multiple)
+        groups, config, device = self.runtime.groups, self.policy.config, self.runtime.device
+        self.tokens_computed += len(tokens) + len(padding)
+        rows = Rows(
+            torch.tensor([*tokens, *padding], device=device),
+            torch.tensor([*positions, *padding], device=device),
+            plan,
+            LogitsHead(drawing.to(device)),
+        )
+        if not groups.is_first_stage:
+            length = len(rows.token_T) // self._row_multiple
+            hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=device)
+            dist.recv(hidden, src=groups.previous_stage, group=groups.pp)
+            self.policy.set_input_tensor(hidden)
+        output = self.policy(rows)
+        if groups.is_last_stage:
+            return output
+        dist.send(output.contiguous(), dst=groups.next_stage, group=groups.pp)
+        return None
+
+    def _sample(self, rows: list[_Row], drawing: list[int], logits: torch.Tensor | None, options) -> None:
+        """Draw for the given rows on the last stage, tell the other stages, and let each row take its token."""
+        if not drawing:
+            return
+        groups, device = self.runtime.groups, self.runtime.device
+        drawn = torch.empty(2, len(drawing), dtype=torch.float64, device=device)  # ids are exact in float64
+        if groups.is_last_stage:
+            uniform = torch.tensor([rows[i].draw() for i in drawing], dtype=torch.float64, device=device)
+            ids, log_probs = sample_tokens(
+                logits, uniform, temperature=options.temperature, top_p=options.top_p, group=groups.tp
+            )
+            drawn[0], drawn[1] = ids, log_probs
+        ids, log_probs = groups.from_last_stage(drawn).tolist()
+        for i, token, log_prob in zip(drawing, ids, log_probs):
+            rows[i].accept(int(token), log_prob, options)

@@ -1,0 +1,1 @@
+"""F4: the training loop: rollouts, scores, coefficients, step."""

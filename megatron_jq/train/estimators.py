@@ -1,0 +1,56 @@
+"""F4: from the step's [B, M] tables to the coefficients of the surrogate loss, for every estimator by name."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_jq.objective.baselines import grpo_coefficients, maxrl_coefficients, rloo_coefficients
+from megatron_jq.objective.garl import garl_coefficients
+from megatron_jq.objective.paft import paft_coefficients
+from megatron_jq.objective.tsallis import prompt_mean_scale
+from megatron_jq.records import Coefficients
+
+_BASELINES = {"grpo": grpo_coefficients, "rloo": rloo_coefficients, "maxrl": maxrl_coefficients}
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator and its constants. num_resamples: PAFT's K; normalize: the factor 1/M^q of GARL and PAFT."""
+
+    name: str
+    num_resamples: int
+    normalize: bool
+    seed: int
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether the trained answer is a sampled one with a reward (GRPO, RLOO, MaxRL) rather than the gold one."""
+        return self.name in _BASELINES
+
+    @property
+    def minimum_rationales(self) -> int:
+        """Fewest valid rationales with which a prompt stays in the batch: leave-one-out and group baselines need two."""
+        return 1 if self.name == "paft" else 2
+
+    def coefficients(
+        self, log_w_BM: torch.Tensor, reward_BM: torch.Tensor, valid_BM: torch.Tensor, *, q: float, step: int
+    ) -> Coefficients:
+        """Constants divided by B and M_b (or K), a pure function of its arguments, so alike on every rank.
+
+        log_w_BM: ln p(y*|x,z), [B, M], nats, the whole step's table. reward_BM: 1 where the sampled answer matches; read
+        by GRPO, RLOO and MaxRL alone. PAFT draws from a generator seeded by (seed, step).
+        """
+        resamples = self.num_resamples if self.name == "paft" else None
+        scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
+        log_w_BM = torch.where(valid_BM, log_w_BM, 0.0)  # the mask decides; NaN marks an absent entry on the way here
+        if self.name == "paft":
+            generator = torch.Generator().manual_seed((self.seed << 20) + step)
+            joint_BM = paft_coefficients(
+                log_w_BM, q, self.num_resamples, generator=generator, normalize=self.normalize, valid_BM=valid_BM
+            )
+            return Coefficients(joint_BM * scale_B1, joint_BM * scale_B1)
+        if self.name == "garl":
+            rationale_BM, answer_BM = garl_coefficients(log_w_BM, q, normalize=self.normalize, valid_BM=valid_BM)
+        else:
+            rationale_BM, answer_BM = _BASELINES[self.name](reward_BM, valid_BM)
+        return Coefficients(rationale_BM * scale_B1, answer_BM * scale_B1)

@@ -1,0 +1,76 @@
+"""F4: what a run leaves behind and shows: metrics.jsonl, TensorBoard, the progress line, samples. Rank 0 only."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megatron_jq.records import StepMetrics
+
+
+class Recorder:
+    """Appends one JSON object a step, flushed and whole; draws the progress line with rate and ETA."""
+
+    def __init__(self, run_dir: Path, *, total_steps: int, log_interval: int, tensorboard: bool):
+        self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self._writer = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+        self._total, self._interval = total_steps, log_interval
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=None)  # silent when not a terminal
+        self._began, self._steps = time.monotonic(), 0
+
+    def record(self, metrics: StepMetrics) -> None:
+        line = {key: _finite(value) for key, value in asdict(metrics).items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in line.items():
+                if key != "step" and value is not None:
+                    self._writer.add_scalar(key, value, metrics.step)
+        self._steps += 1
+        self._bar.update(1)
+        if self._steps % self._interval == 0 or metrics.step + 1 == self._total:
+            self.say(self._progress(metrics))
+
+    def _progress(self, m: StepMetrics) -> str:
+        seconds = m.seconds_rollout + m.seconds_score + m.seconds_train
+        left = (self._total - m.step - 1) * (time.monotonic() - self._began) / self._steps
+        parts = [
+            f"step {m.step + 1}/{self._total}",
+            f"ln P {m.log_p_mean:.2f}",
+            f"P {m.p_mean:.2e}",
+            f"reward max {m.effective_reward_max:.2e}",
+            f"grad norm {m.grad_norm:.2e}",
+            f"{m.tokens_trained / max(seconds, 1e-9):.0f} tokens/s",
+            f"ETA {int(left) // 60}:{int(left) % 60:02d}",
+        ]
+        if m.reward_mean is not None:
+            parts.insert(3, f"exact {m.reward_mean:.3f}")
+        if m.eval_exact_match is not None:
+            parts.append(f"held-out exact match {m.eval_exact_match:.3f}")
+        return " | ".join(parts)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(text)
+
+    def sample(self, step: int, prompt: str, rationale: str, forced: bool, gold: str, answer: str, log_w: float) -> None:
+        """Show one rationale and what followed it, and keep it as TensorBoard text."""
+        close = " [closed by force]" if forced else ""
+        text = f"prompt: {prompt}\nrationale: {rationale}{close}\nanswer: {answer}\ngold: {gold}  (ln w {log_w:.2f})"
+        self.say("  " + text.replace("\n", "\n  "))
+        if self._writer is not None:
+            self._writer.add_text("sample", text.replace("\n", "  \n"), step)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _finite(value):
+    """JSON has no NaN: a value without meaning is null."""
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

@@ -1,0 +1,116 @@
+"""F4: everything that must be right before the first step: run directory, tokenizer, data. Ranks fail together."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, TypeVar
+
+from megatron_jq.architecture import Architecture
+from megatron_jq.config import Config, to_toml
+from megatron_jq.data.dataset import load_pairs, train_tokenizer
+from megatron_jq.data.pair import Pair
+from megatron_jq.data.prompts import encode_examples
+from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_jq.errors import UserError
+from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.records import Example
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Tokenised examples. answer_budget: tokens a sampled answer may take, its terminator included."""
+
+    tokenizer: Tokenizer
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    dropped: int
+    answer_budget: int
+
+
+def together(runtime: Runtime, work: Callable[[], T], *, main_only: bool = False) -> T | None:
+    """Do `work` on every rank (or rank 0 alone), and raise a rank's UserError on all of them."""
+    result, error = None, None
+    if runtime.is_main or not main_only:
+        try:
+            result = work()
+        except UserError as fault:
+            error = str(fault)
+    agree(runtime, error)
+    return result
+
+
+def claim_run_directory(run_dir: Path, config: Config) -> None:
+    """Make the folder and write config.toml. UserError when it cannot be written or belongs to another run."""
+    if (run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists():
+        raise UserError(f"--run-dir {run_dir} holds another run; name a new folder, or remove that one")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        scratch = run_dir / f".config.toml.{os.getpid()}"
+        scratch.write_text(to_toml(config), encoding="utf-8")
+        scratch.replace(run_dir / "config.toml")
+    except OSError as fault:
+        raise UserError(f"--run-dir {run_dir} cannot be written: {fault.strerror}; name a folder that can") from fault
+
+
+def prepare_data(config: Config, architecture: Architecture, runtime: Runtime, run_dir: Path) -> DataSets:
+    """Read both sources, train the tokenizer on first use (rank 0, into the run directory), tokenise."""
+    d = config.data
+    pairs = together(runtime, lambda: _read(config, d.train_data, d.train_examples, "train", "--train-data"))
+    heldout_pairs: list[Pair] = []
+    if d.eval_data is not None:
+        read = lambda: _read(config, d.eval_data, d.eval_examples, "heldout", "--eval-data")  # noqa: E731
+        heldout_pairs = together(runtime, read)
+    path = Path(d.tokenizer_model) if d.tokenizer_model else run_dir / "tokenizer.model"
+    if d.tokenizer_model is None:
+        train = lambda: train_tokenizer(d.train_data, pairs, path, vocab_size=d.tokenizer_vocab_size)  # noqa: E731
+        together(runtime, train, main_only=True)
+    tokenizer = together(runtime, lambda: load_tokenizer(d.tokenizer_type, path))
+    return together(runtime, lambda: _tokenise(config, architecture, tokenizer, pairs, heldout_pairs))
+
+
+def _read(config: Config, source: str, count: int, split: str, flag: str) -> list[Pair]:
+    d = config.data
+    builtin = source.startswith("builtin:")
+    return load_pairs(
+        source,
+        prompt_field=d.prompt_field,
+        answer_field=d.answer_field,
+        data_format=d.data_format,
+        count=count if builtin or split == "heldout" else None,
+        seed=config.training.seed,
+        split=split,
+        flag=flag,
+    )
+
+
+def _tokenise(config, architecture, tokenizer, pairs, heldout_pairs) -> DataSets:
+    d, r = config.data, config.rollout
+    if architecture.vocab_size is not None and tokenizer.vocab_size > architecture.vocab_size:
+        raise UserError(
+            f"--tokenizer-model has {tokenizer.vocab_size} pieces, more than the model's vocabulary of "
+            f"{architecture.vocab_size}; use the model's own tokenizer"
+        )
+    context = architecture.max_position_embeddings
+    longest_answer = max(len(tokenizer.encode(pair.answer)) + 1 for pair in [*pairs, *heldout_pairs])
+    answer_budget = r.answer_budget or longest_answer
+    # Prompt, rationale, a forced close token and the answer share the context.
+    room = context - r.rationale_budget - 1 - answer_budget
+    if room < 1:
+        raise UserError(
+            f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt in a "
+            f"context of {context}; lower --rationale-budget or --answer-budget, or raise --max-position-embeddings"
+        )
+    limits = dict(
+        max_prompt_tokens=min(room, d.max_prompt_tokens or room), answer_budget=answer_budget, overlong=d.overlong_prompts
+    )
+    train = encode_examples(pairs, tokenizer, **limits)
+    heldout = encode_examples(heldout_pairs, tokenizer, **limits) if heldout_pairs else None
+    return DataSets(
+        tokenizer,
+        train.examples,
+        heldout.examples if heldout else (),
+        train.overlong.count + (heldout.overlong.count if heldout else 0),
+        answer_budget,
+    )

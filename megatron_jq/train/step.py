@@ -1,0 +1,140 @@
+"""F4: the two passes of a step over Megatron-core's schedules: score (forward only) and train (forward and backward).
+
+Gradients are plain sums over micro-batches and replicas of -coefficient · ln p; the coefficients hold every denominator
+(docs/loss-scaling.md). So a sequence contributes the same wherever it lies.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_jq.model.build import unwrap
+from megatron_jq.model.rows import Rows, pack_sequences
+from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.records import Coefficients, Sequence
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How sequences are cut into micro-batches. temperature and top_p are those the tokens were sampled with."""
+
+    micro_batch_size: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    tempered_answers: bool = False  # the answers were sampled along with the rationales (GRPO, RLOO)
+    sequence_multiple: int = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-likelihoods of the step's table, float64 [B, M], alike on every rank; NaN where no sequence came in."""
+
+    log_rationale_BM: torch.Tensor
+    log_answer_BM: torch.Tensor
+
+    @property
+    def present_BM(self) -> torch.Tensor:
+        return ~self.log_answer_BM.isnan()
+
+
+def score(
+    model: torch.nn.Module,
+    sequences: list[Sequence],
+    shape: tuple[int, int],
+    runtime: Runtime,
+    options: BatchOptions,
+    *,
+    with_rationale: bool = False,
+) -> Scores:
+    """ln p(y|x,z) of every sequence (and ln p(z|x) with_rationale, else 0), completed over all ranks.
+
+    sequences: this replica's. shape: (B, M). No power is taken here: partial sums over the vocabulary meet in the head,
+    the last stage's table goes to all stages, and replicas' parts are summed, before q enters.
+    """
+    with torch.no_grad():
+        tables = _run(model, sequences, runtime, options, with_rationale=with_rationale, coefficients=None)
+    return _complete(tables, sequences, shape, runtime)
+
+
+def train(
+    model: torch.nn.Module,
+    sequences: list[Sequence],
+    coefficients: Coefficients,
+    runtime: Runtime,
+    options: BatchOptions,
+) -> Scores:
+    """Accumulate the gradient of the surrogate loss into the model's gradient buffers, reduced over replicas.
+
+    Returns the log-likelihoods of the trained pass. Sequences whose two coefficients are zero are left out: they have no
+    gradient. A replica without sequences takes part in the reductions with zeros.
+    """
+    kept = [s for s in sequences if _pair(coefficients, s) != (0.0, 0.0)]
+    tables = _run(model, kept, runtime, options, with_rationale=True, coefficients=coefficients)
+    return _complete(tables, kept, coefficients.answer_BM.shape, runtime)
+
+
+def _pair(coefficients: Coefficients, sequence: Sequence) -> tuple[float, float]:
+    cell = sequence.prompt_slot, sequence.rationale_slot
+    return coefficients.rationale_BM[cell].item(), coefficients.answer_BM[cell].item()
+
+
+def _run(model, sequences, runtime, options, *, with_rationale, coefficients) -> list[torch.Tensor]:
+    """All micro-batches through Megatron-core's schedule; the last stage's [n, 2] tables, in order of the sequences."""
+    size = options.micro_batch_size
+    batches = [sequences[i : i + size] for i in range(0, len(sequences), size)] or [[]]
+    config = unwrap(model).config
+
+    def rows_of(batch: list[Sequence]) -> Rows:
+        return pack_sequences(
+            batch,
+            device=runtime.device,
+            with_rationale=with_rationale,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            tempered_answers=options.tempered_answers,
+            row_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+            sequence_multiple=options.sequence_multiple,
+        )
+
+    def forward_step(iterator, stage_model):
+        batch = next(iterator)
+        with runtime.native():
+            output = stage_model(rows_of(batch))
+
+        def loss_function(table_n2: torch.Tensor):
+            if coefficients is None:
+                return table_n2.sum(), torch.zeros([], dtype=torch.int, device=runtime.device), table_n2
+            pairs = [_pair(coefficients, sequence) for sequence in batch]
+            weight_n2 = torch.tensor(pairs, dtype=torch.float64, device=runtime.device).view(-1, 2)
+            count = torch.zeros([], dtype=torch.int, device=runtime.device)  # Megatron-core's own divisor: not used
+            return -(weight_n2 * table_n2).sum(), count, table_n2.detach()
+
+        return output, loss_function
+
+    with runtime.megatron():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[model],
+            num_microbatches=len(batches),
+            seq_length=1,  # not used: lengths vary and stages exchange them
+            micro_batch_size=1,
+            forward_only=coefficients is None,
+        )
+
+
+def _complete(tables: list[torch.Tensor], sequences: list[Sequence], shape, runtime: Runtime) -> Scores:
+    """The whole [B, M] table on every rank: one broadcast over stages, one all-reduce over replicas."""
+    whole = torch.zeros(*shape, 3, dtype=torch.float64, device=runtime.device)  # ln p(z|x), ln p(y|x,z), is here
+    if sequences and runtime.groups.is_last_stage:
+        prompt = torch.tensor([s.prompt_slot for s in sequences], device=runtime.device)
+        rationale = torch.tensor([s.rationale_slot for s in sequences], device=runtime.device)
+        whole[prompt, rationale, :2] = torch.cat(tables).double()
+        whole[prompt, rationale, 2] = 1.0
+    runtime.groups.from_last_stage(whole)
+    runtime.groups.sum_over_replicas(whole)
+    absent = whole[..., 2] == 0
+    assert not (whole[..., 2] > 1).any(), "a slot was scored by two replicas"
+    whole = whole.masked_fill(absent[..., None], float("nan"))
+    return Scores(whole[..., 0].cpu(), whole[..., 1].cpu())

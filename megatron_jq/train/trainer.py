@@ -1,0 +1,308 @@
+"""F4: the training loop. A step: sample prompts, roll out, score, coefficients, train, record (DESIGN: How the data flows)."""
+
+import json
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_jq.config import Config
+from megatron_jq.config_validate import Derived, derive
+from megatron_jq.data.sampler import PromptSampler
+from megatron_jq.errors import RunFailure
+from megatron_jq.evaluate import Evaluation, answer_matches, evaluate
+from megatron_jq.model.build import BuildOptions, build_policy, wrap_for_training
+from megatron_jq.objective.garl import effective_reward_max
+from megatron_jq.objective.metrics import effective_sample_size
+from megatron_jq.objective.schedule import QSchedule, q_at
+from megatron_jq.objective.tsallis import log_mean_weight
+from megatron_jq.parallel import runtime as runtime_module
+from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
+from megatron_jq.records import Coefficients, Example, Rollout, Sequence, StepMetrics
+from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
+from megatron_jq.rollout.megatron import MegatronEngine
+from megatron_jq.train import step as passes
+from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
+from megatron_jq.train.recorder import Recorder
+from megatron_jq.train.setup import DataSets, claim_run_directory, prepare_data, together
+
+#: Evaluation draws from streams of its own, away from those of training steps.
+_EVALUATION_SEED_OFFSET = 1_000_003
+
+
+def run_training(config: Config) -> int:
+    """Train to --train-iters and evaluate. Returns the exit code. UserError before work starts on any bad input."""
+    derived = derive(config, runtime_module.world_size_from_environment())
+    runtime = runtime_module.start(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+        seed=config.training.seed,
+        device=config.parallel.device,
+    )
+    run_dir = Path(config.training.run_dir)
+    together(runtime, lambda: claim_run_directory(run_dir, config), main_only=True)
+    data = prepare_data(config, derived.architecture, runtime, run_dir)
+    Trainer(config, derived, data, runtime).run()
+    runtime_module.stop()
+    return 0
+
+
+class Trainer:
+    """One process of a run. `run` reads like the algorithm; every tensor-sized decision lies in the rooms below."""
+
+    def __init__(self, config: Config, derived: Derived, data: DataSets, runtime: Runtime):
+        self.config, self.data, self.runtime = config, data, runtime
+        c, o, r = config.training, config.objective, config.rollout
+        self.sampler = PromptSampler(len(data.train), r.prompts_per_step, c.seed)
+        options = build_options(config, derived.architecture.vocab_size or data.tokenizer.vocab_size)
+        self.policy = build_policy(derived.architecture, options, runtime)
+        self.model = wrap_for_training(self.policy, options, runtime)
+        self.optimizer = build_optimizer(self.model, config, runtime)
+        self.schedule = build_schedule(self.optimizer, config)
+        self.engine = MegatronEngine(self.policy, runtime, max_rows=r.rollout_batch_size)
+        self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, c.seed)
+        constant = o.q_schedule == "constant"
+        self.q_schedule = QSchedule(
+            o.q_schedule, o.q, None if constant else o.q_final, None if constant else derived.q_schedule_iters
+        )
+        self.score_options = passes.BatchOptions(
+            micro_batch_size=c.micro_batch_size,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            sequence_multiple=c.pad_sequences_to_multiple_of,
+        )
+        self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
+        self.recorder = None
+        if runtime.is_main:
+            self.recorder = Recorder(
+                Path(c.run_dir), total_steps=c.train_iters, log_interval=c.log_interval, tensorboard=c.tensorboard
+            )
+
+    def run(self) -> None:
+        if self.recorder is not None:
+            self.recorder.say(self._opening_line())
+        for step in range(self.config.training.train_iters):
+            metrics = self.step(step)
+            if self.data.heldout and self._evaluation_due(step):
+                metrics = replace(metrics, eval_exact_match=self.evaluate(step).exact_match)
+            if self.recorder is not None:
+                self.recorder.record(metrics)
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def step(self, step: int) -> StepMetrics:
+        """prompts → rollouts → scores → coefficients → gradient → update. Alike on every rank."""
+        began = time.monotonic()
+        q = q_at(step, self.q_schedule)
+        prompts = [self.data.train[i] for i in self.sampler.batch(step)]
+        rollouts = self.engine.generate(self._requests(prompts), self._sampling(step))
+        rolled = time.monotonic()
+
+        gold = [self._sequence(rollout, prompts, gold=True) for rollout in rollouts if rollout.valid]
+        shape = (len(prompts), self.config.rollout.num_rationales)
+        scores = passes.score(self.model, gold, shape, self.runtime, self.score_options)
+        log_w_BM, valid_BM = scores.log_answer_BM, scores.present_BM
+        reward_BM = self._rewards(rollouts, prompts, shape) if self.estimator.samples_answers else torch.zeros(shape)
+        self._check(step, prompts, gold, "ln p(y*|x,z)", log_w_BM[valid_BM])
+        scored = time.monotonic()
+
+        coefficients = self.estimator.coefficients(log_w_BM, reward_BM, valid_BM, q=q, step=step)
+        self._check(step, prompts, gold, "coefficient of ln p(z|x)", coefficients.rationale_BM)
+        self._check(step, prompts, gold, "coefficient of ln p(y|x,z)", coefficients.answer_BM)
+        sequences = gold
+        if self.estimator.samples_answers:
+            sequences = [self._sequence(rollout, prompts, gold=False) for rollout in rollouts if rollout.valid]
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        trained = passes.train(self.model, sequences, coefficients, self.runtime, self.train_options)
+        grad_norm = self._update(step, prompts, sequences, trained)
+        ended = time.monotonic()
+
+        if self._samples_due(step) and self.recorder is not None:
+            self._show_sample(step, prompts, rollouts, log_w_BM)
+        return self._metrics(
+            step, q, rollouts, sequences, log_w_BM, reward_BM, valid_BM, coefficients, trained, grad_norm,
+            (rolled - began, scored - rolled, ended - scored),
+        )  # fmt: skip
+
+    def evaluate(self, step: int) -> Evaluation:
+        """Exact match on the held-out examples with the current weights."""
+        t = self.config.training
+        options = replace(
+            self._sampling(step),
+            answer_budget=self.data.answer_budget,
+            temperature=t.eval_temperature,
+            top_p=1.0,
+            seed=t.seed + _EVALUATION_SEED_OFFSET,
+        )
+        return evaluate(
+            self.engine, list(self.data.heldout), self.data.tokenizer, self.runtime, options, num_samples=t.eval_samples
+        )
+
+    def _requests(self, prompts: list[Example]) -> list[RolloutRequest]:
+        dp = self.runtime.groups.dp
+        share = share_of_replica(len(prompts), self.config.rollout.num_rationales, dp.rank(), dp.size())
+        return [RolloutRequest(b, prompts[b].prompt_ids, slots) for b, slots in share]
+
+    def _sampling(self, step: int) -> SamplingOptions:
+        r = self.config.rollout
+        return SamplingOptions(
+            rationale_budget=r.rationale_budget,
+            answer_budget=self.data.answer_budget if self.estimator.samples_answers else 0,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            close_id=self.data.tokenizer.think_close_id,
+            eos_id=self.data.tokenizer.eos_id,
+            seed=self.config.training.seed,
+            step=step,
+        )
+
+    def _sequence(self, rollout: Rollout, prompts: list[Example], *, gold: bool) -> Sequence:
+        example = prompts[rollout.prompt_slot]
+        return Sequence(
+            rollout.prompt_slot,
+            rollout.rationale_slot,
+            example.prompt_ids,
+            rollout.rationale_ids,
+            rollout.num_sampled,
+            example.answer_ids if gold else rollout.answer_ids,
+        )
+
+    def _rewards(self, rollouts: list[Rollout], prompts: list[Example], shape: tuple[int, int]) -> torch.Tensor:
+        """1 where the sampled answer matches the gold one, [B, M] float64, completed over replicas."""
+        reward_BM = torch.zeros(shape, dtype=torch.float64, device=self.runtime.device)
+        for r in rollouts:
+            if answer_matches(r.answer_ids, prompts[r.prompt_slot], self.data.tokenizer):
+                reward_BM[r.prompt_slot, r.rationale_slot] = 1.0
+        return self.runtime.groups.sum_over_replicas(reward_BM).cpu()
+
+    def _update(self, step: int, prompts: list[Example], sequences: list[Sequence], trained: passes.Scores) -> float:
+        """Check the loss's inputs and the gradient, then let the optimizer step. Returns the norm before clipping."""
+        present_BM = trained.present_BM
+        self._check(step, prompts, sequences, "ln p(z|x)", trained.log_rationale_BM[present_BM])
+        self._check(step, prompts, sequences, "ln p(y|x,z)", trained.log_answer_BM[present_BM])
+        with self.runtime.megatron():
+            self.optimizer.prepare_grads()
+            grad_norm = torch.tensor(float(self.optimizer.get_grad_norm()))
+            if not torch.isfinite(grad_norm):
+                names = [None] * self.runtime.world_size
+                dist.all_gather_object(names, first_nonfinite_parameter(self.model))
+                first = next((name for name in names if name is not None), "norm alone")
+                self._check(step, prompts, sequences, f"gradient ({first})", grad_norm)
+            self.schedule.step(increment=1)
+            self.optimizer.step()
+        return grad_norm.item()
+
+    def _check(self, step, prompts, sequences: list[Sequence], what: str, values: torch.Tensor) -> None:
+        """Stop the run on every rank when `values` (alike on all ranks) are not finite; rank 0 keeps the batch."""
+        if torch.isfinite(values).all():
+            return
+        kept: list[list[Sequence]] = [[]] * self.runtime.world_size
+        dist.all_gather_object(kept, sequences)
+        path = Path(self.config.training.run_dir) / f"nonfinite_step_{step:07d}.json"
+        if self.runtime.is_main:
+            unique = {(s.prompt_slot, s.rationale_slot): s for batch in kept for s in batch}
+            batch = {
+                "step": step,
+                "quantity": what,
+                "prompts": [{"index": p.index, "prompt": p.prompt_text, "answer": p.answer_text} for p in prompts],
+                "sequences": [vars(unique[slot]) for slot in sorted(unique)],
+            }
+            path.write_text(json.dumps(batch), encoding="utf-8")
+        ids = [p.index for p in prompts]
+        raise RunFailure(f"step {step}: {what} is not finite; prompts {ids}; the batch is in {path}")
+
+    def _metrics(
+        self, step, q, rollouts, sequences, log_w_BM, reward_BM, valid_BM, coefficients: Coefficients, trained,
+        grad_norm, seconds,
+    ) -> StepMetrics:  # fmt: skip
+        """Figures over the whole step, every replica's part included."""
+        kept_B = valid_BM.sum(dim=1) >= self.estimator.minimum_rationales
+        log_p_B = log_mean_weight(torch.where(valid_BM, log_w_BM, 0.0), valid_BM)[kept_B]
+        kept_w_BM, kept_BM = torch.where(valid_BM, log_w_BM, 0.0)[kept_B], valid_BM[kept_B]
+        present_BM = trained.present_BM
+        trained_BM = [torch.where(present_BM, x, 0.0) for x in (trained.log_rationale_BM, trained.log_answer_BM)]
+        loss = -(coefficients.rationale_BM * trained_BM[0] + coefficients.answer_BM * trained_BM[1]).sum()
+        valid = [r for r in rollouts if r.valid]
+        trained_here = [s for s in sequences if present_BM[s.prompt_slot, s.rationale_slot]]
+        counts = [len(valid), sum(len(r.rationale_ids) for r in valid), sum(r.forced for r in valid)]
+        counts.append(sum(len(s) for s in trained_here))
+        counts = torch.tensor(counts, dtype=torch.float64, device=self.runtime.device)
+        count, tokens, forced, trained_tokens = self.runtime.groups.sum_over_replicas(counts).tolist()
+        drawn_BM = torch.full(present_BM.shape, float("nan"), dtype=torch.float64)
+        for r in valid:
+            drawn_BM[r.prompt_slot, r.rationale_slot] = r.log_prob
+        gap_BM = (drawn_BM - trained.log_rationale_BM).abs().nan_to_num(0.0)
+        mismatch = gap_BM.max().to(self.runtime.device)
+        dist.all_reduce(mismatch, op=dist.ReduceOp.MAX, group=self.runtime.groups.dp)
+        return StepMetrics(
+            step=step,
+            q=q,
+            loss=loss.item(),
+            log_p_mean=log_p_B.mean().item(),
+            p_mean=log_p_B.exp().mean().item(),
+            effective_reward_max=effective_reward_max(kept_w_BM, q, valid_BM=kept_BM).max().item() if kept_B.any() else 0.0,
+            ess_mean=effective_sample_size(kept_w_BM, kept_BM).mean().item(),
+            grad_norm=grad_norm,
+            lr=learning_rate(self.optimizer),
+            num_rationales_valid=int(count),
+            rationale_tokens_mean=tokens / max(count, 1),
+            forced_fraction=forced / max(count, 1),
+            tokens_trained=int(trained_tokens),
+            seconds_rollout=seconds[0],
+            seconds_score=seconds[1],
+            seconds_train=seconds[2],
+            peak_memory_bytes=peak_memory_bytes(self.runtime),
+            log_prob_mismatch_max=mismatch.item() if present_BM.any() else None,
+            reward_mean=reward_BM[valid_BM].mean().item() if self.estimator.samples_answers else None,
+        )
+
+    def _show_sample(self, step: int, prompts: list[Example], rollouts: list[Rollout], log_w_BM: torch.Tensor) -> None:
+        first, decode = rollouts[0], self.data.tokenizer.decode
+        example = prompts[first.prompt_slot]
+        self.recorder.sample(
+            step,
+            example.prompt_text,
+            decode(list(first.rationale_ids[: first.num_sampled])),
+            first.forced,
+            example.answer_text,
+            decode(list(first.answer_ids)) if first.answer_ids else "(none sampled)",
+            log_w_BM[first.prompt_slot, first.rationale_slot].item(),
+        )
+
+    def _samples_due(self, step: int) -> bool:
+        interval = self.config.training.sample_interval
+        return interval > 0 and step % interval == 0
+
+    def _evaluation_due(self, step: int) -> bool:
+        t = self.config.training
+        return step + 1 == t.train_iters or (t.eval_interval > 0 and (step + 1) % t.eval_interval == 0)
+
+    def _opening_line(self) -> str:
+        o, r, g = self.config.objective, self.config.rollout, self.runtime.groups
+        dropped = f", {self.data.dropped} overlong examples dropped" if self.data.dropped else ""
+        return (
+            f"{o.estimator} q={o.q} | {len(self.data.train)} training and {len(self.data.heldout)} held-out examples{dropped} | "
+            f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step | "
+            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()} on {self.runtime.device.type} | {self.config.training.run_dir}"
+        )
+
+
+def build_options(config: Config, vocab_size: int) -> BuildOptions:
+    """The model room's options out of the configuration."""
+    m, p = config.model, config.parallel
+    return BuildOptions(
+        vocab_size=vocab_size,
+        make_vocab_size_divisible_by=m.make_vocab_size_divisible_by,
+        params_dtype=torch.bfloat16 if m.bf16 else torch.float32,
+        sequence_parallel=p.sequence_parallel,
+        use_distributed_optimizer=p.use_distributed_optimizer,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        transformer_impl=p.transformer_impl,
+        seed=config.training.seed,
+    )

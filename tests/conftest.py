@@ -1,0 +1,22 @@
+"""Settings that every test shares."""
+
+import os
+
+import hypothesis
+import pytest
+
+# The same examples every time, and no deadline: the suite must not depend on how busy the machine is.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where there is a CUDA device; elsewhere they are reported as skipped, with this reason."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch  # seconds: only for suites that hold such tests
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))

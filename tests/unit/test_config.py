@@ -1,0 +1,301 @@
+"""Settings: layering, strictness, round trips, and what validate refuses."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_jq.architecture import PRESETS, architecture_to_toml
+from megatron_jq.cli.main import main
+from megatron_jq.config import SETTINGS, Config, load_toml, parse_args, to_argv, to_toml
+from megatron_jq.config_validate import AT_LEAST, derive, validate
+from megatron_jq.errors import UserError
+
+
+def test_every_setting_has_one_flag_and_the_defaults_of_the_interface():
+    names = [f.name for g in dataclasses.fields(Config) for f in dataclasses.fields(g.type)]
+    assert len(names) == len(set(names)) == len(SETTINGS)
+    config = parse_args([])
+    assert config == Config()
+    assert (config.objective.estimator, config.objective.q, config.rollout.num_rationales) == ("garl", 0.75, 8)
+    assert (config.training.train_iters, config.optimizer.lr, config.model.params_dtype) == (100, 1e-3, "float32")
+
+
+def test_every_setting_that_may_be_none_is_none_by_default():
+    """TOML cannot write None, so a file that lacks the key must mean it."""
+    for name, (group, kind) in SETTINGS.items():
+        default = getattr(getattr(Config(), group), name)
+        assert (type(None) in typing.get_args(kind)) == (default is None), name
+
+
+def test_bounds_name_real_settings():
+    assert {name for names in AT_LEAST.values() for name in names} <= set(SETTINGS)
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('lr = 2\nnum-rationales = 4\n[objective]\nq = 0.25\nestimator = "paft"\n[training]\nseed = 7\n')
+    config = parse_args(["--q", "1.0", "--config", str(path), "--seed=9"])
+    assert (config.objective.q, config.training.seed) == (1.0, 9)  # flags
+    assert (config.objective.estimator, config.rollout.num_rationales) == ("paft", 4)  # file
+    assert config.optimizer.lr == 2.0 and isinstance(config.optimizer.lr, float)
+    assert config.data == Config().data  # defaults
+
+
+def test_switches_and_spellings():
+    config = parse_args(["--sequence_parallel", "--no-tensorboard", "--untie-embeddings-and-output-weights"])
+    assert config.parallel.sequence_parallel and not config.training.tensorboard
+    assert config.model.untie_embeddings_and_output_weights is True
+    assert parse_args(["--no-untie-embeddings-and-output-weights"]).model.untie_embeddings_and_output_weights is False
+    assert parse_args(["--q", "0.1", "--q", "0.2"]).objective.q == 0.2
+    assert parse_args(["--run-dir=--x_y=z", "--prompt-field", "-p q"]).training.run_dir == "--x_y=z"
+    assert parse_args(["--num-layers", "3", "--num-layers", "None"]).model.num_layers is None
+
+
+# Any text that the system can pass as an argument; surrogates stand for bytes that are no text. "None" is the word for
+# a setting without a value.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12).filter("None".__ne__)
+VALUES = {
+    bool: st.booleans(),
+    int: st.integers(-(10**20), 10**20),
+    float: st.floats(allow_nan=False),
+    str: TEXTS,
+    type(None): st.none(),
+}
+
+
+def _values(kind) -> st.SearchStrategy:
+    if typing.get_origin(kind) is Literal:
+        return st.sampled_from(typing.get_args(kind))
+    return VALUES[kind] if kind in VALUES else st.one_of(*(_values(option) for option in typing.get_args(kind)))
+
+
+@st.composite
+def configs(draw) -> Config:
+    groups = {}
+    for group in dataclasses.fields(Config):
+        changed = draw(st.sets(st.sampled_from([f.name for f in dataclasses.fields(group.type)])))
+        groups[group.name] = group.type(**{name: draw(_values(SETTINGS[name][1])) for name in sorted(changed)})
+    return Config(**groups)
+
+
+@given(configs())
+def test_command_line_round_trip(config):
+    assert parse_args(to_argv(config)) == config
+
+
+@given(configs())
+def test_toml_round_trip(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("toml") / "config.toml"
+    path.write_bytes(to_toml(config).encode())
+    assert load_toml(path) == config
+
+
+@given(st.lists(st.one_of(TEXTS, st.sampled_from([f"--{n.replace('_', '-')}" for n in SETTINGS])), max_size=4))
+def test_any_argument_list_parses_or_is_a_user_error(argv):
+    if {"-h", "--help"} & set(argv):
+        return
+    try:
+        config = parse_args(argv)
+    except UserError as error:
+        assert str(error).strip()
+    else:
+        assert parse_args(to_argv(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lrr", "3"], "unknown flag --lrr; did you mean --lr?"),
+        (["--num-rationale=3"], "unknown flag --num-rationale; did you mean --num-rationales?"),
+        (["--tensor-parallel-size", "2"], "did you mean --tensor-model-parallel-size?"),
+        (["--tyro-print-completion", "bash"], "unknown flag --tyro-print-completion"),
+        (["q", "1"], "unexpected argument 'q'"),
+        (["--lr"], "--lr: a value must follow"),
+        (["--run-dir", "--q", "1"], "--run-dir: a value must follow"),
+        (["--lr", "fast"], "--lr fast: expected a number"),
+        (["--num-layers", "1.5"], "--num-layers 1.5: expected a whole number"),
+        (["--q", "1", "--estimator", "gral"], "--estimator gral: expected one of garl, paft, grpo, rloo, maxrl"),
+        (["--bf16=true"], "write --bf16 or --no-bf16"),
+        (["--config", "a.toml", "--config", "b.toml"], "--config is given twice"),
+        (["--config", "no/such.toml"], "cannot read no/such.toml: No such file"),
+    ],
+)
+def test_bad_command_lines_name_the_flag_and_the_fix(argv, message):
+    with pytest.raises(UserError) as raised:
+        parse_args(argv)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lrr = 1", "unknown key lrr; did you mean lr?"),
+        ("[optimizer]\nclip-gard = 1.0", "unknown key clip_gard; did you mean clip_grad?"),
+        ("[optimiser]\nlr = 1.0", "unknown table [optimiser]; did you mean optimizer?"),
+        ("[rollout]\nlr = 1.0", "lr belongs in [optimizer], not in [rollout]"),
+        ("lr = 1\n[optimizer]\nlr = 1.0", "lr is given twice"),
+        ("lr = '1e-3'", "lr = '1e-3': expected a number"),
+        ("lr = true", "lr = True: expected a number"),
+        ("train_iters = 1.0", "train_iters = 1.0: expected a whole number"),
+        ("bf16 = 1", "bf16 = 1: expected true or false"),
+        ("q_schedule = 'cos'", "expected one of constant, step, linear, cosine"),
+        ("run_dir = ['a']", "run_dir = ['a']: expected text"),
+        ("lr = ", "is not valid TOML"),
+        ("[a\nb", "at line 1"),
+    ],
+)
+def test_bad_toml_names_the_file_the_key_and_the_fix(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_toml(path)
+    assert message in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "message"),
+    [
+        ("--q 1.5", 1, "--q must lie between 0 and 1, not 1.5"),
+        ("--q=-0.1", 1, "--q must lie between 0 and 1, not -0.1"),
+        ("--q nan", 1, "--q must be finite"),
+        ("--q-schedule linear --q-final 2", 1, "--q-final must lie between 0 and 1"),
+        ("--q-schedule cosine", 1, "--q-schedule cosine needs --q-final"),
+        ("--q-schedule step --q-final 0", 1, "needs --q-schedule-iters"),
+        ("--q-final 0", 1, "need --q-schedule step, linear or cosine"),
+        ("--num-rationales 1", 1, "--num-rationales must be at least 2 for --estimator garl"),
+        ("--num-rationales 1 --estimator rloo", 1, "--num-rationales must be at least 2"),
+        ("--num-rationales 1 --estimator grpo", 1, "--num-rationales must be at least 2"),
+        ("--num-rationales 1 --estimator maxrl", 1, "--num-rationales must be at least 2"),
+        ("--num-rationales 0 --estimator paft", 1, "--num-rationales must be at least 1"),
+        ("--num-resamples 4", 1, "--num-resamples is PAFT's"),
+        ("--tensor-model-parallel-size 2", 3, "3 process(es) cannot be cut into tensor x pipeline groups of 2 x 1 = 2"),
+        ("--tensor-model-parallel-size 2", 1, "1 process(es) cannot be cut"),
+        ("--tensor-model-parallel-size 8", 8, "8 does not divide num_attention_heads (4)"),
+        ("--tensor-model-parallel-size 4", 4, "4 does not divide num_query_groups (2)"),
+        ("--tensor-model-parallel-size 2 --ffn-hidden-size 33", 2, "2 does not divide ffn_hidden_size (33)"),
+        ("--pipeline-model-parallel-size 3", 3, "3 does not divide num_layers (2)"),
+        ("--prompts-per-step 3 --num-rationales 3", 2, "must be a multiple of the 2 data-parallel replicas"),
+        ("--tensor-model-parallel-size 0", 1, "--tensor-model-parallel-size must be at least 1"),
+        ("--sequence-parallel", 1, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
+        ("--rationale-budget 0", 1, "--rationale-budget must be at least 1"),
+        ("--answer-budget 0", 1, "--answer-budget must be at least 1"),
+        ("--rationale-budget 510", 1, "cannot hold a prompt of 1, a rationale of 510"),
+        ("--max-prompt-tokens 500", 1, "cannot hold a prompt of 500"),
+        ("--micro-batch-size 0", 1, "--micro-batch-size must be at least 1"),
+        ("--train-iters 0", 1, "--train-iters must be at least 1"),
+        ("--prompts-per-step 0", 1, "--prompts-per-step must be at least 1"),
+        ("--temperature 0", 1, "--temperature must be above 0"),
+        ("--top-p 0", 1, "--top-p must be above 0"),
+        ("--top-p 1.1", 1, "--top-p must lie between 0 and 1"),
+        ("--lr=-1", 1, "--lr must be at least 0"),
+        ("--lr 0.1 --min-lr 0.2", 1, "--min-lr (0.2) must not be above --lr (0.1)"),
+        ("--lr-decay-style cosine --lr-warmup-iters 100", 1, "--lr-warmup-iters (100) must be below"),
+        ("--num-attention-heads 6 --num-query-groups 4", 1, "must be a multiple of num_query_groups (4)"),
+        ("--kv-channels 15", 1, "kv_channels (15) must be even"),
+        ("--model tinny", 1, "did you mean tiny?"),
+        ("--model no/such/config.json", 1, "there is no file no/such/config.json"),
+        ("--tokenizer-type huggingface", 1, "needs --tokenizer-model"),
+        ("--eval-samples 16", 1, "needs --eval-temperature above 0"),
+        ("--run-dir=", 1, "--run-dir must not be empty"),
+    ],
+)
+def test_bad_values_name_the_flag_and_the_fix(argv, world_size, message):
+    config = parse_args(argv.split())
+    with pytest.raises(UserError) as raised:
+        validate(config, world_size)
+    assert message in str(raised.value)
+
+
+def test_all_problems_are_told_at_once():
+    config = parse_args("--q 2 --num-rationales 1 --train-iters 0 --pipeline-model-parallel-size 3".split())
+    with pytest.raises(UserError) as raised:
+        validate(config, 4)
+    assert [line.split()[0] for line in str(raised.value).splitlines()] == [
+        "--q",
+        "--train-iters",
+        "--num-rationales",
+        "--pipeline-model-parallel-size",
+        "4",
+    ]
+
+
+def test_an_unknown_number_of_processes_leaves_out_only_its_own_checks():
+    validate(parse_args(["--tensor-model-parallel-size", "2"]), None)
+    with pytest.raises(UserError, match="does not divide num_query_groups"):
+        validate(parse_args(["--tensor-model-parallel-size", "4"]), None)
+
+
+@pytest.mark.parametrize("argv", [[], ["--estimator", "paft", "--num-rationales", "1"], ["--q", "0"], ["--q", "1"]])
+def test_good_configurations_pass(argv):
+    validate(parse_args(argv), 1)
+
+
+def test_derived_values():
+    config = parse_args(
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --prompts-per-step 6 --num-rationales 4 "
+        "--estimator paft --q-schedule step --q-final 0 --q-schedule-iters 30 --bf16 --num-layers 4 "
+        "--untie-embeddings-and-output-weights".split()
+    )
+    derived = derive(config, 8)
+    assert (derived.data_parallel_size, derived.rationales_per_step, derived.rationales_per_replica) == (2, 24, 12)
+    assert (derived.num_resamples, derived.q_schedule_iters, derived.lr_decay_iters) == (4, 30, 100)
+    assert (derived.samples_answers, derived.params_dtype) == (False, "bfloat16")
+    expected = dataclasses.replace(PRESETS["tiny"], num_layers=4, tie_embeddings=False)
+    assert derived.architecture == expected
+    assert derive(parse_args(["--estimator", "grpo"]), 1).samples_answers
+
+
+def test_an_architecture_file_is_resolved_like_a_preset(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(architecture_to_toml(PRESETS["llama-3.2-1b"]))
+    assert derive(parse_args(["--model", str(path)]), 1).architecture == PRESETS["llama-3.2-1b"]
+
+
+def test_user_errors_become_one_line_each_with_the_rank_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["train", "--q", "2", "--train-iters", "0"]) == 2
+    assert capsys.readouterr().err == (
+        "megatron-jq: error: --q must lie between 0 and 1, not 2.0\n"
+        "megatron-jq: error: --train-iters must be at least 1, not 0\n"
+    )
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "[rank 3] megatron-jq: error: unknown command trian; did you mean train?\n"
+    assert main([]) == 2
+    assert "a command must follow" in capsys.readouterr().err
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "megatron-jq 0.1.0\n"
+    assert main(["--help"]) == 0
+    assert "megatron-jq train" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in shown for name in SETTINGS)
+    assert "--config FILE" in shown
+
+
+def test_the_command_line_imports_nothing_heavy():
+    code = (
+        "import json, sys\n"
+        "from megatron_jq.cli.main import main\n"
+        "main(['train', '--q', '2'])\n"
+        "print(json.dumps(sorted({'torch', 'megatron', 'matplotlib'} & set(sys.modules))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+    assert "--q must lie between 0 and 1" in done.stderr
