@@ -96,7 +96,7 @@ class DataConfig:
     overlong_prompts: Literal["error", "drop"] = "error"  # what to do with prompts that do not fit
     tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"  # kind of tokenizer-model
     tokenizer_model: str | None = None  # its file or folder; None: trained from the data into the run directory
-    tokenizer_vocab_size: int | None = None  # pieces of a tokenizer trained from the data; None: 1024, or a word each for builtin
+    tokenizer_vocab_size: int | None = None  # pieces to train a tokenizer to; None: 1024, or a builtin task's words
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ class Derived:
     world_size: int
     data_parallel_size: int  # replicas
     rationales_per_step: int  # B * M
-    rationales_per_replica: int
     num_resamples: int  # PAFT's K
     samples_answers: bool
     q_schedule_iters: int
@@ -58,7 +57,6 @@ def derive(config: Config, world_size: int) -> Derived:
         world_size=world_size,
         data_parallel_size=replicas,
         rationales_per_step=rationales,
-        rationales_per_replica=rationales // replicas,
         num_resamples=config.objective.num_resamples or config.rollout.num_rationales,
         samples_answers=config.objective.estimator in SAMPLES_ANSWERS,
         q_schedule_iters=config.objective.q_schedule_iters or config.training.train_iters,
@@ -165,13 +163,6 @@ def _layout_problems(config: Config, architecture: Architecture, world_size: int
             "multiple of that (torchrun --nproc-per-node), or change --tensor-model-parallel-size or "
             "--pipeline-model-parallel-size"
         )
-        return problems
-    replicas, rationales = world_size // (tp * pp), config.rollout.prompts_per_step * config.rollout.num_rationales
-    if rationales > 0 and rationales % replicas:
-        problems.append(
-            f"--prompts-per-step x --num-rationales ({rationales}) must be a multiple of the {replicas} data-parallel "
-            "replicas, which share them evenly"
-        )
     return problems
 
 
@@ -184,12 +175,9 @@ def _length_problems(config: Config, architecture: Architecture) -> list[str]:
             f"a rationale of {r.rationale_budget} (--rationale-budget), its close token and an answer of {answer}: "
             "lower the budget, or raise --max-position-embeddings"
         )
-    trains_tokenizer = d.tokenizer_type == "sentencepiece" and d.tokenizer_model is None
-    if trains_tokenizer and architecture.vocab_size is not None and d.tokenizer_vocab_size > architecture.vocab_size:
-        problems.append(
-            f"--tokenizer-vocab-size ({d.tokenizer_vocab_size}) must not be above the model's vocabulary "
-            f"({architecture.vocab_size})"
-        )
+    pieces, vocabulary = d.tokenizer_vocab_size, architecture.vocab_size
+    if pieces is not None and vocabulary is not None and pieces > vocabulary:
+        problems.append(f"--tokenizer-vocab-size ({pieces}) must not be above the model's vocabulary ({vocabulary})")
     if d.tokenizer_type == "huggingface" and d.tokenizer_model is None:
         problems.append("--tokenizer-type huggingface needs --tokenizer-model: a tokenizer.json, or a folder with one")
     return problems

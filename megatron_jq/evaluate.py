@@ -21,8 +21,12 @@ class Evaluation:
 
 
 def answer_matches(answer_ids: tuple[int, ...], example: Example, tokenizer: Tokenizer) -> bool:
-    """Exact match: the sampled answer ended by itself, and its text is the gold text, blanks at the ends aside."""
-    if not answer_ids or answer_ids[-1] != tokenizer.eos_id:
+    """Exact match: the sampled answer ended by itself, and its text is the gold text, blanks at the ends aside.
+
+    Control tokens leave no text, so an answer that holds one is refused before the texts are compared.
+    """
+    control = {tokenizer.eos_id, tokenizer.pad_id, tokenizer.think_open_id, tokenizer.think_close_id}
+    if not answer_ids or answer_ids[-1] != tokenizer.eos_id or not control.isdisjoint(answer_ids[:-1]):
         return False
     return tokenizer.decode(list(answer_ids[:-1])).strip() == example.answer_text.strip()
 

@@ -28,8 +28,9 @@ class Example:
 class Rollout:
     """One sampled rationale z of one prompt, and a sampled answer where an estimator asked for one.
 
-    rationale_ids end with the close token. Its first `num_sampled` ids were drawn from the policy; what follows (a close
-    token put there by force) carries no score-function weight. A Rollout that failed is `valid=False`: it leaves M.
+    rationale_ids end with the close token. Its first `num_sampled` ids were drawn from the policy; what follows (a
+    close token put there by force) carries no score-function weight. A Rollout that failed is `valid=False`: it leaves
+    M.
     """
 
     prompt_slot: int
@@ -79,7 +80,7 @@ class StepMetrics:
     """One line of metrics.jsonl. Names are fixed in DESIGN.md; None is written as null."""
 
     step: int
-    q: float
+    q: float | None  # None for estimators without one
     loss: float
     log_p_mean: float
     p_mean: float

@@ -1,7 +1,7 @@
 """F5: `megatron-jq COMMAND …`: parse, check, call, exit code.
 
-Exit codes: 0 done; 2 bad input, with `megatron-jq: error: …` on standard error; anything else is a fault of ours, with
-its traceback.
+Exit codes: 0 done; 2 bad input, 3 a run that had to stop, both with `megatron-jq: error: …` on standard error; anything
+else is a fault of ours, with its traceback.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from megatron_jq import __version__
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate
-from megatron_jq.errors import UserError
+from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.toml_files import did_you_mean
 
 USAGE = """\
@@ -27,12 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         ranked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
         prefix = f"[rank {os.environ['RANK']}] " if ranked else ""
         # One write: several ranks share the terminal, and lines of several writes would mix.
         sys.stderr.write("".join(f"{prefix}megatron-jq: error: {line}\n" for line in str(error).splitlines()))
-        return 2
+        return 3 if isinstance(error, RunFailure) else 2
 
 
 def _run(argv: list[str]) -> int:

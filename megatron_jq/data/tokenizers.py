@@ -87,8 +87,9 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """IndexError: an id beyond vocab_size, which a sampler must not give."""
-        return self._processor.decode([int(token) for token in ids])
+        """An id beyond vocab_size, which a model with more rows than pieces may sample, reads as the unknown piece."""
+        unknown = self._processor.unk_id()
+        return self._processor.decode([int(token) if token < self.vocab_size else unknown for token in ids])
 
     def save(self, path: str | Path) -> None:
         """The model file, byte for byte."""
@@ -206,7 +207,13 @@ class HuggingFaceTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids if i not in self._control_ids], skip_special_tokens=True)
+        """Ids without a token, which a model with more rows than tokens may sample, read as U+FFFD at the end.
+
+        The library would drop them, and a wrong answer could pass for a right one.
+        """
+        ids = [int(i) for i in ids if i not in self._control_ids]
+        unknown = sum(self._tokenizer.id_to_token(i) is None for i in ids)
+        return self._tokenizer.decode(ids, skip_special_tokens=True) + "\ufffd" * unknown
 
     def save(self, path: str | Path) -> None:
         """A folder with both files, byte for byte."""

@@ -39,8 +39,8 @@ class _Bucket:
 class CausalSegments(AttentionPlan):
     """Every token attends to itself and to what stands before it in its own segment (block-diagonal causal).
 
-    lengths: tokens of each segment; they fill the row from its start. Attention is computed bucket by bucket so that short
-    segments are not padded to the longest; equal lengths need no copy at all.
+    lengths: tokens of each segment; they fill the row from its start. Attention is computed bucket by bucket so that
+    short segments are not padded to the longest; equal lengths need no copy at all.
     """
 
     #: A bucket's shortest segment holds at least this share of its longest: bounds the padded work at 1/share^2.
@@ -96,8 +96,8 @@ def _causal(q_nShd: Tensor, k_nSgd: Tensor, v_nSgd: Tensor, scale: float) -> Ten
 class PlannedAttention(MegatronModule):
     """Core attention for Megatron-core's SelfAttention: shape handling here, everything else in the plan.
 
-    query [T, 1, h, d], key and value [T, 1, g, d] → [T, 1, h·d]. Raises AssertionError without a plan: that is a fault of
-    ours, never of the user's.
+    query [T, 1, h, d], key and value [T, 1, g, d] → [T, 1, h·d]. Raises AssertionError without a plan: that is a fault
+    of ours, never of the user's.
     """
 
     def __init__(

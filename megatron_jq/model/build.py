@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_jq.architecture import Architecture
+from megatron_jq.architecture import Architecture, padded_vocab_size
 from megatron_jq.errors import UserError
 from megatron_jq.model.attention import PlannedAttention
 from megatron_jq.model.initialise import initialise, mark_partitions
@@ -41,12 +41,6 @@ class BuildOptions:
     transformer_impl: str = "auto"  # auto | local | transformer_engine
     head_chunk_tokens: int = 1024
     seed: int = 1234
-
-
-def padded_vocab_size(vocab_size: int, divisor: int, tensor_model_parallel_size: int) -> int:
-    """Vocabulary rows after padding to a multiple of divisor · TP, as Megatron pads them."""
-    multiple = divisor * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def use_transformer_engine(choice: str, device: torch.device) -> bool:
@@ -150,7 +144,7 @@ def build_policy(architecture: Architecture, options: BuildOptions, runtime: Run
 
 
 def wrap_for_training(policy: Policy, options: BuildOptions, runtime: Runtime) -> DistributedDataParallel:
-    """Megatron-core's mixed-precision and data-parallel wrappers, with gradients as plain sums (docs/loss-scaling.md)."""
+    """Megatron-core's mixed-precision and data-parallel wrappers; gradients are plain sums (docs/loss-scaling.md)."""
     config = policy.config
     with runtime.megatron():
         module = Float16Module(config, policy) if config.bf16 else policy

@@ -1,8 +1,8 @@
 """F3: random initial weights that do not depend on the parallel layout.
 
 Megatron-core draws each shard from its rank's own stream, so TP2 or PP2 start from other weights than one process does.
-Here every parameter is drawn whole, from a generator seeded by (seed, global name), and the rank keeps its slice: runs at
-two layouts are the same run.
+Here every parameter is drawn whole, from a generator seeded by (seed, global name), and the rank keeps its slice: runs
+at two layouts are the same run.
 """
 
 import hashlib

@@ -7,8 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class LocalRMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm under the constructor that Megatron-core's specs call.
 
-    Its weight carries `sequence_parallel`, so that Megatron-core sums the weight's gradient over tensor-parallel ranks that
-    each saw a part of the sequence; Megatron-core's own WrappedTorchNorm refuses that case.
+    Its weight carries `sequence_parallel`, so that Megatron-core sums the weight's gradient over tensor-parallel ranks
+    that each saw a part of the sequence; Megatron-core's own WrappedTorchNorm refuses that case.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):

@@ -52,7 +52,8 @@ class Policy(GPTModel):
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            # The head's gradient is a share of the vocabulary on each rank: sum the shares while splitting the row again.
+            # The head's gradient is a share of the vocabulary on each rank: sum the shares while splitting the row
+            # again.
             hidden = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)

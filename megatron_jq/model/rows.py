@@ -17,8 +17,8 @@ RATIONALE, ANSWER = 0, 1  # columns of the head's [n, 2] table
 class ScoreHead:
     """Ask for ln p of given next tokens, summed into a [n, 2] table: column 0 ln p(z|x), column 1 ln p(y|x,z).
 
-    Forced tokens are absent: they were not sampled. Temperature and top-p, where given, are those of the distribution that
-    a token was drawn from; a gold answer was not drawn, and w is the policy's own p(y*|x,z).
+    Forced tokens are absent: they were not sampled. Temperature and top-p, where given, are those of the distribution
+    that a token was drawn from; a gold answer was not drawn, and w is the policy's own p(y*|x,z).
     """
 
     position_N: torch.Tensor  # row position that predicts the token
@@ -64,7 +64,8 @@ def pack_sequences(
 
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
     were sampled as the rationales were, so temperature and top_p hold for them too. row_multiple: the row's
-    length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every sequence's.
+    length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
+    sequence's.
     """
     tokens, positions, lengths = [], [], []
     where, targets, cells = [], [], []

@@ -95,8 +95,9 @@ def vocab_parallel_log_probs(
 ) -> torch.Tensor:
     """ln softmax(logits)[target] in nats, [T], differentiable in this rank's logits.
 
-    logits_TV: this rank's shard, any float dtype, left unchanged; computed in float32 (float64 stays). targets_T: global
-    ids, int64. Equals torch.log_softmax over the gathered vocabulary. Cost: two all-reduces, of T and of 2T numbers.
+    logits_TV: this rank's shard, any float dtype, left unchanged; computed in float32 (float64 stays). targets_T:
+    global ids, int64. Equals torch.log_softmax over the gathered vocabulary. Cost: two all-reduces, of T and of 2T
+    numbers.
     """
     return _VocabParallelLogProbs.apply(logits_TV, targets_T, group, vocab_size)
 
@@ -115,7 +116,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 threshold_T[part] = _threshold_with_target(logits, top_p, column_T[part], here_T[part], part, group)
                 logits.masked_fill_(logits < threshold_T[part, None], float("-inf"))
             partial.append(_partial_softmax(logits, column_T[part], here_T[part]))
-        normaliser_T, target_T = _merge_over_ranks(*(torch.cat(columns) for columns in zip(*partial)), group)
+        columns = (torch.cat(parts) for parts in zip(*partial, strict=True))
+        normaliser_T, target_T = _merge_over_ranks(*columns, group)
         ctx.save_for_backward(hidden_TH, weight_VH, column_T, here_T, normaliser_T, inverse_temperature_T, threshold_T)
         ctx.group, ctx.chunk, ctx.vocab_size = group, chunk, vocab_size
         return target_T - normaliser_T
@@ -161,10 +163,11 @@ def linear_log_probs(
     inverse_temperature_T: torch.Tensor | None = None,
     top_p_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """ln p[target] of softmax(hidden · weightᵀ · inverse temperature), in nats, [T]; logits live for one chunk at a time.
+    """ln p[target] of softmax(hidden · weightᵀ · inverse temperature), in nats, [T]; logits live for one chunk at a
+    time.
 
-    hidden_TH is alike on all ranks of the group; weight_VH is this rank's shard. Differentiable in both: the gradient of
-    hidden_TH is this rank's share and must be summed over the group by the caller's mapping (Megatron-core's
+    hidden_TH is alike on all ranks of the group; weight_VH is this rank's shard. Differentiable in both: the gradient
+    of hidden_TH is this rank's share and must be summed over the group by the caller's mapping (Megatron-core's
     copy_to / gather_from regions do so). With top_p_T the distribution is first cut to its nucleus, whose membership is
     a constant for the gradient; 1.0 keeps all tokens. Cost without top-p: two all-reduces whatever T and the chunk are.
     """
@@ -183,8 +186,8 @@ def _threshold_with_target(logits, top_p_T, column, here, part, group):
 def nucleus_threshold(logits_TV: torch.Tensor, top_p_T: torch.Tensor, group) -> torch.Tensor:
     """The smallest logit inside each row's nucleus, [T] float32: the highest t with P(logit >= t) >= top_p.
 
-    Exact: bisects over the 2^32 float32 values themselves, one all-reduce of T numbers a halving. Ties at the threshold are
-    all inside. Rows with top_p = 1 get -inf.
+    Exact: bisects over the 2^32 float32 values themselves, one all-reduce of T numbers a halving. Ties at the threshold
+    are all inside. Rows with top_p = 1 get -inf.
     """
     logits_TV = logits_TV.float()
     largest_T, sum_T, _ = _partial_softmax(

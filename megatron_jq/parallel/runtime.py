@@ -53,8 +53,8 @@ def start(
 ) -> Runtime:
     """Join the job and build its groups.
 
-    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`. Megatron-core's
-    random streams are seeded per tensor- and pipeline-parallel rank from `seed`, alike over data-parallel replicas.
+    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
+    Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas.
 
     Raises UserError when CUDA is asked for and absent.
     """
@@ -65,7 +65,8 @@ def start(
     if use_cuda:
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(local)
-        # One launch queue keeps compute and tensor-parallel collectives in the order that Megatron-core overlaps them in.
+        # One launch queue keeps compute and tensor-parallel collectives in the order that Megatron-core overlaps them
+        # in.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         local = torch.device("cpu")

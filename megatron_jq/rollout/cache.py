@@ -21,7 +21,8 @@ class WaveCache:
 
     def __init__(self, prompt_lengths: list[int], rows_per_prompt: list[int], device: torch.device):
         self.prompt_lengths = torch.tensor(prompt_lengths, device=device)
-        self.group_of_row = torch.arange(len(rows_per_prompt)).repeat_interleave(torch.tensor(rows_per_prompt)).to(device)
+        counts = torch.tensor(rows_per_prompt)
+        self.group_of_row = torch.arange(len(counts)).repeat_interleave(counts).to(device)
         self.length = 0
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [G, g, L, d]
         self.branch: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [N, g, R, d]
@@ -44,7 +45,8 @@ class WaveCache:
     def append(self, layer: int, k_Ngd: Tensor, v_Ngd: Tensor) -> tuple[Tensor, Tensor]:
         """Write each row's next token; returns the layer's keys and values so far, [N, g, length + 1, d]."""
         if layer not in self.branch:
-            self.branch[layer] = tuple(x[:, :, None].new_empty(len(x), x.shape[1], 0, x.shape[2]) for x in (k_Ngd, v_Ngd))
+            empty = k_Ngd.new_empty(k_Ngd.shape[0], k_Ngd.shape[1], 0, k_Ngd.shape[2])
+            self.branch[layer] = (empty, empty)
         if self.branch[layer][0].shape[2] == self.length:
             self.branch[layer] = tuple(torch.nn.functional.pad(x, (0, 0, 0, self.GROWTH)) for x in self.branch[layer])
         keys, values = self.branch[layer]

@@ -36,8 +36,8 @@ class RolloutEngine(Protocol):
     def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
         """One Rollout a slot, in the order of requests and slots, alike on every rank of a model-parallel group.
 
-        What a slot draws depends on the weights and (seed, step, prompt slot, rationale slot) alone, not on the layout, on
-        the replica, or on what else is in the batch. A slot that failed comes back with valid=False.
+        What a slot draws depends on the weights and (seed, step, prompt slot, rationale slot) alone, not on the layout,
+        on the replica, or on what else is in the batch. A slot that failed comes back with valid=False.
         """
         ...
 

@@ -1,7 +1,8 @@
 """F3: generation inside the training job, with the training weights, at any tensor- and pipeline-parallel layout.
 
-Each replica decodes its share in waves. A wave prefills every prompt once, then feeds one token a row and step. Ranks of a
-model-parallel group run the same bookkeeping on the same sampled ids; only hidden states and three numbers a row travel.
+Each replica decodes its share in waves. A wave prefills every prompt once, then feeds one token a row and step. Ranks
+of a model-parallel group run the same bookkeeping on the same sampled ids; only hidden states and three numbers a row
+travel.
 """
 
 from collections import deque
@@ -150,7 +151,7 @@ class MegatronEngine:
         return self.runtime.groups.tp.size() if self.policy.config.sequence_parallel else 1
 
     def _forward(self, tokens, positions, plan: AttentionPlan, drawing: torch.Tensor) -> torch.Tensor | None:
-        """One pass through all pipeline stages. Logits [N, V/tp] of the drawing positions on the last stage, else None."""
+        """One pass through all pipeline stages. Last stage: logits [N, V/tp] of `drawing`; others: None."""
         padding = [0] * (-len(tokens) % self._row_multiple)
         groups, config, device = self.runtime.groups, self.policy.config, self.runtime.device
         self.tokens_computed += len(tokens) + len(padding)
@@ -184,5 +185,5 @@ class MegatronEngine:
             )
             drawn[0], drawn[1] = ids, log_probs
         ids, log_probs = groups.from_last_stage(drawn).tolist()
-        for i, token, log_prob in zip(drawing, ids, log_probs):
+        for i, token, log_prob in zip(drawing, ids, log_probs, strict=True):
             rows[i].accept(int(token), log_prob, options)

@@ -1,7 +1,7 @@
 """F3: draw next tokens from vocabulary-parallel logits, reproducibly at any layout.
 
-A token is drawn by inverting the cumulative distribution at one uniform number. Ranks exchange the mass of their shard and
-the chosen id, never the vocabulary. The uniforms come from a counter-based generator keyed by (seed, step, prompt,
+A token is drawn by inverting the cumulative distribution at one uniform number. Ranks exchange the mass of their shard
+and the chosen id, never the vocabulary. The uniforms come from a counter-based generator keyed by (seed, step, prompt,
 rationale), so every rank makes the same ones without communication.
 """
 
@@ -16,7 +16,7 @@ _WORKSPACE_ELEMENTS = 16_000_000
 
 
 class UniformStream:
-    """Uniform numbers in [0, 1) of one rationale, by draw number, from Philox keyed by (seed, step, prompt, rationale)."""
+    """Uniforms in [0, 1) of one rationale, by draw number, from Philox keyed by (seed, step, prompt, rationale)."""
 
     BLOCK = 64
 
@@ -36,8 +36,8 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [N] int64 and their ln p [N] float64 under the distribution they were drawn from, alike on all ranks.
 
-    logits_NV: this rank's shard, float32, padding already at -inf. uniform_N: float64, alike on all ranks. temperature 0
-    takes the largest logit, the lowest id among equals, and gives ln p at temperature 1. Cost: three all-reduces or
+    logits_NV: this rank's shard, float32, padding already at -inf. uniform_N: float64, alike on all ranks. temperature
+    0 takes the largest logit, the lowest id among equals, and gives ln p at temperature 1. Cost: three all-reduces or
     all-gathers of N numbers (one more a bit of the float32 range with top-p).
     """
     rows = max(1, _WORKSPACE_ELEMENTS // logits_NV.shape[1])
@@ -65,7 +65,8 @@ def _sample_rows(logits_NV, uniform_N, temperature, top_p, group):
     if temperature > 0:
         edge_RN = (mass_RN - total_N).exp().cumsum(dim=0)
         owner_N = (edge_RN <= uniform_N).sum(dim=0).clamp(max=size - 1)
-        # Rounding may leave the last edge below the uniform, or the owner without mass: step back to a shard that has some.
+        # Rounding may leave the last edge below the uniform, or the owner without mass: step back to a shard that has
+        # some.
         has_mass_RN = mass_RN > float("-inf")
         rank_R1 = torch.arange(size, device=owner_N.device)[:, None]
         owner_N = torch.where(has_mass_RN & (rank_R1 <= owner_N), rank_R1, -1).amax(dim=0)

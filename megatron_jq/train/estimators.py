@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_jq.config_validate import LEAVE_ONE_OUT, SAMPLES_ANSWERS
 from megatron_jq.objective.baselines import grpo_coefficients, maxrl_coefficients, rloo_coefficients
-from megatron_jq.objective.garl import garl_coefficients
+from megatron_jq.objective.garl import effective_reward_max, garl_coefficients
 from megatron_jq.objective.paft import paft_coefficients
 from megatron_jq.objective.tsallis import prompt_mean_scale
 from megatron_jq.records import Coefficients
@@ -25,24 +26,27 @@ class Estimator:
     @property
     def samples_answers(self) -> bool:
         """Whether the trained answer is a sampled one with a reward (GRPO, RLOO, MaxRL) rather than the gold one."""
-        return self.name in _BASELINES
+        return self.name in SAMPLES_ANSWERS
+
+    @property
+    def uses_q(self) -> bool:
+        return not self.samples_answers
 
     @property
     def minimum_rationales(self) -> int:
-        """Fewest valid rationales with which a prompt stays in the batch: leave-one-out and group baselines need two."""
-        return 1 if self.name == "paft" else 2
+        """Fewest valid rationales with which a prompt stays: leave-one-out and group baselines need two."""
+        return 2 if self.name in LEAVE_ONE_OUT else 1
 
     def coefficients(
         self, log_w_BM: torch.Tensor, reward_BM: torch.Tensor, valid_BM: torch.Tensor, *, q: float, step: int
     ) -> Coefficients:
         """Constants divided by B and M_b (or K), a pure function of its arguments, so alike on every rank.
 
-        log_w_BM: ln p(y*|x,z), [B, M], nats, the whole step's table. reward_BM: 1 where the sampled answer matches; read
-        by GRPO, RLOO and MaxRL alone. PAFT draws from a generator seeded by (seed, step).
+        log_w_BM: ln p(y*|x,z), [B, M], nats, the whole step's table. reward_BM: 1 where the sampled answer matches;
+        read by GRPO, RLOO and MaxRL alone. PAFT draws from a generator seeded by (seed, step).
         """
         resamples = self.num_resamples if self.name == "paft" else None
         scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
-        log_w_BM = torch.where(valid_BM, log_w_BM, 0.0)  # the mask decides; NaN marks an absent entry on the way here
         if self.name == "paft":
             generator = torch.Generator().manual_seed((self.seed << 20) + step)
             joint_BM = paft_coefficients(
@@ -54,3 +58,15 @@ class Estimator:
         else:
             rationale_BM, answer_BM = _BASELINES[self.name](reward_BM, valid_BM)
         return Coefficients(rationale_BM * scale_B1, answer_BM * scale_B1)
+
+    def effective_reward_max(
+        self, log_w_BM: torch.Tensor, coefficients: Coefficients, valid_BM: torch.Tensor, q: float
+    ) -> float:
+        """The largest factor on a rationale's score: max c_m / M^q for GARL (Figure 3), its like for the others."""
+        if not valid_BM.any():
+            return 0.0
+        if self.name == "garl":
+            return effective_reward_max(log_w_BM, q, valid_BM).max().item()
+        scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales)[:, None]
+        factor_BM = (coefficients.rationale_BM / scale_B1).nan_to_num(0.0)  # 0 / 0: a prompt that left the batch
+        return factor_BM.max().item()

@@ -42,13 +42,16 @@ def build_optimizer(model: DistributedDataParallel, config: Config, runtime: Run
 def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
     """Learning rate by optimizer step. Stepped before each update, so the first warm-up step is not wasted at 0."""
     o = config.optimizer
+    decay_iters = o.lr_decay_iters or config.training.train_iters
+    if o.lr_decay_style == "constant":
+        decay_iters = max(decay_iters, o.lr_warmup_iters + 1)  # Megatron-core wants a decay behind any warm-up
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=o.lr,
         min_lr=o.min_lr,
         lr_warmup_steps=o.lr_warmup_iters,
-        lr_decay_steps=o.lr_decay_iters or config.training.train_iters,
+        lr_decay_steps=decay_iters,
         lr_decay_style=o.lr_decay_style,
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,

@@ -56,7 +56,9 @@ class Recorder:
         """A line above the progress bar."""
         tqdm.write(text)
 
-    def sample(self, step: int, prompt: str, rationale: str, forced: bool, gold: str, answer: str, log_w: float) -> None:
+    def sample(
+        self, step: int, *, prompt: str, rationale: str, forced: bool, gold: str, answer: str, log_w: float
+    ) -> None:
         """Show one rationale and what followed it, and keep it as TensorBoard text."""
         close = " [closed by force]" if forced else ""
         text = f"prompt: {prompt}\nrationale: {rationale}{close}\nanswer: {answer}\ngold: {gold}  (ln w {log_w:.2f})"

@@ -1,15 +1,16 @@
 """F4: everything that must be right before the first step: run directory, tokenizer, data. Ranks fail together."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.config import Config, to_toml
-from megatron_jq.data.dataset import load_pairs, train_tokenizer
+from megatron_jq.data.dataset import is_builtin, load_pairs, train_tokenizer
 from megatron_jq.data.pair import Pair
-from megatron_jq.data.prompts import encode_examples
+from megatron_jq.data.prompts import EncodedExamples, encode_examples
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.parallel.runtime import Runtime, agree
@@ -59,8 +60,10 @@ def prepare_data(config: Config, architecture: Architecture, runtime: Runtime, r
     d = config.data
     pairs = together(runtime, lambda: _read(config, d.train_data, d.train_examples, "train", "--train-data"))
     heldout_pairs: list[Pair] = []
-    if d.eval_data is not None:
-        read = lambda: _read(config, d.eval_data, d.eval_examples, "heldout", "--eval-data")  # noqa: E731
+    # A built-in task brings a held-out split of its own.
+    eval_source = d.eval_data or (d.train_data if is_builtin(d.train_data) else None)
+    if eval_source is not None:
+        read = lambda: _read(config, eval_source, d.eval_examples, "heldout", "--eval-data")  # noqa: E731
         heldout_pairs = together(runtime, read)
     path = Path(d.tokenizer_model) if d.tokenizer_model else run_dir / "tokenizer.model"
     if d.tokenizer_model is None:
@@ -72,13 +75,12 @@ def prepare_data(config: Config, architecture: Architecture, runtime: Runtime, r
 
 def _read(config: Config, source: str, count: int, split: str, flag: str) -> list[Pair]:
     d = config.data
-    builtin = source.startswith("builtin:")
     return load_pairs(
         source,
         prompt_field=d.prompt_field,
         answer_field=d.answer_field,
         data_format=d.data_format,
-        count=count if builtin or split == "heldout" else None,
+        count=count if is_builtin(source) or split == "heldout" else None,
         seed=config.training.seed,
         split=split,
         flag=flag,
@@ -99,14 +101,21 @@ def _tokenise(config, architecture, tokenizer, pairs, heldout_pairs) -> DataSets
     room = context - r.rationale_budget - 1 - answer_budget
     if room < 1:
         raise UserError(
-            f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt in a "
-            f"context of {context}; lower --rationale-budget or --answer-budget, or raise --max-position-embeddings"
+            f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt in "
+            f"a context of {context}; lower --rationale-budget or --answer-budget, or raise --max-position-embeddings"
         )
-    limits = dict(
-        max_prompt_tokens=min(room, d.max_prompt_tokens or room), answer_budget=answer_budget, overlong=d.overlong_prompts
-    )
-    train = encode_examples(pairs, tokenizer, **limits)
-    heldout = encode_examples(heldout_pairs, tokenizer, **limits) if heldout_pairs else None
+
+    def encode(some: list[Pair]) -> EncodedExamples:
+        return encode_examples(
+            some,
+            tokenizer,
+            max_prompt_tokens=min(room, d.max_prompt_tokens or room),
+            answer_budget=answer_budget,
+            overlong=d.overlong_prompts,
+        )
+
+    train = encode(pairs)
+    heldout = encode(heldout_pairs) if heldout_pairs else None
     return DataSets(
         tokenizer,
         train.examples,

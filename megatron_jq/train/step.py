@@ -66,8 +66,8 @@ def train(
 ) -> Scores:
     """Accumulate the gradient of the surrogate loss into the model's gradient buffers, reduced over replicas.
 
-    Returns the log-likelihoods of the trained pass. Sequences whose two coefficients are zero are left out: they have no
-    gradient. A replica without sequences takes part in the reductions with zeros.
+    Returns the log-likelihoods of the trained pass. Sequences whose two coefficients are zero are left out: they have
+    no gradient. A replica without sequences takes part in the reductions with zeros.
     """
     kept = [s for s in sequences if _pair(coefficients, s) != (0.0, 0.0)]
     tables = _run(model, kept, runtime, options, with_rationale=True, coefficients=coefficients)

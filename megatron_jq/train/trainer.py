@@ -1,4 +1,4 @@
-"""F4: the training loop. A step: sample prompts, roll out, score, coefficients, train, record (DESIGN: How the data flows)."""
+"""F4: the training loop. A step: sample prompts, roll out, score, coefficients, train, record."""
 
 import json
 import time
@@ -15,17 +15,15 @@ from megatron_jq.data.sampler import PromptSampler
 from megatron_jq.errors import RunFailure
 from megatron_jq.evaluate import Evaluation, answer_matches, evaluate
 from megatron_jq.model.build import BuildOptions, build_policy, wrap_for_training
-from megatron_jq.objective.garl import effective_reward_max
-from megatron_jq.objective.metrics import effective_sample_size
 from megatron_jq.objective.schedule import QSchedule, q_at
-from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.parallel import runtime as runtime_module
-from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
-from megatron_jq.records import Coefficients, Example, Rollout, Sequence, StepMetrics
+from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.records import Example, Rollout, Sequence, StepMetrics
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
 from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.figures import Tables, step_metrics
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
 from megatron_jq.train.recorder import Recorder
 from megatron_jq.train.setup import DataSets, claim_run_directory, prepare_data, together
@@ -125,9 +123,12 @@ class Trainer:
 
         if self._samples_due(step) and self.recorder is not None:
             self._show_sample(step, prompts, rollouts, log_w_BM)
-        return self._metrics(
-            step, q, rollouts, sequences, log_w_BM, reward_BM, valid_BM, coefficients, trained, grad_norm,
-            (rolled - began, scored - rolled, ended - scored),
+        rewards = reward_BM if self.estimator.samples_answers else None
+        tables = Tables(log_w_BM, valid_BM, rewards, coefficients, trained)
+        return step_metrics(
+            step, q, self.estimator, tables, rollouts, sequences, self.runtime,
+            grad_norm=grad_norm, lr=learning_rate(self.optimizer),
+            seconds=(rolled - began, scored - rolled, ended - scored),
         )  # fmt: skip
 
     def evaluate(self, step: int) -> Evaluation:
@@ -217,62 +218,17 @@ class Trainer:
         ids = [p.index for p in prompts]
         raise RunFailure(f"step {step}: {what} is not finite; prompts {ids}; the batch is in {path}")
 
-    def _metrics(
-        self, step, q, rollouts, sequences, log_w_BM, reward_BM, valid_BM, coefficients: Coefficients, trained,
-        grad_norm, seconds,
-    ) -> StepMetrics:  # fmt: skip
-        """Figures over the whole step, every replica's part included."""
-        kept_B = valid_BM.sum(dim=1) >= self.estimator.minimum_rationales
-        log_p_B = log_mean_weight(torch.where(valid_BM, log_w_BM, 0.0), valid_BM)[kept_B]
-        kept_w_BM, kept_BM = torch.where(valid_BM, log_w_BM, 0.0)[kept_B], valid_BM[kept_B]
-        present_BM = trained.present_BM
-        trained_BM = [torch.where(present_BM, x, 0.0) for x in (trained.log_rationale_BM, trained.log_answer_BM)]
-        loss = -(coefficients.rationale_BM * trained_BM[0] + coefficients.answer_BM * trained_BM[1]).sum()
-        valid = [r for r in rollouts if r.valid]
-        trained_here = [s for s in sequences if present_BM[s.prompt_slot, s.rationale_slot]]
-        counts = [len(valid), sum(len(r.rationale_ids) for r in valid), sum(r.forced for r in valid)]
-        counts.append(sum(len(s) for s in trained_here))
-        counts = torch.tensor(counts, dtype=torch.float64, device=self.runtime.device)
-        count, tokens, forced, trained_tokens = self.runtime.groups.sum_over_replicas(counts).tolist()
-        drawn_BM = torch.full(present_BM.shape, float("nan"), dtype=torch.float64)
-        for r in valid:
-            drawn_BM[r.prompt_slot, r.rationale_slot] = r.log_prob
-        gap_BM = (drawn_BM - trained.log_rationale_BM).abs().nan_to_num(0.0)
-        mismatch = gap_BM.max().to(self.runtime.device)
-        dist.all_reduce(mismatch, op=dist.ReduceOp.MAX, group=self.runtime.groups.dp)
-        return StepMetrics(
-            step=step,
-            q=q,
-            loss=loss.item(),
-            log_p_mean=log_p_B.mean().item(),
-            p_mean=log_p_B.exp().mean().item(),
-            effective_reward_max=effective_reward_max(kept_w_BM, q, valid_BM=kept_BM).max().item() if kept_B.any() else 0.0,
-            ess_mean=effective_sample_size(kept_w_BM, kept_BM).mean().item(),
-            grad_norm=grad_norm,
-            lr=learning_rate(self.optimizer),
-            num_rationales_valid=int(count),
-            rationale_tokens_mean=tokens / max(count, 1),
-            forced_fraction=forced / max(count, 1),
-            tokens_trained=int(trained_tokens),
-            seconds_rollout=seconds[0],
-            seconds_score=seconds[1],
-            seconds_train=seconds[2],
-            peak_memory_bytes=peak_memory_bytes(self.runtime),
-            log_prob_mismatch_max=mismatch.item() if present_BM.any() else None,
-            reward_mean=reward_BM[valid_BM].mean().item() if self.estimator.samples_answers else None,
-        )
-
     def _show_sample(self, step: int, prompts: list[Example], rollouts: list[Rollout], log_w_BM: torch.Tensor) -> None:
         first, decode = rollouts[0], self.data.tokenizer.decode
         example = prompts[first.prompt_slot]
         self.recorder.sample(
             step,
-            example.prompt_text,
-            decode(list(first.rationale_ids[: first.num_sampled])),
-            first.forced,
-            example.answer_text,
-            decode(list(first.answer_ids)) if first.answer_ids else "(none sampled)",
-            log_w_BM[first.prompt_slot, first.rationale_slot].item(),
+            prompt=example.prompt_text,
+            rationale=decode(list(first.rationale_ids[: first.num_sampled])),
+            forced=first.forced,
+            gold=example.answer_text,
+            answer=decode(list(first.answer_ids)) if first.answer_ids else "(none sampled)",
+            log_w=log_w_BM[first.prompt_slot, first.rationale_slot].item(),
         )
 
     def _samples_due(self, step: int) -> bool:
@@ -286,11 +242,14 @@ class Trainer:
     def _opening_line(self) -> str:
         o, r, g = self.config.objective, self.config.rollout, self.runtime.groups
         dropped = f", {self.data.dropped} overlong examples dropped" if self.data.dropped else ""
-        return (
-            f"{o.estimator} q={o.q} | {len(self.data.train)} training and {len(self.data.heldout)} held-out examples{dropped} | "
-            f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step | "
-            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()} on {self.runtime.device.type} | {self.config.training.run_dir}"
-        )
+        parts = [
+            f"{o.estimator} q={o.q:g}" if self.estimator.uses_q else o.estimator,
+            f"{len(self.data.train)} training and {len(self.data.heldout)} held-out examples{dropped}",
+            f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step",
+            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()} on {self.runtime.device.type}",
+            self.config.training.run_dir,
+        ]
+        return " | ".join(parts)
 
 
 def build_options(config: Config, vocab_size: int) -> BuildOptions:

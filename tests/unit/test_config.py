@@ -183,7 +183,6 @@ def test_bad_toml_names_the_file_the_key_and_the_fix(tmp_path, text, message):
         ("--tensor-model-parallel-size 4", 4, "4 does not divide num_query_groups (2)"),
         ("--tensor-model-parallel-size 2 --ffn-hidden-size 33", 2, "2 does not divide ffn_hidden_size (33)"),
         ("--pipeline-model-parallel-size 3", 3, "3 does not divide num_layers (2)"),
-        ("--prompts-per-step 3 --num-rationales 3", 2, "must be a multiple of the 2 data-parallel replicas"),
         ("--tensor-model-parallel-size 0", 1, "--tensor-model-parallel-size must be at least 1"),
         ("--sequence-parallel", 1, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
         ("--rationale-budget 0", 1, "--rationale-budget must be at least 1"),
@@ -203,6 +202,7 @@ def test_bad_toml_names_the_file_the_key_and_the_fix(tmp_path, text, message):
         ("--kv-channels 15", 1, "kv_channels (15) must be even"),
         ("--model tinny", 1, "did you mean tiny?"),
         ("--model no/such/config.json", 1, "there is no file no/such/config.json"),
+        ("--model llama-3.2-1b --tokenizer-vocab-size 128257", 1, "must not be above the model's vocabulary (128256)"),
         ("--tokenizer-type huggingface", 1, "needs --tokenizer-model"),
         ("--eval-samples 16", 1, "needs --eval-temperature above 0"),
         ("--run-dir=", 1, "--run-dir must not be empty"),
@@ -246,7 +246,7 @@ def test_derived_values():
         "--untie-embeddings-and-output-weights".split()
     )
     derived = derive(config, 8)
-    assert (derived.data_parallel_size, derived.rationales_per_step, derived.rationales_per_replica) == (2, 24, 12)
+    assert (derived.data_parallel_size, derived.rationales_per_step) == (2, 24)
     assert (derived.num_resamples, derived.q_schedule_iters, derived.lr_decay_iters) == (4, 30, 100)
     assert (derived.samples_answers, derived.params_dtype) == (False, "bfloat16")
     expected = dataclasses.replace(PRESETS["tiny"], num_layers=4, tie_embeddings=False)

@@ -121,6 +121,8 @@ def test_one_rationale_is_enough_and_none_or_no_mass_gives_zeros(q):
     joint = paft_coefficients(log_w, q, 3, generator=seeded(), valid_BM=valid)
     assert joint[0].tolist() == [0.0, pytest.approx(3.0 * math.exp(-(1.0 - q)))]
     assert torch.equal(joint[1:], torch.zeros(2, 2, dtype=torch.float64))
+    counts = resample_counts(log_w, 3, generator=seeded(), valid_BM=valid)
+    assert counts.tolist() == [[0.0, 3.0], [0.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("q", QS)

@@ -1,0 +1,93 @@
+"""F4: the figures of one step, over all replicas, for metrics.jsonl."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_jq.objective.metrics import effective_sample_size
+from megatron_jq.objective.tsallis import log_mean_weight
+from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
+from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
+from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.step import Scores
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The whole step's [B, M] tables, alike on every rank. reward_BM is None where no answer was sampled."""
+
+    log_w_BM: torch.Tensor
+    valid_BM: torch.Tensor
+    reward_BM: torch.Tensor | None
+    coefficients: Coefficients
+    trained: Scores
+
+    @property
+    def loss(self) -> float:
+        """The surrogate loss at the weights before the update."""
+        present_BM, c = self.trained.present_BM, self.coefficients
+        log_z_BM, log_y_BM = self.trained.log_rationale_BM, self.trained.log_answer_BM
+        return -(c.rationale_BM * log_z_BM + c.answer_BM * log_y_BM)[present_BM].sum().item()
+
+
+def step_metrics(
+    step: int,
+    q: float,
+    estimator: Estimator,
+    tables: Tables,
+    rollouts: list[Rollout],
+    sequences: list[Sequence],
+    runtime: Runtime,
+    *,
+    grad_norm: float,
+    lr: float,
+    seconds: tuple[float, float, float],
+) -> StepMetrics:
+    """rollouts and sequences are this replica's. Two small collectives over replicas; all ranks get one result."""
+    valid_BM = tables.valid_BM
+    kept_B = valid_BM.sum(dim=1) >= estimator.minimum_rationales
+    log_p_B = log_mean_weight(tables.log_w_BM, valid_BM)[kept_B]
+    count, tokens, forced, trained_tokens = _totals(rollouts, sequences, tables.trained, runtime)
+    return StepMetrics(
+        step=step,
+        q=q if estimator.uses_q else None,
+        loss=tables.loss,
+        log_p_mean=log_p_B.mean().item(),
+        p_mean=log_p_B.exp().mean().item(),
+        effective_reward_max=estimator.effective_reward_max(tables.log_w_BM, tables.coefficients, valid_BM, q),
+        ess_mean=effective_sample_size(tables.log_w_BM, valid_BM)[kept_B].mean().item(),
+        grad_norm=grad_norm,
+        lr=lr,
+        num_rationales_valid=int(count),
+        rationale_tokens_mean=tokens / max(count, 1),
+        forced_fraction=forced / max(count, 1),
+        tokens_trained=int(trained_tokens),
+        seconds_rollout=seconds[0],
+        seconds_score=seconds[1],
+        seconds_train=seconds[2],
+        peak_memory_bytes=peak_memory_bytes(runtime),
+        log_prob_mismatch_max=_log_prob_mismatch(rollouts, tables.trained, runtime),
+        reward_mean=None if tables.reward_BM is None else tables.reward_BM[valid_BM].mean().item(),
+    )
+
+
+def _totals(rollouts, sequences, trained: Scores, runtime: Runtime) -> list[float]:
+    """Valid rationales, their tokens, how many were closed by force, and tokens that went through the training pass."""
+    valid = [r for r in rollouts if r.valid]
+    present_BM = trained.present_BM
+    passed = sum(len(s) for s in sequences if present_BM[s.prompt_slot, s.rationale_slot])
+    totals = [len(valid), sum(len(r.rationale_ids) for r in valid), sum(r.forced for r in valid), passed]
+    return runtime.groups.sum_over_replicas(torch.tensor(totals, dtype=torch.float64, device=runtime.device)).tolist()
+
+
+def _log_prob_mismatch(rollouts: list[Rollout], trained: Scores, runtime: Runtime) -> float | None:
+    """Largest |ln p(z|x) of the rollout - of the trainer| in nats; None when nothing was trained on."""
+    if not trained.present_BM.any():
+        return None
+    drawn_BM = torch.full(trained.present_BM.shape, float("nan"), dtype=torch.float64)
+    for r in rollouts:
+        drawn_BM[r.prompt_slot, r.rationale_slot] = r.log_prob
+    largest = (drawn_BM - trained.log_rationale_BM).abs().nan_to_num(0.0).max().to(runtime.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=runtime.groups.dp)
+    return largest.item()

@@ -1,0 +1,49 @@
+"""The package's metadata. pyproject.toml holds the settings of the tools."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_jq" / "__init__.py").read_text()).group(1)
+README = HERE / "README.md"
+
+setup(
+    name="megatron-jq",
+    version=VERSION,
+    description="Post-train reasoning policies on Megatron-core with the Tsallis J_Q loss (GARL, PAFT)",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megatron_jq", "megatron_jq.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "megatron-core>=0.16,<0.17",
+        "torch>=2.8,<2.14",
+        "numpy",
+        "sentencepiece>=0.2",
+        "tyro>=1.0,<2",
+        "tqdm",  # the progress bar; Megatron-core imports it too, without requiring it
+        "tensorboard",
+        "matplotlib>=3.8",
+        "psutil",  # Megatron-core's dist_checkpointing, which does not require it
+        'tomli>=2; python_version < "3.11"',
+    ],
+    # NVIDIA Apex is used where it is installed and is in no list: the name `apex` on PyPI is another project.
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.9"],
+        "hf": ["safetensors", "tokenizers", "transformers"],
+        "nemo": ["nemo-run", "leptonai==0.27.3"],  # nemo-run imports leptonai; later ones lack what it imports
+        "test": ["hypothesis>=6.100", "mpmath", "pytest>=8", "tokenizers"],
+    },
+    entry_points={"console_scripts": ["megatron-jq = megatron_jq.cli.main:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
