@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RunFailure(RuntimeError):
     """A run that had to stop: the message names step and cause. Exit code 3."""
+
+
+class PeerFailure(RunFailure):
+    """A run that had to stop because another process of it ended or does not answer. Exit code 3, at once."""

@@ -97,7 +97,7 @@ def summary_table(runs: Sequence[RunLog]) -> str:
                 run.label,
                 run.config.objective.estimator if run.config else "-",
                 describe_q(run.config) if run.config else "-",
-                str(run.rows[-1]["step"]),
+                str(run.rows[-1]["step"] + 1),
                 f"{log_p[0]:.2f}" if log_p else "-",
                 f"{log_p[-1]:.2f}" if log_p else "-",
                 "-" if accuracy is None else f"{100 * accuracy:.1f} %",

@@ -6,11 +6,12 @@ else is a fault of ours, with its traceback.
 
 import os
 import sys
+import warnings
 
 from megatron_jq import __version__
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate
-from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.errors import PeerFailure, RunFailure, UserError
 from megatron_jq.toml_files import did_you_mean
 
 USAGE = """\
@@ -32,6 +33,12 @@ def main(argv: list[str] | None = None) -> int:
         prefix = f"[rank {os.environ['RANK']}] " if ranked else ""
         # One write: several ranks share the terminal, and lines of several writes would mix.
         sys.stderr.write("".join(f"{prefix}megatron-jq: error: {line}\n" for line in str(error).splitlines()))
+        if isinstance(error, PeerFailure):
+            # Process groups wait for their pending work when the interpreter ends; with a peer that went away that is
+            # another deadline at the least, and for ever where a backend has none.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(3)
         return 3 if isinstance(error, RunFailure) else 2
 
 
@@ -51,6 +58,13 @@ def _run(argv: list[str]) -> int:
     # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.
     world_size = os.environ.get("WORLD_SIZE")
     validate(config, None if world_size is None else int(world_size))
+    _silence_known_warnings()
     from megatron_jq.train.trainer import run_training
 
     return run_training(config)
+
+
+def _silence_known_warnings() -> None:
+    """Megatron-core warns at import, once a rank, of what the run's opening line says in one word (which kernels)."""
+    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)

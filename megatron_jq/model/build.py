@@ -39,7 +39,7 @@ class BuildOptions:
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     transformer_impl: str = "auto"  # auto | local | transformer_engine
-    head_chunk_tokens: int = 1024
+    head_chunk_tokens: int | None = None  # None: by memory
     seed: int = 1234
 
 
@@ -52,6 +52,14 @@ def use_transformer_engine(choice: str, device: torch.device) -> bool:
             "(pip install megatron-jq[te]); use --transformer-impl auto to take Megatron-core's local layers otherwise"
         )
     return choice != "local" and present and device.type == "cuda"
+
+
+def kernels(options: BuildOptions, runtime: Runtime) -> str:
+    """Where layers and optimizer take their kernels from, in a word each, for the run's opening line."""
+    layers = "Transformer Engine" if use_transformer_engine(options.transformer_impl, runtime.device) else "local"
+    packages = {"transformer_engine": "Transformer Engine", "amp_C": "Apex"}  # in Megatron-core's order of preference
+    fused = [name for module, name in packages.items() if importlib.util.find_spec(module) is not None]
+    return f"{layers} layers, {fused[0] if fused else 'torch'} optimizer"
 
 
 def transformer_config(architecture: Architecture, options: BuildOptions, runtime: Runtime) -> TransformerConfig:
@@ -160,6 +168,8 @@ def wrap_for_training(policy: Policy, options: BuildOptions, runtime: Runtime) -
         )
         wrapped.broadcast_params()
     config.no_sync_func = wrapped.no_sync
+    if options.overlap_grad_reduce and policy.post_process:
+        policy.head_weight.needs_gradient_arrival = True  # parallel/logprob.py puts it into main_grad by itself
 
     def finalize(models, num_tokens, **kwargs):
         # Megatron-core would divide by the token count next; the coefficients hold the denominators already.

@@ -27,6 +27,7 @@ class ScoreHead:
     num_sequences: int
     inverse_temperature_N: torch.Tensor | None = None
     top_p_N: torch.Tensor | None = None
+    coefficient_N: torch.Tensor | None = None  # float64; asks for the loss too, as sum(coefficient · ln p)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def pack_sequences(
     *,
     device: torch.device,
     with_rationale: bool,
+    coefficients: list[tuple[float, float]] | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     tempered_answers: bool = False,
@@ -62,6 +64,7 @@ def pack_sequences(
 ) -> Rows:
     """Lay sequences behind one another in the order given. An empty list gives a row of padding that scores nothing.
 
+    coefficients: (rationale, answer) by sequence: a training head, whose loss is -sum(coefficient · ln p).
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
     were sampled as the rationales were, so temperature and top_p hold for them too. row_multiple: the row's
     length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
@@ -104,8 +107,13 @@ def pack_sequences(
         len(sequences),
         _where_sampled(cell_N, 1.0 / temperature, tempered_answers),
         _where_sampled(cell_N, top_p, tempered_answers),
+        None if coefficients is None else -_doubles(coefficients, device).view(-1)[cell_N],
     )
     return Rows(ints(tokens), ints(positions), CausalSegments(lengths, device), head)
+
+
+def _doubles(pairs: list[tuple[float, float]], device: torch.device) -> torch.Tensor:
+    return torch.tensor(pairs, dtype=torch.float64, device=device)
 
 
 def _where_sampled(cell_N: torch.Tensor, value: float, answers_too: bool) -> torch.Tensor | None:

@@ -1,15 +1,23 @@
 """F2: log-probabilities of given tokens from a vocabulary that is split over tensor-parallel ranks.
 
 Rank r of a group of size n holds rows [r·V/n, (r+1)·V/n) of the (padded) output embedding. No function here gathers the
-vocabulary: ranks exchange three numbers a token (largest logit, sum of exponentials, the target's logit), in two
-all-reduces. Rows at and beyond `vocab_size` are padding for an even split: they have probability zero, so that results
-do not depend on the layout.
+vocabulary: ranks exchange three numbers a token (largest logit, sum of exponentials, the target's logit).
+Rows at and beyond `vocab_size` are padding for an even split: they have probability zero, so that results do not depend
+on the layout.
 
 Shapes: T tokens, H hidden, V this rank's share of the vocabulary. A `group` of None means one process.
 """
 
 import torch
 import torch.distributed as dist
+
+#: Logits that exist at one time, in elements, by device: bounds memory, and is large enough for efficient GEMMs.
+_CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
+
+
+def default_chunk_tokens(shard: int, device: torch.device) -> int:
+    """Tokens a chunk for a vocabulary shard of this many rows: 128 MB of float32 logits on CPU, 512 MB on CUDA."""
+    return max(32, _CHUNK_ELEMENTS.get(device.type, 1 << 25) // shard)
 
 
 def _rank_size(group) -> tuple[int, int]:
@@ -44,8 +52,8 @@ def _local_targets(targets_T: torch.Tensor, shard: int, group) -> tuple[torch.Te
     return column_T.where(here_T, torch.zeros_like(column_T)), here_T
 
 
-def _partial_softmax(logits_TV, column_T, here_T):
-    """This rank's (largest logit, sum of exp(logit - largest), target's logit or 0), each [T].
+def _partial_softmax(logits_TV, column_T, here_T) -> torch.Tensor:
+    """This rank's largest logit, sum of exp(logit - largest), and target's logit (or 0): [3, T].
 
     A shard of padding alone has largest = -inf and contributes a sum of zero.
     """
@@ -53,17 +61,25 @@ def _partial_softmax(logits_TV, column_T, here_T):
     shift_T = torch.where(largest_T == float("-inf"), torch.zeros_like(largest_T), largest_T)
     sum_T = (logits_TV - shift_T[:, None]).exp_().sum(dim=-1)
     target_T = logits_TV.gather(-1, column_T[:, None]).squeeze(-1)
-    return largest_T, sum_T, target_T.where(here_T, torch.zeros_like(target_T))
+    return torch.stack([largest_T, sum_T, target_T.where(here_T, torch.zeros_like(target_T))])
 
 
-def _merge_over_ranks(largest_T, sum_T, target_T, group):
-    """Log-normaliser and target logit over the whole vocabulary, each [T]. Two all-reduces whatever T is."""
+def _exchange(statistics_3T: torch.Tensor, group) -> tuple[torch.Tensor, dist.Work | None]:
+    """Start gathering every rank's three numbers a token, [ranks, 3, T]: one collective, not waited for."""
     if group is None or group.size() == 1:
-        return largest_T + sum_T.log(), target_T
-    global_T = _all_reduce(largest_T.clone(), group, dist.ReduceOp.MAX)
-    both_2T = torch.stack([sum_T * (largest_T - global_T).exp(), target_T])
-    _all_reduce(both_2T, group)
-    return global_T + both_2T[0].log(), both_2T[1]
+        return statistics_3T[None], None
+    everyones = statistics_3T.new_empty(group.size() * 3, statistics_3T.shape[1])
+    work = dist.all_gather_into_tensor(everyones, statistics_3T, group=group, async_op=True)
+    return everyones.view(group.size(), 3, -1), work
+
+
+def _merge(everyones_R3T: torch.Tensor, work: dist.Work | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-normaliser and target logit over the whole vocabulary, each [T]."""
+    if work is not None:
+        work.wait()
+    largest_RT, sum_RT, target_RT = everyones_R3T.unbind(dim=1)
+    largest_T = largest_RT.amax(dim=0)
+    return largest_T + (sum_RT * (largest_RT - largest_T).exp()).sum(dim=0).log(), target_RT.sum(dim=0)
 
 
 def _logit_gradient(logits_TV, log_normaliser_T, column_T, here_T, grad_T):
@@ -80,7 +96,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logits_TV = logits_TV.to(_accumulation_dtype(logits_TV.dtype), copy=True)
         mask_vocabulary_padding(logits_TV, group, vocab_size)
         column_T, here_T = _local_targets(targets_T, logits_TV.shape[-1], group)
-        normaliser_T, target_T = _merge_over_ranks(*_partial_softmax(logits_TV, column_T, here_T), group)
+        normaliser_T, target_T = _merge(*_exchange(_partial_softmax(logits_TV, column_T, here_T), group))
         ctx.save_for_backward(logits_TV, normaliser_T, column_T, here_T)
         return target_T - normaliser_T
 
@@ -116,8 +132,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 threshold_T[part] = _threshold_with_target(logits, top_p, column_T[part], here_T[part], part, group)
                 logits.masked_fill_(logits < threshold_T[part, None], float("-inf"))
             partial.append(_partial_softmax(logits, column_T[part], here_T[part]))
-        columns = (torch.cat(parts) for parts in zip(*partial, strict=True))
-        normaliser_T, target_T = _merge_over_ranks(*columns, group)
+        normaliser_T, target_T = _merge(*_exchange(torch.cat(partial, dim=1), group))
         ctx.save_for_backward(hidden_TH, weight_VH, column_T, here_T, normaliser_T, inverse_temperature_T, threshold_T)
         ctx.group, ctx.chunk, ctx.vocab_size = group, chunk, vocab_size
         return target_T - normaliser_T
@@ -158,7 +173,7 @@ def linear_log_probs(
     targets_T: torch.Tensor,
     group,
     *,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     vocab_size: int | None = None,
     inverse_temperature_T: torch.Tensor | None = None,
     top_p_T: torch.Tensor | None = None,
@@ -169,10 +184,105 @@ def linear_log_probs(
     hidden_TH is alike on all ranks of the group; weight_VH is this rank's shard. Differentiable in both: the gradient
     of hidden_TH is this rank's share and must be summed over the group by the caller's mapping (Megatron-core's
     copy_to / gather_from regions do so). With top_p_T the distribution is first cut to its nucleus, whose membership is
-    a constant for the gradient; 1.0 keeps all tokens. Cost without top-p: two all-reduces whatever T and the chunk are.
+    a constant for the gradient; 1.0 keeps all tokens. Cost without top-p: one all-gather of 3T numbers
+    a rank in the forward pass, whatever the chunk is; none in the backward pass.
     """
+    chunk_tokens = chunk_tokens or default_chunk_tokens(weight_VH.shape[0], weight_VH.device)
     return _LinearLogProbs.apply(
         hidden_TH, weight_VH, targets_T, group, chunk_tokens, vocab_size, inverse_temperature_T, top_p_T
+    )
+
+
+class _WeightedLogProbs(torch.autograd.Function):
+    """sum(coefficient · ln p[target]), its gradient formed during the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH, weight_VH, targets_T, coefficient_T, group, chunk, vocab_size, inverse_temperature_T):
+        column_T, here_T = _local_targets(targets_T, weight_VH.shape[0], group)
+        main_grad = getattr(weight_VH, "main_grad", None)
+        grad_weight = main_grad
+        if main_grad is None:
+            grad_weight = torch.zeros_like(weight_VH, dtype=_accumulation_dtype(weight_VH.dtype))
+        grad_hidden = torch.empty_like(hidden_TH)
+        log_prob_T = torch.empty_like(targets_T, dtype=_accumulation_dtype(hidden_TH.dtype))
+
+        def begin(part):
+            """GEMM 1 of a chunk; its statistics set out for the other ranks."""
+            logits = _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T)
+            return part, logits, _exchange(_partial_softmax(logits, column_T[part], here_T[part]), group)
+
+        def finish(part, logits, exchange):
+            """The chunk's log-probabilities and its share of both gradients: GEMMs 2 and 3."""
+            normaliser, target = _merge(*exchange)
+            log_prob_T[part] = target - normaliser
+            coefficient = coefficient_T[part].to(logits.dtype)
+            if inverse_temperature_T is not None:
+                coefficient = coefficient * inverse_temperature_T[part]
+            grad = _logit_gradient(logits, normaliser, column_T[part], here_T[part], coefficient).to(hidden_TH.dtype)
+            torch.mm(grad, weight_VH, out=grad_hidden[part])
+            if grad_weight.dtype == grad.dtype:
+                grad_weight.addmm_(grad.t(), hidden_TH[part])
+            else:
+                grad_weight.add_(grad.t() @ hidden_TH[part])
+
+        pending = None  # one chunk's statistics travel while the next chunk's logits are made
+        for part in _chunks(len(targets_T), chunk):
+            started = begin(part)
+            if pending is not None:
+                finish(*pending)
+            pending = started
+        finish(*pending)
+        ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
+        ctx.weight = weight_VH
+        ctx.mark_non_differentiable(log_prob_T)
+        return (coefficient_T * log_prob_T).sum(), log_prob_T
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is None:
+            # The weight's gradient is in main_grad already, for a loss that is this sum itself.
+            torch._assert_async(grad_total == 1)
+            ctx.weight.grad_added_to_main_grad = True
+            return grad_hidden, _unused_gradient(ctx.weight), None, None, None, None, None, None
+        scale = grad_total.to(grad_weight.dtype)
+        grad_weight = (grad_weight * scale).to(ctx.weight.dtype)
+        return (grad_hidden * scale).to(grad_hidden.dtype), grad_weight, None, None, None, None, None, None
+
+
+def _unused_gradient(weight: torch.Tensor) -> torch.Tensor | None:
+    """What autograd gets for a weight whose gradient went to main_grad.
+
+    Megatron-core's overlapped reduction wants some gradient to arrive; without overlap, nothing need be allocated. Where
+    the embedding shares the weight its own gradient arrives, and this one has to be zero or absent.
+    """
+    if getattr(weight, "zero_out_wgrad", False) or not getattr(weight, "needs_gradient_arrival", False):
+        return None
+    return torch.empty_like(weight)
+
+
+def weighted_log_probs(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    coefficient_T: torch.Tensor,
+    group,
+    *,
+    chunk_tokens: int | None = None,
+    vocab_size: int | None = None,
+    inverse_temperature_T: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum over tokens of coefficient · ln p[target], ln p[target] in nats [T]); only the sum is differentiable.
+
+    The coefficients are known before the forward pass and the sum is linear in ln p, so each chunk's logits become their
+    own gradient at once: three GEMMs, no logits kept, nothing recomputed, two chunks of logits alive at most. The
+    gradient of hidden_TH is this rank's share, as for linear_log_probs. Where weight_VH has Megatron-core's `main_grad`
+    its gradient is added there during this call; the sum must then be the loss itself, unscaled, and be differentiated
+    exactly once. Cost: one all-gather of 3 numbers a token and rank for each chunk, overlapped with the next chunk.
+    """
+    chunk_tokens = chunk_tokens or default_chunk_tokens(weight_VH.shape[0], weight_VH.device)
+    return _WeightedLogProbs.apply(
+        hidden_TH, weight_VH, targets_T, coefficient_T, group, chunk_tokens, vocab_size, inverse_temperature_T
     )
 
 
@@ -190,10 +300,8 @@ def nucleus_threshold(logits_TV: torch.Tensor, top_p_T: torch.Tensor, group) -> 
     are all inside. Rows with top_p = 1 get -inf.
     """
     logits_TV = logits_TV.float()
-    largest_T, sum_T, _ = _partial_softmax(
-        logits_TV, torch.zeros_like(logits_TV[:, 0], dtype=torch.long), logits_TV[:, 0] > float("inf")
-    )
-    normaliser_T, _ = _merge_over_ranks(largest_T, sum_T, torch.zeros_like(sum_T), group)
+    any_column_T = torch.zeros_like(logits_TV[:, 0], dtype=torch.long)
+    normaliser_T, _ = _merge(*_exchange(_partial_softmax(logits_TV, any_column_T, any_column_T > 0), group))
     probability_TV = (logits_TV - normaliser_T[:, None]).double().exp_()
     order_TV = _float_order(logits_TV)
     low_T = torch.full_like(top_p_T, -(2**31), dtype=torch.int64)  # always inside

@@ -60,14 +60,13 @@ def start(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this process sees no CUDA device; use --device cpu or fix CUDA_VISIBLE_DEVICES")
+    # One launch queue keeps compute and tensor-parallel collectives in the order in which Megatron-core overlaps them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, world_size = int(os.environ.get("RANK", "0")), world_size_from_environment()
     if use_cuda:
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(local)
-        # One launch queue keeps compute and tensor-parallel collectives in the order that Megatron-core overlaps them
-        # in.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         local = torch.device("cpu")
         cpu.install()

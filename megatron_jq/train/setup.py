@@ -1,7 +1,8 @@
 """F4: everything that must be right before the first step: run directory, tokenizer, data. Ranks fail together."""
 
-import os
-from collections.abc import Callable
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -42,17 +43,36 @@ def together(runtime: Runtime, work: Callable[[], T], *, main_only: bool = False
     return result
 
 
-def claim_run_directory(run_dir: Path, config: Config) -> None:
-    """Make the folder and write config.toml. UserError when it cannot be written or belongs to another run."""
-    if (run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists():
-        raise UserError(f"--run-dir {run_dir} holds another run; name a new folder, or remove that one")
-    try:
+def check_run_directory(run_dir: Path) -> None:
+    """Make the folder and try to write there. UserError when that fails, or when the folder belongs to another run."""
+    with _writing(run_dir):
+        if (run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists():
+            raise _taken(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        scratch = run_dir / f".config.toml.{os.getpid()}"
-        scratch.write_text(to_toml(config), encoding="utf-8")
-        scratch.replace(run_dir / "config.toml")
+        with tempfile.TemporaryFile(dir=run_dir) as scratch:
+            scratch.write(b"x")
+
+
+def claim_run_directory(run_dir: Path, config: Config) -> None:
+    """Write config.toml, which makes the folder this run's. UserError as above, also for a run that was quicker."""
+    with _writing(run_dir):
+        try:
+            with open(run_dir / "config.toml", "x", encoding="utf-8") as file:
+                file.write(to_toml(config))
+        except FileExistsError as fault:
+            raise _taken(run_dir) from fault
+
+
+@contextlib.contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as fault:
         raise UserError(f"--run-dir {run_dir} cannot be written: {fault.strerror}; name a folder that can") from fault
+
+
+def _taken(run_dir: Path) -> UserError:
+    return UserError(f"--run-dir {run_dir} holds another run; name a new folder, or remove that one")
 
 
 def prepare_data(config: Config, architecture: Architecture, runtime: Runtime, run_dir: Path) -> DataSets:

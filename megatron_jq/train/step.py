@@ -28,14 +28,14 @@ class BatchOptions:
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-likelihoods of the step's table, float64 [B, M], alike on every rank; NaN where no sequence came in."""
+    """Log-likelihoods of the step's table, float64 [B, M], alike on every rank; NaN where no sequence came in.
+
+    present_BM says where one came in. A NaN there is a fault of the model, not a rationale that failed.
+    """
 
     log_rationale_BM: torch.Tensor
     log_answer_BM: torch.Tensor
-
-    @property
-    def present_BM(self) -> torch.Tensor:
-        return ~self.log_answer_BM.isnan()
+    present_BM: torch.Tensor
 
 
 def score(
@@ -86,10 +86,12 @@ def _run(model, sequences, runtime, options, *, with_rationale, coefficients) ->
     config = unwrap(model).config
 
     def rows_of(batch: list[Sequence]) -> Rows:
+        pairs = None if coefficients is None else [_pair(coefficients, sequence) for sequence in batch]
         return pack_sequences(
             batch,
             device=runtime.device,
             with_rationale=with_rationale,
+            coefficients=pairs,
             temperature=options.temperature,
             top_p=options.top_p,
             tempered_answers=options.tempered_answers,
@@ -102,13 +104,13 @@ def _run(model, sequences, runtime, options, *, with_rationale, coefficients) ->
         with runtime.native():
             output = stage_model(rows_of(batch))
 
-        def loss_function(table_n2: torch.Tensor):
+        def loss_function(result):
+            """(loss, Megatron-core's own divisor, which is not used, figures to keep)"""
+            count = torch.zeros([], dtype=torch.int, device=runtime.device)
             if coefficients is None:
-                return table_n2.sum(), torch.zeros([], dtype=torch.int, device=runtime.device), table_n2
-            pairs = [_pair(coefficients, sequence) for sequence in batch]
-            weight_n2 = torch.tensor(pairs, dtype=torch.float64, device=runtime.device).view(-1, 2)
-            count = torch.zeros([], dtype=torch.int, device=runtime.device)  # Megatron-core's own divisor: not used
-            return -(weight_n2 * table_n2).sum(), count, table_n2.detach()
+                return result.sum(), count, result
+            loss, table_n2 = result
+            return loss, count, table_n2
 
         return output, loss_function
 
@@ -134,7 +136,7 @@ def _complete(tables: list[torch.Tensor], sequences: list[Sequence], shape, runt
         whole[prompt, rationale, 2] = 1.0
     runtime.groups.from_last_stage(whole)
     runtime.groups.sum_over_replicas(whole)
-    absent = whole[..., 2] == 0
+    present_BM = whole[..., 2] > 0
     assert not (whole[..., 2] > 1).any(), "a slot was scored by two replicas"
-    whole = whole.masked_fill(absent[..., None], float("nan"))
-    return Scores(whole[..., 0].cpu(), whole[..., 1].cpu())
+    whole = whole.masked_fill(~present_BM[..., None], float("nan"))
+    return Scores(whole[..., 0].cpu(), whole[..., 1].cpu(), present_BM.cpu())

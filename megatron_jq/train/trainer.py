@@ -1,6 +1,5 @@
 """F4: the training loop. A step: sample prompts, roll out, score, coefficients, train, record."""
 
-import json
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -12,9 +11,8 @@ import torch.distributed as dist
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived, derive
 from megatron_jq.data.sampler import PromptSampler
-from megatron_jq.errors import RunFailure
 from megatron_jq.evaluate import Evaluation, answer_matches, evaluate
-from megatron_jq.model.build import BuildOptions, build_policy, wrap_for_training
+from megatron_jq.model.build import BuildOptions, build_policy, kernels, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime
@@ -23,10 +21,11 @@ from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
 from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.failures import Phase, non_finite, peers_must_answer
 from megatron_jq.train.figures import Tables, step_metrics
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
 from megatron_jq.train.recorder import Recorder
-from megatron_jq.train.setup import DataSets, claim_run_directory, prepare_data, together
+from megatron_jq.train.setup import DataSets, check_run_directory, claim_run_directory, prepare_data, together
 
 #: Evaluation draws from streams of its own, away from those of training steps.
 _EVALUATION_SEED_OFFSET = 1_000_003
@@ -35,29 +34,37 @@ _EVALUATION_SEED_OFFSET = 1_000_003
 def run_training(config: Config) -> int:
     """Train to --train-iters and evaluate. Returns the exit code. UserError before work starts on any bad input."""
     derived = derive(config, runtime_module.world_size_from_environment())
-    runtime = runtime_module.start(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
-        seed=config.training.seed,
-        device=config.parallel.device,
-    )
-    run_dir = Path(config.training.run_dir)
-    together(runtime, lambda: claim_run_directory(run_dir, config), main_only=True)
-    data = prepare_data(config, derived.architecture, runtime, run_dir)
-    Trainer(config, derived, data, runtime).run()
+    deadline, phase = timedelta(minutes=config.parallel.distributed_timeout_minutes), Phase()
+    with peers_must_answer(phase, deadline):
+        runtime = runtime_module.start(
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+            timeout=deadline,
+            seed=config.training.seed,
+            device=config.parallel.device,
+        )
+        run_dir = Path(config.training.run_dir)
+        together(runtime, lambda: check_run_directory(run_dir), main_only=True)
+        data = prepare_data(config, derived.architecture, runtime, run_dir)
+        trainer = Trainer(config, derived, data, runtime, phase)
+        # Last: a folder whose run was refused for another fault stays free for the next try.
+        together(runtime, lambda: claim_run_directory(run_dir, config), main_only=True)
+        trainer.run()
     runtime_module.stop()
     return 0
 
 
 class Trainer:
-    """One process of a run. `run` reads like the algorithm; every tensor-sized decision lies in the rooms below."""
+    """One process of a run. `run` reads like the algorithm; every tensor-sized decision lies in the rooms below.
 
-    def __init__(self, config: Config, derived: Derived, data: DataSets, runtime: Runtime):
-        self.config, self.data, self.runtime = config, data, runtime
+    `phase` is told what the process does, for the errors of whoever watches it.
+    """
+
+    def __init__(self, config: Config, derived: Derived, data: DataSets, runtime: Runtime, phase: Phase | None = None):
+        self.config, self.data, self.runtime, self.phase = config, data, runtime, phase or Phase()
         c, o, r = config.training, config.objective, config.rollout
         self.sampler = PromptSampler(len(data.train), r.prompts_per_step, c.seed)
-        options = build_options(config, derived.architecture.vocab_size or data.tokenizer.vocab_size)
+        self.build_options = options = build_options(config, derived.architecture.vocab_size or data.tokenizer.vocab_size)
         self.policy = build_policy(derived.architecture, options, runtime)
         self.model = wrap_for_training(self.policy, options, runtime)
         self.optimizer = build_optimizer(self.model, config, runtime)
@@ -75,32 +82,36 @@ class Trainer:
             sequence_multiple=c.pad_sequences_to_multiple_of,
         )
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
-        self.recorder = None
-        if runtime.is_main:
-            self.recorder = Recorder(
-                Path(c.run_dir), total_steps=c.train_iters, log_interval=c.log_interval, tensorboard=c.tensorboard
-            )
+        self.recorder: Recorder | None = None  # rank 0's, while it runs
 
     def run(self) -> None:
-        if self.recorder is not None:
+        t = self.config.training
+        if self.runtime.is_main:
+            self.recorder = Recorder(
+                Path(t.run_dir), total_steps=t.train_iters, log_interval=t.log_interval, tensorboard=t.tensorboard
+            )
             self.recorder.say(self._opening_line())
-        for step in range(self.config.training.train_iters):
-            metrics = self.step(step)
-            if self.data.heldout and self._evaluation_due(step):
-                metrics = replace(metrics, eval_exact_match=self.evaluate(step).exact_match)
+        try:
+            for step in range(t.train_iters):
+                metrics = self.step(step)
+                if self.data.heldout and self._evaluation_due(step):
+                    metrics = replace(metrics, eval_exact_match=self.evaluate(step).exact_match)
+                if self.recorder is not None:
+                    self.recorder.record(metrics)
+        finally:
             if self.recorder is not None:
-                self.recorder.record(metrics)
-        if self.recorder is not None:
-            self.recorder.close()
+                self.recorder.close()  # TensorBoard's last events would be lost with a run that stops
 
     def step(self, step: int) -> StepMetrics:
         """prompts → rollouts → scores → coefficients → gradient → update. Alike on every rank."""
+        self.phase.enter(step, "rollout")
         began = time.monotonic()
         q = q_at(step, self.q_schedule)
         prompts = [self.data.train[i] for i in self.sampler.batch(step)]
         rollouts = self.engine.generate(self._requests(prompts), self._sampling(step))
         rolled = time.monotonic()
 
+        self.phase.enter(step, "score")
         gold = [self._sequence(rollout, prompts, gold=True) for rollout in rollouts if rollout.valid]
         shape = (len(prompts), self.config.rollout.num_rationales)
         scores = passes.score(self.model, gold, shape, self.runtime, self.score_options)
@@ -109,6 +120,7 @@ class Trainer:
         self._check(step, prompts, gold, "ln p(y*|x,z)", log_w_BM[valid_BM])
         scored = time.monotonic()
 
+        self.phase.enter(step, "train")
         coefficients = self.estimator.coefficients(log_w_BM, reward_BM, valid_BM, q=q, step=step)
         self._check(step, prompts, gold, "coefficient of ln p(z|x)", coefficients.rationale_BM)
         self._check(step, prompts, gold, "coefficient of ln p(y|x,z)", coefficients.answer_BM)
@@ -121,6 +133,7 @@ class Trainer:
         grad_norm = self._update(step, prompts, sequences, trained)
         ended = time.monotonic()
 
+        self.phase.enter(step, "metrics")
         if self._samples_due(step) and self.recorder is not None:
             self._show_sample(step, prompts, rollouts, log_w_BM)
         rewards = reward_BM if self.estimator.samples_answers else None
@@ -133,6 +146,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> Evaluation:
         """Exact match on the held-out examples with the current weights."""
+        self.phase.enter(step, "evaluation")
         t = self.config.training
         options = replace(
             self._sampling(step),
@@ -201,22 +215,9 @@ class Trainer:
 
     def _check(self, step, prompts, sequences: list[Sequence], what: str, values: torch.Tensor) -> None:
         """Stop the run on every rank when `values` (alike on all ranks) are not finite; rank 0 keeps the batch."""
-        if torch.isfinite(values).all():
-            return
-        kept: list[list[Sequence]] = [[]] * self.runtime.world_size
-        dist.all_gather_object(kept, sequences)
-        path = Path(self.config.training.run_dir) / f"nonfinite_step_{step:07d}.json"
-        if self.runtime.is_main:
-            unique = {(s.prompt_slot, s.rationale_slot): s for batch in kept for s in batch}
-            batch = {
-                "step": step,
-                "quantity": what,
-                "prompts": [{"index": p.index, "prompt": p.prompt_text, "answer": p.answer_text} for p in prompts],
-                "sequences": [vars(unique[slot]) for slot in sorted(unique)],
-            }
-            path.write_text(json.dumps(batch), encoding="utf-8")
-        ids = [p.index for p in prompts]
-        raise RunFailure(f"step {step}: {what} is not finite; prompts {ids}; the batch is in {path}")
+        if not torch.isfinite(values).all():
+            run_dir = Path(self.config.training.run_dir)
+            raise non_finite(what, step, prompts, sequences, self.runtime, run_dir)
 
     def _show_sample(self, step: int, prompts: list[Example], rollouts: list[Rollout], log_w_BM: torch.Tensor) -> None:
         first, decode = rollouts[0], self.data.tokenizer.decode
@@ -246,7 +247,8 @@ class Trainer:
             f"{o.estimator} q={o.q:g}" if self.estimator.uses_q else o.estimator,
             f"{len(self.data.train)} training and {len(self.data.heldout)} held-out examples{dropped}",
             f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step",
-            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()} on {self.runtime.device.type}",
+            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()} on {self.runtime.device.type}, "
+            f"{kernels(self.build_options, self.runtime)}",
             self.config.training.run_dir,
         ]
         return " | ".join(parts)

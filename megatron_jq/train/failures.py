@@ -1,0 +1,71 @@
+"""F4: how a run that cannot go on stops: on every rank, naming step and phase, with the batch kept on disk."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_jq.errors import PeerFailure, RunFailure
+from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.records import Example, Sequence
+
+
+@dataclass
+class Phase:
+    """What this process is doing, in the words of an error message: "set-up", "step 3, phase score"."""
+
+    now: str = "set-up"
+
+    def enter(self, step: int, name: str) -> None:
+        self.now = f"step {step}, phase {name}"
+
+
+@contextlib.contextmanager
+def peers_must_answer(phase: Phase, deadline: timedelta) -> Iterator[None]:
+    """Turn a collective that failed into PeerFailure with the phase; every other fault passes as it is.
+
+    For gloo, and for the rendezvous of any backend. NCCL's own watchdog ends the process at the deadline, naming rank
+    and collective: no exception comes up here.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        # gloo raises a plain RuntimeError; the path of its source in the text is all that tells it from a fault of ours
+        if isinstance(error, RunFailure) or not (isinstance(error, dist.DistError) or re.search(r"\bgloo\b", text)):
+            raise
+        cause = re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).partition(". This is typically")[0]
+        late = re.search(r"time(d )?[- ]?out", text, re.IGNORECASE)
+        within = f"{deadline.total_seconds():g} s (--distributed-timeout-minutes)"
+        fault = f"a peer did not answer within {within}" if late else "a peer ended or was cut off"
+        advice = "look at the rank that gives another reason, or none"
+        raise PeerFailure(f"{phase.now}: {fault}: {cause}; {advice}") from error
+
+
+def non_finite(
+    what: str, step: int, prompts: list[Example], sequences: list[Sequence], runtime: Runtime, run_dir: Path
+) -> RunFailure:
+    """The failure to raise for a quantity that is not finite, on every rank, once rank 0 has written the batch.
+
+    sequences: this replica's. The batch goes to run_dir/nonfinite_step_NNNNNNN.json.
+    """
+    kept: list[list[Sequence]] = [[]] * runtime.world_size
+    dist.all_gather_object(kept, sequences)
+    path = run_dir / f"nonfinite_step_{step:07d}.json"
+    if runtime.is_main:
+        unique = {(s.prompt_slot, s.rationale_slot): s for replica in kept for s in replica}
+        batch = {
+            "step": step,
+            "quantity": what,
+            "prompts": [{"index": p.index, "prompt": p.prompt_text, "answer": p.answer_text} for p in prompts],
+            "sequences": [vars(unique[slot]) for slot in sorted(unique)],
+        }
+        path.write_text(json.dumps(batch), encoding="utf-8")
+    dist.barrier()  # a launcher ends all ranks once the first has left: none leaves before the batch is on disk
+    ids = [p.index for p in prompts]
+    return RunFailure(f"step {step}: {what} is not finite; prompts {ids}; the batch is in {path}")
