@@ -124,9 +124,7 @@ def phase_figures(
         tokens = (*needed[phase], processed)
         rows.append(_figures(phase, statistics.median(seconds[phase]), tokens, flop, gemm, peak, busiest))
     step_seconds = [sum(phases) for phases in zip(*seconds.values(), strict=True)]
-    columns = zip(
-        *((r.tokens_needed, r.tokens_needed_prompt_repeated, r.tokens_processed) for r in rows), strict=True
-    )
+    columns = zip(*((r.tokens_needed, r.tokens_needed_prompt_repeated, r.tokens_processed) for r in rows), strict=True)
     step = _figures(
         "step",
         statistics.median(step_seconds),
@@ -177,7 +175,7 @@ COLUMNS = (
     ("prompt repeated", lambda f: f"{f.tokens_needed_prompt_repeated}"),
     ("processed", lambda f: f"{f.tokens_processed}"),
     ("tokens/s", lambda f: f"{f.tokens_per_second:.0f}"),
-    ("GFLOP/s", lambda f: f"{f.flop_per_second / 1e9:.1f}"),
+    ("GFLOP/s", lambda f: f"{f.flop_per_second / 1e9:.2f}"),
     ("of GEMM", lambda f: f"{100 * f.share_of_gemm:.1f} %"),
     ("peak MB", lambda f: f"{f.peak_memory_bytes / 1e6:.1f}"),
     ("messages", lambda f: f"{f.messages}"),
@@ -192,8 +190,8 @@ def table(report: BenchReport) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
 
     def line(row: list[str]) -> str:
-        aligned = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        return "| " + " | ".join(aligned) + " |"
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([row[0].ljust(widths[0]), *numbers]) + " |"
 
     rule = "|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in widths[1:]) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])

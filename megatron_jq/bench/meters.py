@@ -92,7 +92,8 @@ class MessageCounter(TorchDispatchMode):
     """Counts calls and bytes of torch.distributed while entered, whatever name or alias a library calls them by.
 
     Bytes are those of a call's inputs or outputs on this rank, whichever is more; not those on the wire, which depend
-    on the algorithm. A call among one process sends nothing and is left out. It slows every torch operation down, so what it counts must not be what is timed.
+    on the algorithm. A call in a group of one process sends nothing and is left out. The counter slows every torch
+    operation down, so what it counts must not be what is timed.
     """
 
     def __init__(self):

@@ -66,5 +66,6 @@ def _run(argv: list[str]) -> int:
 
 def _silence_known_warnings() -> None:
     """Megatron-core warns at import, once a rank, of what the run's opening line says in one word (which kernels)."""
-    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+    absent = ("Transformer Engine and Apex are not installed", "Apex is not installed")
+    for message in (*absent, "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)

@@ -253,8 +253,8 @@ class _WeightedLogProbs(torch.autograd.Function):
 def _unused_gradient(weight: torch.Tensor) -> torch.Tensor | None:
     """What autograd gets for a weight whose gradient went to main_grad.
 
-    Megatron-core's overlapped reduction wants some gradient to arrive; without overlap, nothing need be allocated. Where
-    the embedding shares the weight its own gradient arrives, and this one has to be zero or absent.
+    Megatron-core's overlapped reduction wants some gradient to arrive; without overlap, nothing need be allocated.
+    Where the embedding shares the weight its own gradient arrives, and this one has to be zero or absent.
     """
     if getattr(weight, "zero_out_wgrad", False) or not getattr(weight, "needs_gradient_arrival", False):
         return None
@@ -274,8 +274,8 @@ def weighted_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum over tokens of coefficient · ln p[target], ln p[target] in nats [T]); only the sum is differentiable.
 
-    The coefficients are known before the forward pass and the sum is linear in ln p, so each chunk's logits become their
-    own gradient at once: three GEMMs, no logits kept, nothing recomputed, two chunks of logits alive at most. The
+    The coefficients are known before the forward pass and the sum is linear in ln p, so each chunk's logits become
+    their own gradient at once: three GEMMs, no logits kept, nothing recomputed, two chunks of logits alive at most. The
     gradient of hidden_TH is this rank's share, as for linear_log_probs. Where weight_VH has Megatron-core's `main_grad`
     its gradient is added there during this call; the sum must then be the loss itself, unscaled, and be differentiated
     exactly once. Cost: one all-gather of 3 numbers a token and rank for each chunk, overlapped with the next chunk.

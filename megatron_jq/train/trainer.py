@@ -64,7 +64,8 @@ class Trainer:
         self.config, self.data, self.runtime, self.phase = config, data, runtime, phase or Phase()
         c, o, r = config.training, config.objective, config.rollout
         self.sampler = PromptSampler(len(data.train), r.prompts_per_step, c.seed)
-        self.build_options = options = build_options(config, derived.architecture.vocab_size or data.tokenizer.vocab_size)
+        vocab_size = derived.architecture.vocab_size or data.tokenizer.vocab_size
+        self.build_options = options = build_options(config, vocab_size)
         self.policy = build_policy(derived.architecture, options, runtime)
         self.model = wrap_for_training(self.policy, options, runtime)
         self.optimizer = build_optimizer(self.model, config, runtime)
