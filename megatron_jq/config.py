@@ -123,6 +123,7 @@ class TrainingConfig:
 
     train_iters: int = 100  # optimizer steps
     micro_batch_size: int = 16  # sequences a forward-backward pass
+    max_tokens_per_micro_batch: int | None = None  # bound its tokens instead; replicas then share sequences by cost
     pad_sequences_to_multiple_of: int = 1  # pad a micro-batch's length up to a multiple
     seed: int = 1234  # of weights, data order and sampling
     run_dir: str = "runs/default"  # metrics, checkpoints, tokenizer; must not hold another run

@@ -89,7 +89,8 @@ AT_LEAST = {
         "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_resamples",
         "q_schedule_iters", "num_rationales", "prompts_per_step", "rationale_budget", "answer_budget",
         "rollout_batch_size", "train_examples", "eval_examples", "max_prompt_tokens", "tokenizer_vocab_size",
-        "lr_decay_iters", "train_iters", "micro_batch_size", "pad_sequences_to_multiple_of", "log_interval",
+        "lr_decay_iters", "train_iters", "micro_batch_size", "max_tokens_per_micro_batch",
+        "pad_sequences_to_multiple_of", "log_interval",
         "eval_samples",
     ),
     0: (

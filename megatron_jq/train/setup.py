@@ -114,15 +114,18 @@ def _tokenise(config, architecture, tokenizer, pairs, heldout_pairs) -> DataSets
             f"--tokenizer-model has {tokenizer.vocab_size} pieces, more than the model's vocabulary of "
             f"{architecture.vocab_size}; use the model's own tokenizer"
         )
+    # A micro-batch holds at least one whole sequence.
     context = architecture.max_position_embeddings
+    context = min(context, config.training.max_tokens_per_micro_batch or context)
     longest_answer = max(len(tokenizer.encode(pair.answer)) + 1 for pair in [*pairs, *heldout_pairs])
     answer_budget = r.answer_budget or longest_answer
     # Prompt, rationale, a forced close token and the answer share the context.
     room = context - r.rationale_budget - 1 - answer_budget
     if room < 1:
         raise UserError(
-            f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt in "
-            f"a context of {context}; lower --rationale-budget or --answer-budget, or raise --max-position-embeddings"
+            f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt "
+            f"in {context} tokens (context, or --max-tokens-per-micro-batch); lower --rationale-budget or "
+            "--answer-budget, or raise --max-position-embeddings or --max-tokens-per-micro-batch"
         )
 
     def encode(some: list[Pair]) -> EncodedExamples:

@@ -13,13 +13,19 @@ from megatron_jq.model.build import unwrap
 from megatron_jq.model.rows import Rows, pack_sequences
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, Sequence
+from megatron_jq.train.batching import balance, micro_batches
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How sequences are cut into micro-batches. temperature and top_p are those the tokens were sampled with."""
+    """How sequences are cut into micro-batches (batching.py), and how they were sampled.
+
+    max_tokens, where given, bounds a micro-batch's tokens instead of micro_batch_size its sequences, and has replicas
+    share the step's sequences evenly by cost.
+    """
 
     micro_batch_size: int
+    max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     tempered_answers: bool = False  # the answers were sampled along with the rationales (GRPO, RLOO)
@@ -52,9 +58,10 @@ def score(
     sequences: this replica's. shape: (B, M). No power is taken here: partial sums over the vocabulary meet in the head,
     the last stage's table goes to all stages, and replicas' parts are summed, before q enters.
     """
+    if options.max_tokens is not None:
+        sequences = balance(sequences, unwrap(model).config.hidden_size, runtime)
     with torch.no_grad():
-        tables = _run(model, sequences, runtime, options, with_rationale=with_rationale, coefficients=None)
-    return _complete(tables, sequences, shape, runtime)
+        return _run(model, sequences, shape, runtime, options, with_rationale=with_rationale, coefficients=None)
 
 
 def train(
@@ -70,8 +77,10 @@ def train(
     no gradient. A replica without sequences takes part in the reductions with zeros.
     """
     kept = [s for s in sequences if _pair(coefficients, s) != (0.0, 0.0)]
-    tables = _run(model, kept, runtime, options, with_rationale=True, coefficients=coefficients)
-    return _complete(tables, kept, coefficients.answer_BM.shape, runtime)
+    if options.max_tokens is not None:
+        kept = balance(kept, unwrap(model).config.hidden_size, runtime)
+    shape = tuple(coefficients.answer_BM.shape)
+    return _run(model, kept, shape, runtime, options, with_rationale=True, coefficients=coefficients)
 
 
 def _pair(coefficients: Coefficients, sequence: Sequence) -> tuple[float, float]:
@@ -79,10 +88,14 @@ def _pair(coefficients: Coefficients, sequence: Sequence) -> tuple[float, float]
     return coefficients.rationale_BM[cell].item(), coefficients.answer_BM[cell].item()
 
 
-def _run(model, sequences, runtime, options, *, with_rationale, coefficients) -> list[torch.Tensor]:
-    """All micro-batches through Megatron-core's schedule; the last stage's [n, 2] tables, in order of the sequences."""
-    size = options.micro_batch_size
-    batches = [sequences[i : i + size] for i in range(0, len(sequences), size)] or [[]]
+def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficients) -> Scores:
+    """All micro-batches through Megatron-core's schedule; the log-likelihoods, completed over all ranks."""
+    batches = micro_batches(
+        sequences,
+        micro_batch_size=options.micro_batch_size,
+        max_tokens=options.max_tokens,
+        sequence_multiple=options.sequence_multiple,
+    )
     config = unwrap(model).config
 
     def rows_of(batch: list[Sequence]) -> Rows:
@@ -115,7 +128,7 @@ def _run(model, sequences, runtime, options, *, with_rationale, coefficients) ->
         return output, loss_function
 
     with runtime.megatron():
-        return get_forward_backward_func()(
+        tables = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
             model=[model],
@@ -124,6 +137,7 @@ def _run(model, sequences, runtime, options, *, with_rationale, coefficients) ->
             micro_batch_size=1,
             forward_only=coefficients is None,
         )
+    return _complete(tables, [sequence for batch in batches for sequence in batch], shape, runtime)
 
 
 def _complete(tables: list[torch.Tensor], sequences: list[Sequence], shape, runtime: Runtime) -> Scores:

@@ -78,6 +78,7 @@ class Trainer:
         )
         self.score_options = passes.BatchOptions(
             micro_batch_size=c.micro_batch_size,
+            max_tokens=c.max_tokens_per_micro_batch,
             temperature=r.temperature,
             top_p=r.top_p,
             sequence_multiple=c.pad_sequences_to_multiple_of,
