@@ -95,7 +95,8 @@ AT_LEAST = {
     ),
     0: (
         "q", "q_final", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "sgd_momentum",
-        "clip_grad", "sample_interval", "eval_interval", "eval_temperature", "seed",
+        "clip_grad", "sample_interval", "eval_interval", "score_check_interval",
+        "score_mismatch_alarm", "eval_temperature", "seed",
     ),
 }  # fmt: skip
 AT_MOST_ONE = ("q", "q_final", "top_p")

@@ -39,6 +39,7 @@ class Rollout:
     num_sampled: int
     answer_ids: tuple[int, ...] = ()  # sampled, terminator included when it was sampled; empty when none was asked for
     log_prob: float = 0.0  # ln of the sampling distribution over the num_sampled rationale tokens, in nats
+    log_w: float | None = None  # ln p(y*|x,z) in nats, where the engine was given y* to score
     valid: bool = True
 
     @property
@@ -97,5 +98,6 @@ class StepMetrics:
     seconds_train: float
     peak_memory_bytes: int
     log_prob_mismatch_max: float | None = None  # max |ln p(z|x) rollout - trainer|, nats per sequence
+    log_w_mismatch_max: float | None = None  # max |ln w rollout - trainer| in nats, on steps that compare them
     reward_mean: float | None = None  # exact-match rate of sampled answers, where the estimator samples them
     eval_exact_match: float | None = None

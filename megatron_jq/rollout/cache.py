@@ -10,6 +10,31 @@ from torch import Tensor
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
 
 
+class Seating:
+    """Rows of one prompt side by side, so that queries of all of them meet the prompt's keys in one product.
+
+    group_of_row: each row's prompt, ascending, [N]; as many seats a prompt as its busiest one needs.
+    """
+
+    def __init__(self, group_of_row: Tensor, num_prompts: int):
+        counts = torch.bincount(group_of_row, minlength=num_prompts)
+        self.prompts, self.widest = num_prompts, int(counts.max())
+        number = torch.arange(len(group_of_row), device=counts.device) - (counts.cumsum(0) - counts)[group_of_row]
+        self.seat_of_row = group_of_row * self.widest + number
+        self.full = len(group_of_row) == self.prompts * self.widest
+
+    def seat(self, x_N: Tensor) -> Tensor:
+        """[N, g, s, ·] by row → [G, g, seats·s, ·] by prompt; empty seats are zero."""
+        if not self.full:
+            x_N = x_N.new_zeros(self.prompts * self.widest, *x_N.shape[1:]).index_copy(0, self.seat_of_row, x_N)
+        return x_N.unflatten(0, (self.prompts, self.widest)).transpose(1, 2).flatten(2, 3)
+
+    def unseat(self, x_G: Tensor) -> Tensor:
+        """[G, g, seats·s, ·] by prompt → [N, g, s, ·] by row."""
+        x = x_G.unflatten(2, (self.widest, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.full else x[self.seat_of_row]
+
+
 class WaveCache:
     """Keys and values by layer. Rows are ordered by prompt; dropping finished rows keeps that order.
 
@@ -28,16 +53,7 @@ class WaveCache:
         self.branch: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [N, g, R, d]
         past_end_GL = torch.arange(max(prompt_lengths), device=device) >= self.prompt_lengths[:, None]
         self.prompt_mask_GL = past_end_GL if len(set(prompt_lengths)) > 1 else None
-        self._seat_rows()
-
-    def _seat_rows(self) -> None:
-        """Seats: rows of one prompt side by side, as many seats a prompt as its busiest one needs."""
-        counts = torch.bincount(self.group_of_row, minlength=len(self.prompt_lengths))
-        widest, first = int(counts.max()), counts.cumsum(0) - counts
-        number = torch.arange(len(self.group_of_row), device=counts.device) - first[self.group_of_row]
-        self.seats = (len(counts), widest)
-        self.seat_of_row = self.group_of_row * widest + number
-        self.all_seats_taken = len(self.group_of_row) == len(counts) * widest
+        self.seating = Seating(self.group_of_row, len(prompt_lengths))
 
     def store_prompts(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor, token_GL: Tensor) -> None:
         self.prompt[layer] = tuple(x[token_GL].transpose(1, 2).contiguous() for x in (k_Tgd, v_Tgd))
@@ -57,19 +73,17 @@ class WaveCache:
         """Drop all rows but these (ascending); their keys and values are freed."""
         self.group_of_row = self.group_of_row[rows]
         self.branch = {layer: (k[rows], v[rows]) for layer, (k, v) in self.branch.items()}
-        self._seat_rows()
+        self.seating = Seating(self.group_of_row, len(self.prompt_lengths))
 
-    def seat(self, x_N: Tensor) -> Tensor:
-        """[N, g, s, ·] by row → [G, g, seats·s, ·] by prompt; empty seats are zero."""
-        prompts, widest = self.seats
-        if not self.all_seats_taken:
-            x_N = x_N.new_zeros(prompts * widest, *x_N.shape[1:]).index_copy(0, self.seat_of_row, x_N)
-        return x_N.unflatten(0, (prompts, widest)).transpose(1, 2).flatten(2, 3)
+    def prompt_scores(self, layer: int, q_Ngsd: Tensor, seating: Seating) -> Tensor:
+        """Scaled queries against their prompts' keys: [N, g, s, L] float32, -inf beyond a prompt's end."""
+        score = (seating.seat(q_Ngsd) @ self.prompt[layer][0].transpose(2, 3)).float()
+        if self.prompt_mask_GL is not None:
+            score = score.masked_fill(self.prompt_mask_GL[:, None, None, :], float("-inf"))
+        return seating.unseat(score)
 
-    def unseat(self, x_G: Tensor) -> Tensor:
-        """[G, g, seats·s, ·] by prompt → [N, g, s, ·] by row."""
-        x = x_G.unflatten(2, (self.seats[1], -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.all_seats_taken else x[self.seat_of_row]
+    def prompt_values(self, layer: int, weight_NgsL: Tensor, seating: Seating) -> Tensor:
+        return seating.unseat(seating.seat(weight_NgsL) @ self.prompt[layer][1])
 
 
 class PrefillPlan(CausalSegments):
@@ -96,17 +110,58 @@ class DecodePlan(AttentionPlan):
 
     def attend(self, layer, q, k, v, scale):
         cache, rows = self.cache, len(self.cache.group_of_row)
-        padding = q[rows:]  # rows that only fill the tensor-parallel split
         keys, values = cache.append(layer, k[:rows], v[:rows])
-        prompt_keys, prompt_values = cache.prompt[layer]
         q_Ngsd = q[:rows].unflatten(1, (k.shape[1], -1)) * scale
-        prompt_score = (cache.seat(q_Ngsd) @ prompt_keys.transpose(2, 3)).float()
-        if cache.prompt_mask_GL is not None:
-            prompt_score = prompt_score.masked_fill(cache.prompt_mask_GL[:, None, None, :], float("-inf"))
-        prompt_score = cache.unseat(prompt_score)
-        branch_score = (q_Ngsd @ keys.transpose(2, 3)).float()
-        weight = torch.cat([prompt_score, branch_score], dim=-1).softmax(dim=-1).to(q.dtype)
-        of_prompt, of_branch = weight.split([prompt_score.shape[-1], branch_score.shape[-1]], dim=-1)
-        output = cache.unseat(cache.seat(of_prompt) @ prompt_values) + of_branch @ values
-        output = output.flatten(1, 2)
-        return torch.cat([output, torch.zeros_like(padding)]) if len(padding) else output
+        of_prompt = cache.prompt_scores(layer, q_Ngsd, cache.seating)
+        of_branch = (q_Ngsd @ keys.transpose(2, 3)).float()
+        weight = torch.cat([of_prompt, of_branch], dim=-1).softmax(dim=-1).to(q.dtype)
+        of_prompt, of_branch = weight.split([of_prompt.shape[-1], of_branch.shape[-1]], dim=-1)
+        output = cache.prompt_values(layer, of_prompt, cache.seating) + of_branch @ values
+        return _with_padding(output.flatten(1, 2), q)
+
+
+class TailPlan(AttentionPlan):
+    """Several new tokens a row at once, not kept: they attend to the prompt, to the row's cached tokens, to each other.
+
+    rows: which of the cache's rows, ascending, [n]. cached: how many of each row's generated tokens count, [n].
+    lengths: new tokens of each row; they lie behind one another, [T].
+    """
+
+    def __init__(self, cache: WaveCache, rows: Tensor, cached: list[int], lengths: list[int], device: torch.device):
+        super().__init__()
+        self.cache, self.rows = cache, rows
+        self.seating = Seating(cache.group_of_row[rows], len(cache.prompt_lengths))
+        count, longest = torch.tensor(lengths), max(lengths)
+        start = count.cumsum(0) - count
+        self.token_nt = (start[:, None] + torch.minimum(torch.arange(longest), count[:, None] - 1)).to(device)
+        place = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
+        self.place_T = place.to(device)  # of the row's tokens in the padded [n, t]
+        ahead_tt = torch.ones(longest, longest, dtype=torch.bool).triu(1)
+        beyond_nc = torch.arange(cache.length) >= torch.tensor(cached)[:, None]
+        hidden = [beyond_nc[:, None].expand(-1, longest, -1), ahead_tt.expand(len(lengths), -1, -1)]
+        self.mask = torch.cat(hidden, dim=2).to(device)  # [n, t, cached + t], True = not attended to
+
+    def attend(self, layer, q, k, v, scale):
+        cache, groups = self.cache, k.shape[1]
+        q_ngtsd = q[self.token_nt].unflatten(2, (groups, -1)).transpose(1, 2) * scale
+        per_token = q_ngtsd.shape[3]
+        q_ngsd = q_ngtsd.flatten(2, 3)
+        k_new, v_new = (x[self.token_nt].transpose(1, 2) for x in (k, v))
+        keys, values = k_new, v_new
+        if cache.length:
+            old_keys, old_values = (x[self.rows, :, : cache.length] for x in cache.branch[layer])
+            keys, values = torch.cat([old_keys, k_new], dim=2), torch.cat([old_values, v_new], dim=2)
+        of_prompt = cache.prompt_scores(layer, q_ngsd, self.seating)
+        of_branch = (q_ngsd @ keys.transpose(2, 3)).float()
+        of_branch = of_branch.masked_fill(self.mask.repeat_interleave(per_token, dim=1)[:, None], float("-inf"))
+        weight = torch.cat([of_prompt, of_branch], dim=-1).softmax(dim=-1).to(q.dtype)
+        of_prompt, of_branch = weight.split([of_prompt.shape[-1], of_branch.shape[-1]], dim=-1)
+        output = cache.prompt_values(layer, of_prompt, self.seating) + of_branch @ values
+        output = output.unflatten(2, (-1, per_token)).transpose(1, 2).flatten(0, 1).flatten(1, 2)  # [n·t, h, d]
+        return _with_padding(output[self.place_T], q)
+
+
+def _with_padding(output_Thd: Tensor, q_Thd: Tensor) -> Tensor:
+    """Append zeros for the tokens that only fill the tensor-parallel split of the row."""
+    missing = len(q_Thd) - len(output_Thd)
+    return torch.cat([output_Thd, torch.zeros_like(q_Thd[:missing])]) if missing else output_Thd

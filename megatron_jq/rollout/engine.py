@@ -8,11 +8,15 @@ from megatron_jq.records import Rollout
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Draw rationales for one prompt: one for each slot of the step's [B, M] table that this replica serves."""
+    """Draw rationales for one prompt: one for each slot of the step's [B, M] table that this replica serves.
+
+    gold_ids: y* with its terminator; where given, each Rollout brings log_w = ln p(y*|x,z).
+    """
 
     prompt_slot: int
     prompt_ids: tuple[int, ...]
     rationale_slots: tuple[int, ...]
+    gold_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

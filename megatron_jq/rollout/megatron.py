@@ -6,17 +6,17 @@ travel.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from megatron_jq.model.attention import AttentionPlan
 from megatron_jq.model.policy import Policy
-from megatron_jq.model.rows import LogitsHead, Rows
+from megatron_jq.model.rows import ANSWER, LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Rollout
-from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, WaveCache
+from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, TailPlan, WaveCache
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
 from megatron_jq.rollout.sampling import UniformStream, sample_tokens
 
@@ -27,8 +27,12 @@ class _Row:
 
     prompt_slot: int
     rationale_slot: int
-    position: int  # of the next token to feed
+    prompt_length: int
     stream: UniformStream
+    gold: tuple[int, ...] | None
+    steps: int = 0  # tokens fed behind the prompt, a finished row's dummies included
+    fed: int = 0  # real ones among them
+    log_w: float | None = None
     rationale: list[int] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
     num_sampled: int = 0
@@ -67,6 +71,7 @@ class _Row:
             self.num_sampled,
             tuple(self.answer),
             self.log_prob,
+            self.log_w,
         )
 
 
@@ -74,9 +79,10 @@ def _next_tokens(active: list[_Row]) -> tuple[list[int], list[int], list[int]]:
     """(token, position) that each row feeds next, and the rows that draw behind it. Finished rows feed a dummy."""
     tokens, positions, drawing = [], [], []
     for i, row in enumerate(active):
+        row.fed += bool(row.to_feed)
         tokens.append(row.to_feed.popleft() if row.to_feed else 0)
-        positions.append(row.position)
-        row.position += 1
+        positions.append(row.prompt_length + row.steps)
+        row.steps += 1
         if not row.to_feed and not row.done:
             drawing.append(i)
     return tokens, positions, drawing
@@ -110,13 +116,19 @@ class MegatronEngine:
                     waves.append([])
                     room = self.max_rows
                 taken, slots = slots[:room], slots[room:] if room is not None else ()
-                waves[-1].append(RolloutRequest(request.prompt_slot, request.prompt_ids, taken))
+                waves[-1].append(replace(request, rationale_slots=taken))
                 room = room - len(taken) if room is not None else None
         return [wave for wave in waves if wave]
 
     def _run_wave(self, wave: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
         rows = [
-            _Row(r.prompt_slot, m, len(r.prompt_ids), UniformStream(options.seed, options.step, r.prompt_slot, m))
+            _Row(
+                r.prompt_slot,
+                m,
+                len(r.prompt_ids),
+                UniformStream(options.seed, options.step, r.prompt_slot, m),
+                r.gold_ids,
+            )
             for r in wave
             for m in r.rationale_slots
         ]
@@ -129,14 +141,43 @@ class MegatronEngine:
         active = rows
         while not all(row.done for row in active):
             if sum(row.done for row in active) > self.IDLE_SHARE * len(active):
+                self._score_gold(active, cache)
                 kept = [i for i, row in enumerate(active) if not row.done]
                 active = [active[i] for i in kept]
                 cache.keep(torch.tensor(kept, device=device))
             tokens, positions, drawing = _next_tokens(active)
-            logits = self._forward(tokens, positions, DecodePlan(cache), torch.tensor(drawing, dtype=torch.long))
+            logits = self._forward(tokens, positions, DecodePlan(cache), self._logits_of(drawing))
             cache.length += 1
             self._sample(active, drawing, logits, options)
+        self._score_gold(active, cache)
         return [row.rollout() for row in rows]
+
+    def _score_gold(self, active: list[_Row], cache: WaveCache) -> None:
+        """ln p(y*|x,z) of finished rows from the cache: feeds |y*| tokens a row, and what of z was not yet fed."""
+        due = [i for i, row in enumerate(active) if row.done and row.gold is not None and row.log_w is None]
+        if not due:
+            return
+        tokens, positions, cached, lengths = [], [], [], []
+        where, targets, cells = [], [], []
+        for n, i in enumerate(due):
+            row = active[i]
+            kept = min(row.fed, len(row.rationale) - 1)  # the last rationale token predicts y*'s first: feed it here
+            tail = [*row.rationale[kept:], *row.gold[:-1]]
+            tokens.extend(tail)
+            positions.extend(range(row.prompt_length + kept, row.prompt_length + kept + len(tail)))
+            where.extend(range(len(tokens) - len(row.gold), len(tokens)))
+            targets.extend(row.gold)
+            cells.extend([2 * n + ANSWER] * len(row.gold))
+            cached.append(kept)
+            lengths.append(len(tail))
+        device = self.runtime.device
+        plan = TailPlan(cache, torch.tensor(due, device=device), cached, lengths, device)
+        head = ScoreHead(*(torch.tensor(x, device=device) for x in (where, targets, cells)), len(due))
+        table = self._forward(tokens, positions, plan, head)
+        if table is None:
+            table = torch.empty(len(due), 2, dtype=torch.float64, device=device)
+        for i, log_w in zip(due, self.runtime.groups.from_last_stage(table)[:, ANSWER].tolist(), strict=True):
+            active[i].log_w = log_w
 
     def _prefill(self, wave: list[RolloutRequest], cache: WaveCache) -> torch.Tensor | None:
         lengths = [len(r.prompt_ids) for r in wave]
@@ -144,14 +185,18 @@ class MegatronEngine:
         positions = [position for length in lengths for position in range(length)]
         last = torch.tensor(lengths).cumsum(0) - 1
         padding = -len(tokens) % self._row_multiple
-        return self._forward(tokens, positions, PrefillPlan(lengths, padding, cache, self.runtime.device), last)
+        plan = PrefillPlan(lengths, padding, cache, self.runtime.device)
+        return self._forward(tokens, positions, plan, self._logits_of(last.tolist()))
+
+    def _logits_of(self, where: list[int]) -> LogitsHead:
+        return LogitsHead(torch.tensor(where, dtype=torch.long, device=self.runtime.device))
 
     @property
     def _row_multiple(self) -> int:
         return self.runtime.groups.tp.size() if self.policy.config.sequence_parallel else 1
 
-    def _forward(self, tokens, positions, plan: AttentionPlan, drawing: torch.Tensor) -> torch.Tensor | None:
-        """One pass through all pipeline stages. Last stage: logits [N, V/tp] of `drawing`; others: None."""
+    def _forward(self, tokens, positions, plan: AttentionPlan, head: LogitsHead | ScoreHead) -> torch.Tensor | None:
+        """One pass through all pipeline stages. The last stage gets what `head` asks for, the others None."""
         padding = [0] * (-len(tokens) % self._row_multiple)
         groups, config, device = self.runtime.groups, self.policy.config, self.runtime.device
         self.tokens_computed += len(tokens) + len(padding)
@@ -159,7 +204,7 @@ class MegatronEngine:
             torch.tensor([*tokens, *padding], device=device),
             torch.tensor([*positions, *padding], device=device),
             plan,
-            LogitsHead(drawing.to(device)),
+            head,
         )
         if not groups.is_first_stage:
             length = len(rows.token_T) // self._row_multiple

@@ -40,6 +40,7 @@ def step_metrics(
     sequences: list[Sequence],
     runtime: Runtime,
     *,
+    log_w_mismatch: float | None,
     grad_norm: float,
     lr: float,
     seconds: tuple[float, float, float],
@@ -68,6 +69,7 @@ def step_metrics(
         seconds_train=seconds[2],
         peak_memory_bytes=peak_memory_bytes(runtime),
         log_prob_mismatch_max=_log_prob_mismatch(rollouts, tables.trained, runtime),
+        log_w_mismatch_max=log_w_mismatch,
         reward_mean=None if tables.reward_BM is None else tables.reward_BM[valid_BM].mean().item(),
     )
 

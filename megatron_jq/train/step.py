@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_jq.model.build import unwrap
 from megatron_jq.model.rows import Rows, pack_sequences
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Coefficients, Sequence
+from megatron_jq.records import Coefficients, Rollout, Sequence
 from megatron_jq.train.batching import balance, micro_batches
 
 
@@ -62,6 +62,16 @@ def score(
         sequences = balance(sequences, unwrap(model).config.hidden_size, runtime)
     with torch.no_grad():
         return _run(model, sequences, shape, runtime, options, with_rationale=with_rationale, coefficients=None)
+
+
+def scores_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime: Runtime) -> Scores:
+    """The engine's own ln w as the step's table: one all-reduce over replicas, no forward pass."""
+    whole = torch.zeros(*shape, 3, dtype=torch.float64, device=runtime.device)
+    for r in rollouts:
+        if r.valid:
+            assert r.log_w is not None, "the engine was not given y*"
+            whole[r.prompt_slot, r.rationale_slot, 1:] = torch.tensor([r.log_w, 1.0], dtype=torch.float64)
+    return _over_replicas(whole, runtime)
 
 
 def train(
@@ -148,7 +158,10 @@ def _complete(tables: list[torch.Tensor], sequences: list[Sequence], shape, runt
         rationale = torch.tensor([s.rationale_slot for s in sequences], device=runtime.device)
         whole[prompt, rationale, :2] = torch.cat(tables).double()
         whole[prompt, rationale, 2] = 1.0
-    runtime.groups.from_last_stage(whole)
+    return _over_replicas(runtime.groups.from_last_stage(whole), runtime)
+
+
+def _over_replicas(whole: torch.Tensor, runtime: Runtime) -> Scores:
     runtime.groups.sum_over_replicas(whole)
     present_BM = whole[..., 2] > 0
     assert not (whole[..., 2] > 1).any(), "a slot was scored by two replicas"

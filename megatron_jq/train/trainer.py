@@ -116,7 +116,7 @@ class Trainer:
         self.phase.enter(step, "score")
         gold = [self._sequence(rollout, prompts, gold=True) for rollout in rollouts if rollout.valid]
         shape = (len(prompts), self.config.rollout.num_rationales)
-        scores = passes.score(self.model, gold, shape, self.runtime, self.score_options)
+        scores, mismatch = self._score(step, rollouts, gold, shape)
         log_w_BM, valid_BM = scores.log_answer_BM, scores.present_BM
         reward_BM = self._rewards(rollouts, prompts, shape) if self.estimator.samples_answers else torch.zeros(shape)
         self._check(step, prompts, gold, "ln p(y*|x,z)", log_w_BM[valid_BM])
@@ -142,7 +142,7 @@ class Trainer:
         tables = Tables(log_w_BM, valid_BM, rewards, coefficients, trained)
         return step_metrics(
             step, q, self.estimator, tables, rollouts, sequences, self.runtime,
-            grad_norm=grad_norm, lr=learning_rate(self.optimizer),
+            log_w_mismatch=mismatch, grad_norm=grad_norm, lr=learning_rate(self.optimizer),
             seconds=(rolled - began, scored - rolled, ended - scored),
         )  # fmt: skip
 
@@ -161,10 +161,34 @@ class Trainer:
             self.engine, list(self.data.heldout), self.data.tokenizer, self.runtime, options, num_samples=t.eval_samples
         )
 
+    def _score(
+        self, step: int, rollouts: list[Rollout], gold: list[Sequence], shape: tuple[int, int]
+    ) -> tuple[passes.Scores, float | None]:
+        """ln w by the trainer's own forward pass, or by the engine; with the engine, compared on some steps."""
+        r = self.config.rollout
+        if r.score_with == "trainer":
+            return passes.score(self.model, gold, shape, self.runtime, self.score_options), None
+        scores = passes.scores_of_rollouts(rollouts, shape, self.runtime)
+        if r.score_check_interval == 0 or step % r.score_check_interval:
+            return scores, None
+        trainers = passes.score(self.model, gold, shape, self.runtime, self.score_options)
+        gap_BM = (scores.log_answer_BM - trainers.log_answer_BM).abs()[scores.present_BM]
+        mismatch = gap_BM.max().item() if len(gap_BM) else 0.0
+        if not mismatch <= r.score_mismatch_alarm and self.recorder is not None:
+            self.recorder.say(
+                f"warning: step {step}: ln w of rollout and trainer differ by up to {mismatch:.3g} nats "
+                f"(--score-mismatch-alarm {r.score_mismatch_alarm}); --score-with trainer is exact"
+            )
+        return scores, mismatch
+
     def _requests(self, prompts: list[Example]) -> list[RolloutRequest]:
         dp = self.runtime.groups.dp
         share = share_of_replica(len(prompts), self.config.rollout.num_rationales, dp.rank(), dp.size())
-        return [RolloutRequest(b, prompts[b].prompt_ids, slots) for b, slots in share]
+        score = self.config.rollout.score_with == "rollout"
+        return [
+            RolloutRequest(b, prompts[b].prompt_ids, slots, prompts[b].answer_ids if score else None)
+            for b, slots in share
+        ]
 
     def _sampling(self, step: int) -> SamplingOptions:
         r = self.config.rollout
