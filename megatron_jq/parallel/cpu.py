@@ -1,8 +1,8 @@
 """F2: lets Megatron-core 0.16 run where there is no CUDA, without touching its files.
 
-Megatron-core asks for `torch.cuda` in four ways that have an exact meaning on a CPU: the current device, the random
-state, a synchronise, and `device="cuda"` in a factory call. `install` answers the first three; `cpu_mode` redirects the
-fourth while it is entered. The mode costs a Python call for every torch call, so `native` leaves it for the model's
+Megatron-core asks for `torch.cuda` in five ways that have an exact meaning on a CPU: the current device, the random
+state, a synchronise, the copy of expert counts to the host, and `device="cuda"` in a factory call. `install` answers
+the first four; `cpu_mode` redirects the last while it is entered. The mode costs a Python call for every torch call, so `native` leaves it for the model's
 own forward, which needs none of it.
 """
 
@@ -65,12 +65,25 @@ class _CpuRngTracker:
             torch.set_rng_state(outside)
 
 
+def _counts_on_host(dispatcher, point, tokens_per_expert=None):
+    """MoEAlltoAllTokenDispatcher's copy of its counts to the host, where they lie already: no stream, nothing to await.
+
+    The split sizes become numpy arrays there, as torch's all-to-all wants them.
+    """
+    if point == dispatcher.cuda_dtoh_point and not dispatcher.drop_and_pad:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            splits = getattr(dispatcher, name)
+            setattr(dispatcher, name, None if splits is None else splits.numpy())
+    return tokens_per_expert
+
+
 def install() -> None:
     """Answer Megatron-core's `torch.cuda` questions for a CPU. Once a process; harmless when repeated."""
     global _installed
     if _installed:
         return
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda *args, **kwargs: None
@@ -79,6 +92,8 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     megatron_random._CUDA_RNG_STATE_TRACKER = _CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.cpu.Stream()  # in place of a torch.cuda.Stream; not used
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_on_host
     _installed = True
 
 

@@ -33,6 +33,15 @@ class ParallelGroups:
         return self.collection.dp
 
     @property
+    def expert_peers(self) -> dist.ProcessGroup | None:
+        """The ranks that hold one copy of the experts between them, where they are of several replicas; else None.
+
+        Tokens travel within it in every pass, so its replicas must make the same number of passes, idle or not.
+        """
+        peers = self.collection.tp_ep
+        return peers if peers.size() > self.tp.size() else None
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp.rank() == 0
 
@@ -63,7 +72,12 @@ class ParallelGroups:
 
 
 def build_groups(
-    tensor_model_parallel_size: int, pipeline_model_parallel_size: int, timeout: timedelta
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    timeout: timedelta,
+    *,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
 ) -> ParallelGroups:
     """Make Megatron-core's groups for this layout and seed nothing. Every rank calls it, once a process.
 
@@ -72,6 +86,8 @@ def build_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=dist.get_backend() != "gloo",  # on gloo the main groups are gloo already
     )

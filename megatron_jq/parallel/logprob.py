@@ -8,6 +8,8 @@ on the layout.
 Shapes: T tokens, H hidden, V this rank's share of the vocabulary. A `group` of None means one process.
 """
 
+from collections import deque
+
 import torch
 import torch.distributed as dist
 
@@ -53,14 +55,19 @@ def _local_targets(targets_T: torch.Tensor, shard: int, group) -> tuple[torch.Te
 
 
 def _partial_softmax(logits_TV, column_T, here_T) -> torch.Tensor:
-    """This rank's largest logit, sum of exp(logit - largest), and target's logit (or 0): [3, T].
+    """This rank's largest logit, sum of exp(logit - largest), target's logit (or 0): [3, T]; leaves logits as they are.
 
     A shard of padding alone has largest = -inf and contributes a sum of zero.
     """
+    return _exponentials_(logits_TV.clone(), column_T, here_T)
+
+
+def _exponentials_(logits_TV, column_T, here_T) -> torch.Tensor:
+    """Replace logits by exp(logit - largest), in place; returns the numbers of _partial_softmax."""
     largest_T = logits_TV.amax(dim=-1)
-    shift_T = torch.where(largest_T == float("-inf"), torch.zeros_like(largest_T), largest_T)
-    sum_T = (logits_TV - shift_T[:, None]).exp_().sum(dim=-1)
     target_T = logits_TV.gather(-1, column_T[:, None]).squeeze(-1)
+    shift_T = torch.where(largest_T == float("-inf"), torch.zeros_like(largest_T), largest_T)
+    sum_T = logits_TV.sub_(shift_T[:, None]).exp_().sum(dim=-1)
     return torch.stack([largest_T, sum_T, target_T.where(here_T, torch.zeros_like(target_T))])
 
 
@@ -131,7 +138,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if top_p is not None:
                 threshold_T[part] = _threshold_with_target(logits, top_p, column_T[part], here_T[part], part, group)
                 logits.masked_fill_(logits < threshold_T[part, None], float("-inf"))
-            partial.append(_partial_softmax(logits, column_T[part], here_T[part]))
+            partial.append(_exponentials_(logits, column_T[part], here_T[part]))
         normaliser_T, target_T = _merge(*_exchange(torch.cat(partial, dim=1), group))
         ctx.save_for_backward(hidden_TH, weight_VH, column_T, here_T, normaliser_T, inverse_temperature_T, threshold_T)
         ctx.group, ctx.chunk, ctx.vocab_size = group, chunk, vocab_size
@@ -207,31 +214,37 @@ class _WeightedLogProbs(torch.autograd.Function):
         log_prob_T = torch.empty_like(targets_T, dtype=_accumulation_dtype(hidden_TH.dtype))
 
         def begin(part):
-            """GEMM 1 of a chunk; its statistics set out for the other ranks."""
+            """GEMM 1 of a chunk, exponentials in the logits' place; its statistics set out for the other ranks."""
             logits = _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T)
-            return part, logits, _exchange(_partial_softmax(logits, column_T[part], here_T[part]), group)
+            statistics_3T = _exponentials_(logits, column_T[part], here_T[part])
+            return part, logits, statistics_3T[0], _exchange(statistics_3T, group)
 
-        def finish(part, logits, exchange):
+        def finish(part, exponentials, largest, exchange):
             """The chunk's log-probabilities and its share of both gradients: GEMMs 2 and 3."""
             normaliser, target = _merge(*exchange)
             log_prob_T[part] = target - normaliser
-            coefficient = coefficient_T[part].to(logits.dtype)
+            coefficient = coefficient_T[part].to(exponentials.dtype)
             if inverse_temperature_T is not None:
                 coefficient = coefficient * inverse_temperature_T[part]
-            grad = _logit_gradient(logits, normaliser, column_T[part], here_T[part], coefficient).to(hidden_TH.dtype)
+            # d/dlogits = coefficient · (onehot - softmax); softmax = exponentials · exp(largest here - normaliser)
+            grad = exponentials.mul_((-coefficient * (largest - normaliser).exp())[:, None])
+            grad.scatter_add_(-1, column_T[part, None], (coefficient * here_T[part])[:, None])
+            grad = grad.to(hidden_TH.dtype)
             torch.mm(grad, weight_VH, out=grad_hidden[part])
             if grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.t(), hidden_TH[part])
             else:
                 grad_weight.add_(grad.t() @ hidden_TH[part])
 
-        pending = None  # one chunk's statistics travel while the next chunk's logits are made
+        # Over several ranks, one chunk's statistics travel while the next chunk's logits are made.
+        ahead = 0 if group is None or group.size() == 1 else 1
+        started = deque()
         for part in _chunks(len(targets_T), chunk):
-            started = begin(part)
-            if pending is not None:
-                finish(*pending)
-            pending = started
-        finish(*pending)
+            started.append(begin(part))
+            if len(started) > ahead:
+                finish(*started.popleft())
+        while started:
+            finish(*started.popleft())
         ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
         ctx.weight = weight_VH
         ctx.mark_non_differentiable(log_prob_T)

@@ -50,10 +50,12 @@ def start(
     timeout: timedelta,
     seed: int,
     device: str = "auto",
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
 ) -> Runtime:
     """Join the job and build its groups.
 
-    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
+    expert_tensor_parallel_size None: experts are split as the other layers are. `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
     Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas.
 
     Raises UserError when CUDA is asked for and absent.
@@ -77,7 +79,13 @@ def start(
         os.environ["MASTER_PORT"] = str(_free_port())
     dist.init_process_group("nccl" if use_cuda else "gloo", rank=rank, world_size=world_size, timeout=timeout)
     with contextlib.nullcontext() if use_cuda else cpu.cpu_mode():
-        groups = build_groups(tensor_model_parallel_size, pipeline_model_parallel_size, timeout)
+        groups = build_groups(
+            tensor_model_parallel_size,
+            pipeline_model_parallel_size,
+            timeout,
+            expert_model_parallel_size=expert_model_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
+        )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=use_cuda)
     return Runtime(rank, world_size, local, groups)
 
