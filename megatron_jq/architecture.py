@@ -1,7 +1,8 @@
 """F1: the shape of a policy: presets, architecture TOML files, Hugging Face config.json. Plain numbers, no torch.
 
 What every policy here shares is not a field: decoder-only, RMSNorm before each block, SwiGLU, rotary positions over the
-whole head, no biases but the optional one on query, key and value.
+whole head, no biases but the optional one on query, key and value. Either every layer's SwiGLU block is dense, or every
+layer has `num_experts` of them and a softmax router that picks `moe_router_topk` for a token.
 """
 
 import json
@@ -42,6 +43,11 @@ class Architecture:
     tie_embeddings: bool = True
     init_method_std: float = 0.02
     vocab_size: int | None = None  # None: the tokenizer's
+    num_experts: int | None = None  # experts a layer; None: one dense block
+    moe_ffn_hidden_size: int | None = None  # width of one expert's SwiGLU block; None without experts
+    moe_router_topk: int = 2  # experts that a token visits
+    moe_norm_topk_prob: bool = True  # their probabilities are scaled to sum to 1
+    moe_aux_loss_coeff: float = 0.001  # of the load-balancing loss (docs/loss-scaling.md)
 
 
 PRESETS = {
@@ -62,9 +68,18 @@ PRESETS = {
         kv_channels=64, max_position_embeddings=131_072, rotary_base=5e5, rope_scaling=RopeScaling(factor=32.0),
         norm_epsilon=1e-5, vocab_size=128_256,
     ),
+    "tiny-moe": Architecture(
+        num_layers=2, hidden_size=64, ffn_hidden_size=192, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+        max_position_embeddings=512, qk_layernorm=True, num_experts=4, moe_ffn_hidden_size=96, moe_router_topk=2,
+    ),
+    "qwen3-30b-a3b": Architecture(
+        num_layers=48, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=32, num_query_groups=4,
+        kv_channels=128, max_position_embeddings=40_960, rotary_base=1e6, qk_layernorm=True, tie_embeddings=False,
+        vocab_size=151_936, num_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8,
+    ),
 }  # fmt: skip
 
-HUGGING_FACE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+HUGGING_FACE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def load_architecture(model: str) -> Architecture:
@@ -107,6 +122,24 @@ def architecture_problems(architecture: Architecture) -> list[str]:
             problems.append(f"{name} must be above 0 and finite, not {getattr(a, name)}")
     if a.vocab_size is not None and a.vocab_size < 1:
         problems.append(f"vocab_size must be at least 1, not {a.vocab_size}")
+    return problems + _expert_problems(a)
+
+
+def _expert_problems(a: Architecture) -> list[str]:
+    if a.num_experts is None:
+        told = a.moe_ffn_hidden_size is not None
+        return ["moe_ffn_hidden_size is set, num_experts is not: set both, or neither"] if told else []
+    problems = []
+    if a.num_experts < 2:
+        problems.append(f"num_experts must be at least 2, not {a.num_experts}")
+    if a.moe_ffn_hidden_size is None or a.moe_ffn_hidden_size < 1:
+        problems.append(f"num_experts needs moe_ffn_hidden_size of at least 1, not {a.moe_ffn_hidden_size}")
+    if not 1 <= a.moe_router_topk <= a.num_experts:
+        problems.append(f"moe_router_topk must lie between 1 and num_experts ({a.num_experts}): {a.moe_router_topk}")
+    if a.moe_router_topk == 1 and a.moe_norm_topk_prob:
+        problems.append("moe_router_topk 1 needs moe_norm_topk_prob false: a probability scaled to 1 has no gradient")
+    if not (math.isfinite(a.moe_aux_loss_coeff) and a.moe_aux_loss_coeff >= 0):
+        problems.append(f"moe_aux_loss_coeff must be at least 0 and finite, not {a.moe_aux_loss_coeff}")
     return problems
 
 
@@ -149,7 +182,7 @@ def read_hugging_face_config(path: str | Path) -> Architecture:
     values = {name: _hugging_face_number(source, key, path) for name, key in _HUGGING_FACE_SIZES.items()}
     if kind == "llama":  # its older files, from before grouped queries, leave this out
         source.setdefault("num_key_value_heads", values["num_attention_heads"])
-    if kind != "qwen3" and source.get("head_dim") is None:
+    if not kind.startswith("qwen3") and source.get("head_dim") is None:
         source["head_dim"] = values["hidden_size"] // max(1, values["num_attention_heads"])
     # Within its window, sliding-window attention is full attention: so a shorter context keeps the function exact.
     window = source.get("sliding_window") if kind == "mistral" or source.get("use_sliding_window") else None
@@ -164,10 +197,11 @@ def read_hugging_face_config(path: str | Path) -> Architecture:
             rotary_base=rotary_base,
             rope_scaling=rope_scaling,
             norm_epsilon=float(source.get("rms_norm_eps", 1e-6)),
-            qk_layernorm=kind == "qwen3",
+            qk_layernorm=kind.startswith("qwen3"),
             add_qkv_bias=kind == "qwen2",
             tie_embeddings=bool(source.get("tie_word_embeddings", False)),
             init_method_std=float(source.get("initializer_range", 0.02)),
+            **(_hugging_face_experts(source, path) if kind == "qwen3_moe" else {}),
         ),
         path,
     )
@@ -187,6 +221,18 @@ def _hugging_face_number(source: dict, key: str, path: str | Path) -> int:
     if type(source.get(key)) is not int:
         raise UserError(f"{path}: {key} must be an integer, not {source.get(key)!r}")
     return source[key]
+
+
+def _hugging_face_experts(source: dict, path: str | Path) -> dict:
+    if source.get("decoder_sparse_step", 1) != 1 or source.get("mlp_only_layers"):
+        raise UserError(f"{path}: dense layers between those with experts are not supported")
+    return {
+        "num_experts": _hugging_face_number(source, "num_experts", path),
+        "moe_ffn_hidden_size": _hugging_face_number(source, "moe_intermediate_size", path),
+        "moe_router_topk": _hugging_face_number(source, "num_experts_per_tok", path),
+        "moe_norm_topk_prob": bool(source.get("norm_topk_prob", False)),
+        "moe_aux_loss_coeff": float(source.get("router_aux_loss_coef", 0.001)),
+    }
 
 
 def _hugging_face_rope(source: dict, path: str | Path) -> tuple[float, RopeScaling | None]:

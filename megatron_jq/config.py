@@ -22,7 +22,7 @@ from megatron_jq.toml_files import did_you_mean, format_table, read_toml
 class ModelConfig:
     """The policy. Sizes left at None are the preset's."""
 
-    model: str = "tiny"  # tiny, small, qwen3-0.6b, llama-3.2-1b; an architecture .toml; a Hugging Face config.json
+    model: str = "tiny"  # a preset (tiny, small, qwen3-0.6b, …), an architecture .toml, or a Hugging Face config.json
     num_layers: int | None = None  # transformer layers
     hidden_size: int | None = None  # width of the residual stream
     ffn_hidden_size: int | None = None  # width of the SwiGLU block
@@ -33,6 +33,10 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool | None = None  # an output layer of its own
     make_vocab_size_divisible_by: int = 128  # the embedding is padded to a multiple of this x TP
     init_method_std: float | None = None  # standard deviation of the initial weights
+    num_experts: int | None = None  # experts a layer (Mixture of Experts)
+    moe_ffn_hidden_size: int | None = None  # width of one expert
+    moe_router_topk: int | None = None  # experts that a token visits
+    moe_aux_loss_coeff: float | None = None  # of the experts' load-balancing loss; 0: without it
     bf16: bool = False  # parameters in bfloat16, main weights in float32; otherwise all in float32
 
     @property
@@ -47,6 +51,14 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1  # processes that share each layer
     pipeline_model_parallel_size: int = 1  # processes among which layers are cut into stages
+    expert_model_parallel_size: int = 1  # processes among which a layer's experts are shared out
+    expert_tensor_parallel_size: int | None = None  # processes that share each expert; None: tensor-model-parallel-size
+    num_virtual_stages_per_pipeline_rank: int = 1  # model chunks a stage: above 1, the interleaved schedule
+    pipeline_model_parallel_layout: str | None = None  # layers of each stage, Megatron's "Et|tt|tL"; None: even
+    context_parallel_size: int = 1  # must be 1: needs an attention that this build does not have
+    recompute_granularity: Literal["full", "selective"] | None = None  # activations made again in the backward pass
+    recompute_method: Literal["uniform", "block"] | None = None  # under full
+    recompute_num_layers: int | None = None  # under full: layers a checkpoint (uniform), or in all (block)
     sequence_parallel: bool = False  # split activations between layers over the tensor-parallel ranks
     use_distributed_optimizer: bool = False  # shard the optimizer's state over the data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs

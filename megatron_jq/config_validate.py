@@ -1,11 +1,12 @@
 """F1: what is wrong with a configuration, found before any work starts, and what follows from a right one."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_jq.architecture import Architecture, architecture_problems, load_architecture, with_overrides
-from megatron_jq.config import Config
+from megatron_jq.config import Config, ParallelConfig
 from megatron_jq.errors import UserError
 
 # Estimators that need another rationale of the same prompt, for a baseline or a group mean
@@ -43,6 +44,10 @@ def resolve_architecture(config: Config) -> Architecture:
         kv_channels=m.kv_channels,
         max_position_embeddings=m.max_position_embeddings,
         init_method_std=m.init_method_std,
+        num_experts=m.num_experts,
+        moe_ffn_hidden_size=m.moe_ffn_hidden_size,
+        moe_router_topk=m.moe_router_topk,
+        moe_aux_loss_coeff=m.moe_aux_loss_coeff,
         tie_embeddings=None if untied is None else not untied,
     )
 
@@ -87,6 +92,8 @@ def validate(config: Config, world_size: int | None) -> None:
 AT_LEAST = {
     1: (
         "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_resamples",
+        "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "recompute_num_layers",
+        "expert_model_parallel_size", "expert_tensor_parallel_size",
         "q_schedule_iters", "num_rationales", "prompts_per_step", "rationale_budget", "answer_budget",
         "rollout_batch_size", "train_examples", "eval_examples", "max_prompt_tokens", "tokenizer_vocab_size",
         "lr_decay_iters", "train_iters", "micro_batch_size", "max_tokens_per_micro_batch",
@@ -150,13 +157,14 @@ def _layout_problems(config: Config, architecture: Architecture, world_size: int
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     if tp < 1 or pp < 1:
         return []  # said by _range_problems; nothing can be divided
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    split = ["num_attention_heads", "num_query_groups"] + ["ffn_hidden_size"] * (a.num_experts is None)
+    for name in split:
         if getattr(a, name) % tp:
             problems.append(f"--tensor-model-parallel-size {tp} does not divide {name} ({getattr(a, name)})")
-    if a.num_layers % pp:
-        problems.append(f"--pipeline-model-parallel-size {pp} does not divide num_layers ({a.num_layers})")
+    problems.extend(_pipeline_problems(config, architecture))
     if p.sequence_parallel and tp == 1:
         problems.append("--sequence-parallel needs --tensor-model-parallel-size above 1")
+    problems.extend(_expert_layout_problems(p, a, world_size))
     if world_size is None:
         return problems
     if world_size % (tp * pp):
@@ -165,6 +173,78 @@ def _layout_problems(config: Config, architecture: Architecture, world_size: int
             "multiple of that (torchrun --nproc-per-node), or change --tensor-model-parallel-size or "
             "--pipeline-model-parallel-size"
         )
+    return problems
+
+
+def _expert_layout_problems(p: ParallelConfig, a: Architecture, world_size: int | None) -> list[str]:
+    tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
+    etp = tp if p.expert_tensor_parallel_size is None else p.expert_tensor_parallel_size
+    if a.num_experts is None:
+        if ep > 1 or p.expert_tensor_parallel_size is not None:
+            return ["--expert-model-parallel-size and --expert-tensor-parallel-size need a model with experts"]
+        return []
+    if min(ep, etp, a.num_experts, a.moe_ffn_hidden_size or 0) < 1:
+        return []  # said elsewhere; nothing can be divided
+    problems = []
+    if a.num_experts % ep:
+        problems.append(f"--expert-model-parallel-size {ep} does not divide num_experts ({a.num_experts})")
+    if a.moe_ffn_hidden_size % etp:
+        flag = "tensor" if p.expert_tensor_parallel_size is None else "expert-tensor"
+        problems.append(f"--{flag}-parallel-size {etp} does not divide moe_ffn_hidden_size ({a.moe_ffn_hidden_size})")
+    if tp > 1 and not p.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel: Megatron-core refuses to train "
+            "them without, since every tensor-parallel rank would send all tokens to the experts"
+        )
+    if etp != tp and (ep == 1 or etp * ep % tp):
+        problems.append(
+            f"--expert-tensor-parallel-size {etp}, other than --tensor-model-parallel-size {tp}, needs "
+            f"--expert-model-parallel-size above 1, and their product to be a multiple of {tp}: give that size "
+            f"{tp // math.gcd(tp, etp)} or leave the first flag out"
+        )
+    elif world_size is not None and world_size % (etp * ep * p.pipeline_model_parallel_size):
+        replicas = f"(tensor {tp} x data {world_size // (tp * p.pipeline_model_parallel_size)} processes)"
+        problems.append(
+            f"--expert-model-parallel-size {ep} x {etp} processes an expert do not divide a pipeline stage {replicas}"
+        )
+    return problems
+
+
+def _pipeline_problems(config: Config, architecture: Architecture) -> list[str]:
+    p, layers, problems = config.parallel, architecture.num_layers, []
+    pp, virtual = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
+    if virtual > 1 and pp == 1:
+        problems.append("--num-virtual-stages-per-pipeline-rank needs --pipeline-model-parallel-size above 1")
+    layout = p.pipeline_model_parallel_layout
+    if layout is not None:
+        parts = layout.split("|")
+        if re.fullmatch(r"Et*(\|t*)*L", layout) is None:
+            problems.append(
+                f"--pipeline-model-parallel-layout {layout}: write E, a t a layer, L, with | between stages: Et|ttL"
+            )
+        elif len(parts) != pp * virtual or layout.count("t") != layers:
+            problems.append(
+                f"--pipeline-model-parallel-layout {layout} has {len(parts)} stage(s), {layout.count('t')} layer(s); "
+                f"{pp} x {virtual} stages and {layers} layers are asked for"
+            )
+    elif virtual > 0 and layers % (pp * virtual):
+        times = f" x --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else ""
+        problems.append(
+            f"--pipeline-model-parallel-size {pp}{times} does not divide num_layers ({layers}); "
+            "--pipeline-model-parallel-layout takes uneven stages"
+        )
+    if p.context_parallel_size > 1:
+        problems.append(
+            f"--context-parallel-size {p.context_parallel_size}: attention over a sequence that is split needs "
+            "Transformer Engine's attention, and this build attends through torch's; use --context-parallel-size 1"
+        )
+    if p.recompute_granularity == "full" and (p.recompute_method is None or p.recompute_num_layers is None):
+        problems.append(
+            "--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers; "
+            "uniform and 1 keep one activation a layer"
+        )
+    if p.recompute_granularity != "full" and (p.recompute_method is not None or p.recompute_num_layers is not None):
+        problems.append("--recompute-method and --recompute-num-layers need --recompute-granularity full")
     return problems
 
 

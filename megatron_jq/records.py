@@ -100,4 +100,5 @@ class StepMetrics:
     log_prob_mismatch_max: float | None = None  # max |ln p(z|x) rollout - trainer|, nats per sequence
     log_w_mismatch_max: float | None = None  # max |ln w rollout - trainer| in nats, on steps that compare them
     reward_mean: float | None = None  # exact-match rate of sampled answers, where the estimator samples them
+    expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P; 1 where experts are used evenly
     eval_exact_match: float | None = None

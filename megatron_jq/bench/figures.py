@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from megatron_jq.architecture import Architecture
-from megatron_jq.bench.meters import Sample
+from megatron_jq.bench.meters import Findings
 
 PHASES = ("rollout", "score", "train")
 
@@ -30,8 +30,8 @@ class RankRecord:
     counts: bool  # of the ranks of a replica, the one that stands for its tokens
     baseline_memory_bytes: int
     gemm_flop_per_second: float = 0.0
-    samples: dict[str, list[Sample]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
-    messages: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})  # a step each
+    findings: dict[str, Findings] = field(default_factory=dict)  # of one more step
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ class BenchReport:
     rationale_tokens: int
     answer_tokens: int
     micro_batch_size: int
+    max_tokens_per_micro_batch: int | None
+    score_with: str
     steps: int
     warmup: int
     gemm_flop_per_second: float  # summed over processes, which multiplied at the same time
-    baseline_memory_bytes: int  # the largest process behind the model's build; Adam's state is not in it
+    baseline_memory_bytes: int  # the largest process's after the model's build; Adam's state comes with the first step
     phases: list[PhaseFigures]  # rollout, score, train, and the whole step
 
     def as_json(self) -> dict:
@@ -88,19 +90,43 @@ def positions_of_rollout(prompt_lengths: Sequence[int], num_rationales: int, rat
     return sum(prompt_lengths) + drawn, sum(prompt_lengths) * num_rationales + drawn
 
 
-def positions_of_pass(prompt_lengths: Sequence[int], num_rationales: int, rationale: int, answer: int):
-    """The same for score and train: rationale, close token, and the answer but its last token, which predicts
-    nothing.
+def positions_of_pass(
+    prompt_lengths: Sequence[int], num_rationales: int, rationale: int, answer: int
+) -> tuple[int, int]:
+    """The same for a pass over whole sequences: rationale, close token, and the answer but its last token.
+
+    Also what a rollout computes that goes on to score y* from its cache.
     """
     suffix = len(prompt_lengths) * num_rationales * (rationale + 1 + answer - 1)
     return sum(prompt_lengths) + suffix, sum(prompt_lengths) * num_rationales + suffix
 
 
+def positions_needed(
+    prompt_lengths: Sequence[int], num_rationales: int, load: Load, *, score_with_rollout: bool
+) -> dict[str, tuple[int, int]]:
+    """Phase → positions to compute with each prompt (once, once a rationale)."""
+    passed = positions_of_pass(prompt_lengths, num_rationales, load.rationale_tokens, load.answer_tokens)
+    if score_with_rollout:
+        return {"rollout": passed, "score": (0, 0), "train": passed}
+    return {
+        "rollout": positions_of_rollout(prompt_lengths, num_rationales, load.rationale_tokens),
+        "score": passed,
+        "train": passed,
+    }
+
+
 def matrix_parameters(architecture: Architecture, vocab_rows: int) -> tuple[int, int]:
-    """Parameters that a position is multiplied with: (layers, head). Embedding look-ups and norms are no products."""
+    """Parameters that a position is multiplied with: (layers, head). Embedding look-ups and norms are no products.
+
+    Of a layer with experts: its router and the experts that one token visits.
+    """
     a = architecture
     attention = a.hidden_size * a.kv_channels * (2 * a.num_attention_heads + 2 * a.num_query_groups)
-    return a.num_layers * (attention + 3 * a.hidden_size * a.ffn_hidden_size), vocab_rows * a.hidden_size
+    if a.num_experts is None:
+        block = 3 * a.hidden_size * a.ffn_hidden_size
+    else:
+        block = a.hidden_size * (a.num_experts + 3 * a.moe_router_topk * a.moe_ffn_hidden_size)
+    return a.num_layers * (attention + block), vocab_rows * a.hidden_size
 
 
 def phase_figures(
@@ -111,16 +137,15 @@ def phase_figures(
     FLOP: 2 a parameter and position forward, 4 more backward; attention's own products are left out.
     """
     gemm = sum(record.gemm_flop_per_second for record in records)
-    seconds = {phase: [sample.seconds for sample in records[0].samples[phase]] for phase in PHASES}
+    seconds = records[0].seconds  # from barrier to barrier: alike on all ranks
     rows, flop_of_step = [], 0
     for phase in PHASES:
-        counting = [record.samples[phase][-1] for record in records if record.counts]  # steps do not differ
-        processed = sum(sample.positions for sample in counting)
-        in_head = sum(sample.head_positions for sample in counting)
+        processed = sum(record.findings[phase].positions for record in records if record.counts)
+        in_head = sum(record.findings[phase].head_positions for record in records if record.counts)
         flop = (6 if phase == "train" else 2) * (parameters[0] * processed + parameters[1] * in_head)
         flop_of_step += flop
-        peak = max(sample.peak_memory_bytes for record in records for sample in record.samples[phase])
-        busiest = max((record.messages[phase] for record in records), key=_calls)
+        peak = max(record.findings[phase].peak_memory_bytes for record in records)
+        busiest = max((record.findings[phase].messages for record in records), key=_calls)
         tokens = (*needed[phase], processed)
         rows.append(_figures(phase, statistics.median(seconds[phase]), tokens, flop, gemm, peak, busiest))
     step_seconds = [sum(phases) for phases in zip(*seconds.values(), strict=True)]
@@ -202,16 +227,19 @@ def heading(report: BenchReport) -> str:
     r, shortest, longest = report, min(report.prompt_lengths), max(report.prompt_lengths)
     prompt = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
     processes = r.tensor_model_parallel_size * r.pipeline_model_parallel_size * r.data_parallel_size
+    rows = f"{r.micro_batch_size} sequences"
+    if r.max_tokens_per_micro_batch is not None:
+        rows = f"at most {r.max_tokens_per_micro_batch} tokens"
     return "\n".join(
         (
-            f"model: {r.model}, {r.layer_parameters / 1e6:.2f} M parameters in the layers' matrices and "
-            f"{r.head_parameters / 1e6:.2f} M in the head, {r.params_dtype}",
+            f"model: {r.model}, {r.params_dtype}; a token meets {r.layer_parameters / 1e6:.2f} M parameters in layers "
+            f"and {r.head_parameters / 1e6:.2f} M in the head",
             f"layout: TP {r.tensor_model_parallel_size} PP {r.pipeline_model_parallel_size} DP {r.data_parallel_size}"
             f"{', sequence parallel' if r.sequence_parallel else ''}; "
             f"{processes} process(es) x {r.threads_per_process} thread(s) on {r.device}",
             f"step: {r.prompts_per_step} prompts x {r.num_rationales} rationales; tokens: prompt {prompt}, rationale "
-            f"{r.rationale_tokens} and its close token, answer {r.answer_tokens}; micro-batches of "
-            f"{r.micro_batch_size}; median of {r.steps} steps after {r.warmup}",
+            f"{r.rationale_tokens} and its close token, answer {r.answer_tokens}; micro-batches of {rows}; scored by "
+            f"the {r.score_with}; median of {r.steps} steps after {r.warmup}",
             f"matrix product: {r.gemm_flop_per_second / 1e9:.1f} GFLOP/s over all processes; memory before the first "
             f"step: {r.baseline_memory_bytes / 1e6:.0f} MB a process",
         )

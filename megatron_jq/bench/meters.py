@@ -1,28 +1,32 @@
-"""F4: instruments: a barrier-to-barrier clock with memory and position counts, a message counter, a matrix product."""
+"""F4: instruments: a clock from barrier to barrier, counters of positions, memory and messages, a matrix product."""
 
+import ctypes
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_jq.model.policy import Policy
+from megatron_jq.model.rows import Rows
 from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One phase of one step on this rank."""
+class Findings:
+    """What one phase of one step did on this rank, beside taking time."""
 
-    seconds: float
     positions: int  # through this rank's layers, padding included
     head_positions: int  # those that also met the vocabulary
     peak_memory_bytes: int  # above the baseline
+    messages: dict[str, tuple[int, int]]  # kind → (calls, bytes)
 
 
 class Memory:
@@ -35,12 +39,17 @@ class Memory:
 
     def __init__(self, runtime: Runtime):
         self._runtime, self._on_cuda = runtime, runtime.device.type == "cuda"
+        self.forget_peak()
         self.baseline = torch.cuda.memory_allocated(runtime.device) if self._on_cuda else self._resident("VmRSS")
 
     def forget_peak(self) -> None:
+        """Also gives freed memory back to the system, or a phase would show what the one before it needed."""
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats(self._runtime.device)
         elif self.STATUS.exists():
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+            if trim is not None:
+                trim(0)
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: the peak becomes the present size
 
     def peak_above_baseline(self) -> int:
@@ -57,19 +66,13 @@ class Memory:
 class Meter:
     """Runs a piece of work on all processes at once and says what it took.
 
-    Positions are counted where they enter the policy, in every phase alike.
+    The clock runs alone: counting messages and giving memory back would slow down what is timed. policy: the first of
+    this rank's model chunks, which every row passes once.
     """
 
     def __init__(self, policy: Policy, runtime: Runtime):
         self.memory = Memory(runtime)
-        self._runtime = runtime
-        self._positions = self._head_positions = 0
-        policy.register_forward_pre_hook(self._count)
-
-    def _count(self, policy: Policy, arguments: tuple) -> None:
-        (rows,) = arguments
-        self._positions += len(rows.token_T)
-        self._head_positions += len(rows.head.position_N)
+        self._policy, self._runtime = policy, runtime
 
     def together(self) -> None:
         """Wait until every process and device has done what was asked of it so far."""
@@ -77,15 +80,30 @@ class Meter:
             torch.cuda.synchronize(self._runtime.device)
         dist.barrier()
 
-    def measure(self, work: Callable[[], Any]) -> tuple[Any, Sample]:
-        self.memory.forget_peak()
-        self._positions = self._head_positions = 0
+    def time(self, work: Callable[[], T]) -> tuple[T, float]:
+        """(result, seconds until the last process had finished)."""
         self.together()
         began = time.perf_counter()
         result = work()
         self.together()
-        seconds = time.perf_counter() - began
-        return result, Sample(seconds, self._positions, self._head_positions, self.memory.peak_above_baseline())
+        return result, time.perf_counter() - began
+
+    def examine(self, work: Callable[[], T]) -> tuple[T, Findings]:
+        """(result, all but the time). Positions are counted where they enter the policy, in every phase alike."""
+        positions = head_positions = 0
+
+        def count(policy: Policy, arguments: tuple[Rows]) -> None:
+            nonlocal positions, head_positions
+            positions += len(arguments[0].token_T)
+            head_positions += len(arguments[0].head.position_N)
+
+        hook = self._policy.register_forward_pre_hook(count)
+        self.memory.forget_peak()
+        with MessageCounter() as counter:
+            result = work()
+        hook.remove()
+        peak = self.memory.peak_above_baseline()
+        return result, Findings(positions, head_positions, peak, counter.counted())
 
 
 class MessageCounter(TorchDispatchMode):
@@ -93,7 +111,7 @@ class MessageCounter(TorchDispatchMode):
 
     Bytes are those of a call's inputs or outputs on this rank, whichever is more; not those on the wire, which depend
     on the algorithm. A call in a group of one process sends nothing and is left out. The counter slows every torch
-    operation down, so what it counts must not be what is timed.
+    operation down.
     """
 
     def __init__(self):

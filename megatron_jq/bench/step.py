@@ -17,15 +17,14 @@ from megatron_jq.bench.figures import (
     RankRecord,
     matrix_parameters,
     phase_figures,
-    positions_of_pass,
-    positions_of_rollout,
+    positions_needed,
 )
-from megatron_jq.bench.meters import MessageCounter, Meter, gemm_rate
+from megatron_jq.bench.meters import Meter, gemm_rate
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived
-from megatron_jq.model.build import build_policy, wrap_for_training
+from megatron_jq.model.build import build_policies, wrap_for_training
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Example, Sequence
+from megatron_jq.records import Example, Rollout, Sequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
@@ -48,44 +47,51 @@ class StepBench:
         # Where the vocabulary fills all rows, its last token is made a padding row.
         self.unsampled_id = min(load.vocab_size, self.vocab_rows - 1)
         options = build_options(config, self.unsampled_id)
-        policy = build_policy(derived.architecture, options, runtime)
+        policies = build_policies(derived.architecture, options, runtime)
         self.params_dtype = options.params_dtype
-        self.model = wrap_for_training(policy, options, runtime)
+        self.model = wrap_for_training(policies, options, runtime)
         self.optimizer = build_optimizer(self.model, config, runtime)
         self.schedule = build_schedule(self.optimizer, config)
-        self.engine = MegatronEngine(policy, runtime, max_rows=r.rollout_batch_size)
+        self.engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
         self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, t.seed)
+        self.score_with_rollout = r.score_with == "rollout"
         self.batch_options = passes.BatchOptions(
-            t.micro_batch_size, r.temperature, r.top_p, sequence_multiple=t.pad_sequences_to_multiple_of
+            micro_batch_size=t.micro_batch_size,
+            max_tokens=t.max_tokens_per_micro_batch,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            sequence_multiple=t.pad_sequences_to_multiple_of,
         )
         self.prompts = random_examples(load, r.prompts_per_step, self.unsampled_id, t.seed)
-        self.meter = Meter(policy, runtime)
+        self.meter = Meter(policies[0], runtime)
 
     def run(self) -> BenchReport | None:
-        """Warm up, time the steps, count messages in one more, multiply matrices. Rank 0 gets the report."""
+        """Warm up, time the steps, examine one more. Rank 0 gets the report."""
         groups, load = self.runtime.groups, self.load
         stands_for_replica = groups.tp.rank() == 0 and groups.pp.rank() == 0
         record = RankRecord(stands_for_replica, self.meter.memory.baseline)
 
         def timed(phase, work):
-            result, sample = self.meter.measure(work)
-            record.samples[phase].append(sample)
+            result, seconds = self.meter.time(work)
+            record.seconds[phase].append(seconds)
             return result
 
-        def counted(phase, work):
-            with MessageCounter() as counter:
-                result = work()
-            record.messages[phase] = counter.counted()
+        def examined(phase, work):
+            result, record.findings[phase] = self.meter.examine(work)
             return result
 
-        observers: list[Observer] = [lambda phase, work: work()] * load.warmup + [timed] * load.steps + [counted]
+        observers: list[Observer] = [lambda phase, work: work()] * load.warmup + [timed] * load.steps + [examined]
+        before = self._gemm_rate()
         for step, observer in enumerate(observers):
             self._step(step, observer)
-        self.meter.together()
-        record.gemm_flop_per_second = gemm_rate(self.params_dtype, self.runtime.device)
+        record.gemm_flop_per_second = max(before, self._gemm_rate())  # the less disturbed of the two
         records: list[RankRecord | None] = [None] * self.runtime.world_size
         dist.all_gather_object(records, record)
         return self._report(records) if self.runtime.is_main else None
+
+    def _gemm_rate(self) -> float:
+        self.meter.together()
+        return gemm_rate(self.params_dtype, self.runtime.device)
 
     def _step(self, step: int, observe: Observer) -> None:
         rollouts = observe("rollout", lambda: self.engine.generate(self._requests(), self._sampling(step)))
@@ -101,10 +107,14 @@ class StepBench:
             )
             for r in rollouts
         ]
-        shape = (len(self.prompts), self.config.rollout.num_rationales)
-        score = lambda: passes.score(self.model, sequences, shape, self.runtime, self.batch_options)  # noqa: E731
-        scores = observe("score", score)
+        scores = observe("score", lambda: self._score(rollouts, sequences))
         observe("train", lambda: self._train(step, sequences, scores))
+
+    def _score(self, rollouts: list[Rollout], sequences: list[Sequence]) -> passes.Scores:
+        shape = (len(self.prompts), self.config.rollout.num_rationales)
+        if self.score_with_rollout:
+            return passes.scores_of_rollouts(rollouts, shape, self.runtime)
+        return passes.score(self.model, sequences, shape, self.runtime, self.batch_options)
 
     def _train(self, step: int, sequences: list[Sequence], scores: passes.Scores) -> None:
         """Coefficients, forward and backward pass, update."""
@@ -122,7 +132,11 @@ class StepBench:
     def _requests(self) -> list[RolloutRequest]:
         dp = self.runtime.groups.dp
         share = share_of_replica(len(self.prompts), self.config.rollout.num_rationales, dp.rank(), dp.size())
-        return [RolloutRequest(b, self.prompts[b].prompt_ids, slots) for b, slots in share]
+        prompts = self.prompts
+        return [
+            RolloutRequest(b, prompts[b].prompt_ids, slots, prompts[b].answer_ids if self.score_with_rollout else None)
+            for b, slots in share
+        ]
 
     def _sampling(self, step: int) -> SamplingOptions:
         r = self.config.rollout
@@ -140,12 +154,7 @@ class StepBench:
     def _report(self, records: list[RankRecord]) -> BenchReport:
         m, p, r, load = self.config.model, self.config.parallel, self.config.rollout, self.load
         lengths = [len(example.prompt_ids) for example in self.prompts]
-        passed = positions_of_pass(lengths, r.num_rationales, load.rationale_tokens, load.answer_tokens)
-        needed = {
-            "rollout": positions_of_rollout(lengths, r.num_rationales, load.rationale_tokens),
-            "score": passed,
-            "train": passed,
-        }
+        needed = positions_needed(lengths, r.num_rationales, load, score_with_rollout=self.score_with_rollout)
         parameters = matrix_parameters(self.derived.architecture, self.vocab_rows)
         return BenchReport(
             model=m.model,
@@ -163,7 +172,9 @@ class StepBench:
             prompt_lengths=lengths,
             rationale_tokens=load.rationale_tokens,
             answer_tokens=load.answer_tokens,
-            micro_batch_size=self.config.training.micro_batch_size,
+            micro_batch_size=self.batch_options.micro_batch_size,
+            max_tokens_per_micro_batch=self.batch_options.max_tokens,
+            score_with=r.score_with,
             steps=load.steps,
             warmup=load.warmup,
             gemm_flop_per_second=sum(record.gemm_flop_per_second for record in records),

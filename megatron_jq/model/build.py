@@ -22,6 +22,7 @@ from megatron_jq.architecture import Architecture, padded_vocab_size
 from megatron_jq.errors import UserError
 from megatron_jq.model.attention import PlannedAttention
 from megatron_jq.model.initialise import initialise, mark_partitions
+from megatron_jq.model.moe import SequenceBalancedRouter
 from megatron_jq.model.norm import LocalRMSNorm
 from megatron_jq.model.policy import Policy
 from megatron_jq.model.rotary import RotaryAt
@@ -38,6 +39,11 @@ class BuildOptions:
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    virtual_stages: int = 1  # model chunks a pipeline rank, interleaved
+    pipeline_layout: str | None = None  # Megatron-core's notation, "Et|tt|tL"; None: even
+    recompute_granularity: str | None = None  # full | selective; None keeps all activations
+    recompute_method: str | None = None  # uniform | block, under full
+    recompute_num_layers: int | None = None
     transformer_impl: str = "auto"  # auto | local | transformer_engine
     head_chunk_tokens: int | None = None  # None: by memory
     seed: int = 1234
@@ -84,6 +90,14 @@ def transformer_config(architecture: Architecture, options: BuildOptions, runtim
         attention_dropout=0.0,
         tensor_model_parallel_size=runtime.groups.tp.size(),
         pipeline_model_parallel_size=runtime.groups.pp.size(),
+        virtual_pipeline_model_parallel_size=options.virtual_stages if options.virtual_stages > 1 else None,
+        pipeline_model_parallel_layout=options.pipeline_layout,
+        # Batched point-to-point calls give wrong gradients on gloo when stages are interleaved; overlapped ones do not.
+        overlap_p2p_comm=options.virtual_stages > 1,
+        batch_p2p_comm=options.virtual_stages == 1,
+        recompute_granularity=options.recompute_granularity,
+        recompute_method=options.recompute_method,
+        recompute_num_layers=options.recompute_num_layers,
         sequence_parallel=options.sequence_parallel and runtime.groups.tp.size() > 1,
         params_dtype=options.params_dtype,
         pipeline_dtype=options.params_dtype,
@@ -101,18 +115,39 @@ def transformer_config(architecture: Architecture, options: BuildOptions, runtim
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,  # positions are given token by token
+        **(_expert_settings(architecture, options, runtime) if architecture.num_experts is not None else {}),
     )
 
 
-def layer_specs(config: TransformerConfig, transformer_engine: bool, pp_rank: int) -> TransformerBlockSubmodules:
-    """Megatron-core's layer spec with our core attention (and, for local layers, our norm)."""
+def _expert_settings(architecture: Architecture, options: BuildOptions, runtime: Runtime) -> dict:
+    """TransformerConfig's fields for layers with experts."""
+    collection = runtime.groups.collection
+    return dict(  # noqa: C408
+        num_moe_experts=architecture.num_experts,
+        moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
+        moe_router_topk=architecture.moe_router_topk,
+        moe_router_pre_softmax=not architecture.moe_norm_topk_prob,
+        moe_router_dtype="fp64" if options.params_dtype == torch.float64 else "fp32",
+        moe_aux_loss_coeff=architecture.moe_aux_loss_coeff,
+        moe_router_load_balancing_type="seq_aux_loss",  # computed by our router: model/moe.py
+        moe_grouped_gemm=use_transformer_engine(options.transformer_impl, runtime.device),
+        expert_model_parallel_size=collection.ep.size(),
+        expert_tensor_parallel_size=collection.expt_tp.size(),
+    )
+
+
+def layer_specs(
+    config: TransformerConfig, transformer_engine: bool, pp_rank: int, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Megatron-core's layer spec with our core attention and router (and, for local layers, our norm)."""
+    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)  # noqa: C408
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
         norm = TENorm
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
         norm = LocalRMSNorm
         spec.submodules.input_layernorm = norm
         spec.submodules.pre_mlp_layernorm = norm
@@ -120,63 +155,108 @@ def layer_specs(config: TransformerConfig, transformer_engine: bool, pp_rank: in
             spec.submodules.self_attention.submodules.q_layernorm = norm
             spec.submodules.self_attention.submodules.k_layernorm = norm
     spec.submodules.self_attention.submodules.core_attention = PlannedAttention
-    layers = get_num_layers_to_build(config, None, pp_rank)
+    if config.num_moe_experts is not None:
+        spec.submodules.mlp.submodules.router = SequenceBalancedRouter
+    layers = get_num_layers_to_build(config, virtual_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
 
-def build_policy(architecture: Architecture, options: BuildOptions, runtime: Runtime) -> Policy:
-    """This rank's pipeline stage and vocabulary shard, initialised; float32 or options.params_dtype."""
-    groups = runtime.groups
+def build_policies(architecture: Architecture, options: BuildOptions, runtime: Runtime) -> list[Policy]:
+    """This pipeline rank's model chunks in order (one unless stages are interleaved), initialised, on the device.
+
+    Float32, or options.params_dtype. Every chunk shares one configuration object, as Megatron-core's schedules expect.
+    """
+    groups, stages = runtime.groups, options.virtual_stages
     config = transformer_config(architecture, options, runtime)
-    specs = layer_specs(config, use_transformer_engine(options.transformer_impl, runtime.device), groups.pp.rank())
-    with runtime.megatron():
-        policy = Policy(
-            config=config,
-            transformer_layer_spec=specs,
-            vocab_size=padded_vocab_size(options.vocab_size, options.make_vocab_size_divisible_by, groups.tp.size()),
-            max_sequence_length=architecture.max_position_embeddings,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
-            share_embeddings_and_output_weights=architecture.tie_embeddings,
-            position_embedding_type="rope",
-            pg_collection=groups.collection,
-            true_vocab_size=options.vocab_size,
-            chunk_tokens=options.head_chunk_tokens,
-        )
-        policy.rotary_pos_emb = RotaryAt(
-            architecture.kv_channels, architecture.rotary_base, architecture.rope_scaling, runtime.device
-        )
-        mark_partitions(policy)
-        initialise(policy, architecture, options.seed)
-        return policy.to(runtime.device)
+    transformer_engine = use_transformer_engine(options.transformer_impl, runtime.device)
+    policies = []
+    for stage in range(stages):
+        virtual_stage = stage if stages > 1 else None
+        with runtime.megatron():
+            policy = Policy(
+                config=config,
+                transformer_layer_spec=layer_specs(config, transformer_engine, groups.pp.rank(), virtual_stage),
+                vocab_size=padded_vocab_size(
+                    options.vocab_size, options.make_vocab_size_divisible_by, groups.tp.size()
+                ),
+                max_sequence_length=architecture.max_position_embeddings,
+                pre_process=groups.is_first_stage and stage == 0,
+                post_process=groups.is_last_stage and stage == stages - 1,
+                share_embeddings_and_output_weights=architecture.tie_embeddings,
+                position_embedding_type="rope",
+                pg_collection=groups.collection,
+                vp_stage=virtual_stage,
+                true_vocab_size=options.vocab_size,
+                chunk_tokens=options.head_chunk_tokens,
+            )
+            policy.rotary_pos_emb = RotaryAt(
+                architecture.kv_channels, architecture.rotary_base, architecture.rope_scaling, runtime.device
+            )
+            mark_partitions(policy)
+            initialise(policy, architecture, options.seed)
+            policies.append(policy.to(runtime.device))
+    return policies
 
 
-def wrap_for_training(policy: Policy, options: BuildOptions, runtime: Runtime) -> DistributedDataParallel:
-    """Megatron-core's mixed-precision and data-parallel wrappers; gradients are plain sums (docs/loss-scaling.md)."""
-    config = policy.config
+class TrainingModel:
+    """A pipeline rank's model chunks inside Megatron-core's mixed-precision and data-parallel wrappers."""
+
+    def __init__(self, chunks: list[DistributedDataParallel]):
+        self.chunks = chunks
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.chunks[0].config
+
+    @property
+    def policies(self) -> list[Policy]:
+        return [unwrap(chunk) for chunk in self.chunks]
+
+    def zero_grad_buffer(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+    def modules(self):
+        for chunk in self.chunks:
+            yield from chunk.modules()
+
+    def named_parameters(self):
+        """(name within its chunk, parameter) of all chunks; `main_grad` holds the gradient."""
+        for chunk in self.chunks:
+            yield from chunk.named_parameters()
+
+
+def wrap_for_training(policies: list[Policy], options: BuildOptions, runtime: Runtime) -> TrainingModel:
+    """Wrap the chunks so that gradients are plain sums over micro-batches and replicas (docs/loss-scaling.md)."""
+    config = policies[0].config
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=options.params_dtype != torch.float64,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    chunks = []
     with runtime.megatron():
-        module = Float16Module(config, policy) if config.bf16 else policy
-        wrapped = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=options.params_dtype != torch.float64,
-                overlap_grad_reduce=options.overlap_grad_reduce,
-                use_distributed_optimizer=options.use_distributed_optimizer,
-            ),
-            module,
-            pg_collection=runtime.groups.collection,
-        )
-        wrapped.broadcast_params()
-    config.no_sync_func = wrapped.no_sync
-    if options.overlap_grad_reduce and policy.post_process:
-        policy.head_weight.needs_gradient_arrival = True  # parallel/logprob.py puts it into main_grad by itself
+        for number, policy in enumerate(policies):
+            module = Float16Module(config, policy) if config.bf16 else policy
+            chunk = DistributedDataParallel(
+                config, settings, module, disable_bucketing=number > 0, pg_collection=runtime.groups.collection
+            )
+            chunk.broadcast_params()
+            chunks.append(chunk)
+            if options.overlap_grad_reduce and policy.post_process:
+                policy.head_weight.needs_gradient_arrival = True  # parallel/logprob.py fills main_grad by itself
+    no_sync = [chunk.no_sync for chunk in chunks]
+    start_sync = [chunk.start_grad_sync for chunk in chunks]
+    config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    if options.overlap_grad_reduce:
+        config.grad_sync_func = start_sync if len(chunks) > 1 else start_sync[0]
 
     def finalize(models, num_tokens, **kwargs):
         # Megatron-core would divide by the token count next; the coefficients hold the denominators already.
         finalize_model_grads(models, None, **kwargs)
 
     config.finalize_model_grads_func = finalize
-    return wrapped
+    return TrainingModel(chunks)
 
 
 def unwrap(model: torch.nn.Module) -> Policy:

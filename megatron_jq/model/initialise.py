@@ -27,16 +27,38 @@ PARTITION_DIM = {
 }
 
 
+#: What the names of experts' parameters contain.
+EXPERTS = ".mlp.experts."
+
+
 def partition_dim(name: str) -> int | None:
     return next((dim for suffix, dim in PARTITION_DIM.items() if name.endswith(suffix)), None)
 
 
 def global_name(policy: Policy, name: str) -> str:
-    """A parameter's name with its layer number counted over the whole model, and the tied output layer's own name."""
+    """A parameter's name with layer and expert numbers counted over the whole model; tied matrices have one name."""
     if name == "output_layer.weight" and policy.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     offset = get_transformer_layer_offset(policy.config, policy.vp_stage, policy.pg_collection.pp.rank())
-    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + offset), name)
+    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + offset), name)
+    if EXPERTS in name:
+        ep = policy.pg_collection.ep
+        name = expert_name(name, ep.rank() * policy.config.num_moe_experts // ep.size())
+    return name
+
+
+def expert_name(name: str, first: int) -> str:
+    """The name with the expert's number counted over all ranks; `first` is this rank's first expert.
+
+    Transformer Engine's grouped matrices (experts.linear_fc1.weight3) get the names that single experts have.
+    """
+    name = re.sub(r"experts\.(linear_fc[12])\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
+    return re.sub(r"(?<=local_experts\.)\d+", lambda match: str(int(match.group()) + first), name)
+
+
+def tensor_parallel_group(policy: Policy, name: str):
+    """The ranks that hold the parts of this parameter: experts may be split otherwise than the other layers."""
+    return policy.pg_collection.expt_tp if EXPERTS in name else policy.pg_collection.tp
 
 
 def local_slice(full: torch.Tensor, name: str, rank: int, size: int) -> torch.Tensor:
@@ -70,19 +92,19 @@ def draw_parameter(name: str, shape: tuple[int, ...], architecture: Architecture
 def mark_partitions(policy: Policy) -> None:
     """Tell Megatron-core's gradient norm which parameters are split, and how (its own initialisation would)."""
     for name, parameter in policy.named_parameters():
-        dim = partition_dim(name)
+        dim = partition_dim(global_name(policy, name))
         if dim is not None:
             parameter.tensor_model_parallel = True
             parameter.partition_dim = dim
-            parameter.partition_stride = 2 if name.endswith("linear_fc1.weight") else 1
+            parameter.partition_stride = 2 if "linear_fc1.weight" in name else 1
 
 
 @torch.no_grad()
 def initialise(policy: Policy, architecture: Architecture, seed: int) -> None:
     """Fill this rank's parameters. Vocabulary rows beyond the true vocabulary are zero."""
-    rank, size = policy.pg_collection.tp.rank(), policy.pg_collection.tp.size()
     for name, parameter in policy.named_parameters():
-        name = global_name(policy, name)
+        group, name = tensor_parallel_group(policy, name), global_name(policy, name)
+        rank, size = group.rank(), group.size()
         dim = partition_dim(name)
         shape = list(parameter.shape)
         if dim is not None:

@@ -12,8 +12,10 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_jq.model.rows import LogitsHead, Rows, ScoreHead
-from megatron_jq.parallel.logprob import linear_log_probs, mask_vocabulary_padding, weighted_log_probs
+from megatron_jq.model.head import score_rows
+from megatron_jq.model.moe import balances_experts
+from megatron_jq.model.rows import LogitsHead, Rows
+from megatron_jq.parallel.logprob import mask_vocabulary_padding
 
 
 class Policy(GPTModel):
@@ -53,8 +55,23 @@ class Policy(GPTModel):
         return self.output_layer.weight
 
     def _preprocess(self, *args, **kwargs):
-        decoder_input, _, *rest = super()._preprocess(*args, **kwargs)
-        return (decoder_input, self.rotary_pos_emb.at(self._rows.position_T), *rest)
+        decoder_input, _, cos, sin, offset, _, *rest = super()._preprocess(*args, **kwargs)
+        angles = self.rotary_pos_emb.at(self._rows.position_T)
+        return (decoder_input, angles, cos, sin, offset, self._members(), *rest)
+
+    def _members(self) -> Tensor | None:
+        """[n, T/tp]: which of this rank's tokens belong to each sequence, in Megatron-core's place for a padding mask.
+
+        For the routers' load-balancing loss alone: None where there is none.
+        """
+        if not (balances_experts(self.config) and torch.is_grad_enabled()):
+            return None
+        number_n1 = torch.arange(self._rows.head.num_sequences, device=self._rows.token_T.device)[:, None]
+        member_nT = self._rows.sequence_T[None] == number_n1
+        if self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            member_nT = member_nT.chunk(tp.size(), dim=1)[tp.rank()]
+        return member_nT
 
     def _postprocess(self, hidden_states, *args, **kwargs):
         if not self.post_process:
@@ -70,25 +87,12 @@ class Policy(GPTModel):
         if isinstance(head, LogitsHead):
             logits = (rows_NH @ weight.t()).float()
             return mask_vocabulary_padding(logits, self.pg_collection.tp, self.true_vocab_size)
-        return self._score(rows_NH, weight, head)
-
-    def _score(self, rows_NH: Tensor, weight: Tensor, head: ScoreHead) -> Tensor | tuple[Tensor, Tensor]:
-        options = dict(  # noqa: C408
-            chunk_tokens=self.chunk_tokens,
+        return score_rows(
+            rows_NH,
+            weight,
+            head,
+            tp=self.pg_collection.tp,
+            cp=self.pg_collection.cp,
             vocab_size=self.true_vocab_size,
-            inverse_temperature_T=head.inverse_temperature_N,
+            chunk_tokens=self.chunk_tokens,
         )
-        tp = self.pg_collection.tp
-        if head.coefficient_N is not None and head.top_p_N is None:
-            loss, log_prob_N = weighted_log_probs(rows_NH, weight, head.target_N, head.coefficient_N, tp, **options)
-            return loss, _table(log_prob_N, head)
-        log_prob_N = linear_log_probs(rows_NH, weight, head.target_N, tp, top_p_T=head.top_p_N, **options)
-        if head.coefficient_N is None:
-            return _table(log_prob_N, head)
-        return (head.coefficient_N * log_prob_N).sum(), _table(log_prob_N.detach(), head)
-
-
-def _table(log_prob_N: Tensor, head: ScoreHead) -> Tensor:
-    """Sums by sequence and column. They run over hundreds of tokens and are exponentiated next: float64."""
-    table = torch.zeros(2 * head.num_sequences, dtype=torch.float64, device=log_prob_N.device)
-    return table.index_add(0, head.cell_N, log_prob_N.double()).view(-1, 2)

@@ -45,6 +45,7 @@ class Rows:
     position_T: torch.Tensor
     attention: AttentionPlan
     head: ScoreHead | LogitsHead
+    sequence_T: torch.Tensor | None = None  # number of the sequence that a token belongs to; -1: padding
 
     def __post_init__(self):
         assert self.token_T.shape == self.position_T.shape
@@ -70,7 +71,7 @@ def pack_sequences(
     length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
     sequence's.
     """
-    tokens, positions, lengths = [], [], []
+    tokens, positions, lengths, owners = [], [], [], []
     where, targets, cells = [], [], []
     for n, sequence in enumerate(sequences):
         start = len(tokens)
@@ -89,11 +90,13 @@ def pack_sequences(
         tokens.extend(ids)
         tokens.extend([0] * (padded - len(ids)))  # behind the sequence: causal attention never shows them to it
         positions.extend(range(padded))
+        owners.extend([n] * len(ids) + [-1] * (padded - len(ids)))
         lengths.append(padded)
     tail = (-len(tokens) % row_multiple) if tokens else row_multiple
     if tail:
         tokens.extend([0] * tail)
         positions.extend(range(tail))
+        owners.extend([-1] * tail)
         lengths.append(tail)
 
     def ints(values):
@@ -109,7 +112,7 @@ def pack_sequences(
         _where_sampled(cell_N, top_p, tempered_answers),
         None if coefficients is None else -_doubles(coefficients, device).view(-1)[cell_N],
     )
-    return Rows(ints(tokens), ints(positions), CausalSegments(lengths, device), head)
+    return Rows(ints(tokens), ints(positions), CausalSegments(lengths, device), head, ints(owners))
 
 
 def _doubles(pairs: list[tuple[float, float]], device: torch.device) -> torch.Tensor:

@@ -2,13 +2,15 @@
 
 Megatron-core asks for `torch.cuda` in five ways that have an exact meaning on a CPU: the current device, the random
 state, a synchronise, the copy of expert counts to the host, and `device="cuda"` in a factory call. `install` answers
-the first four; `cpu_mode` redirects the last while it is entered. The mode costs a Python call for every torch call, so `native` leaves it for the model's
-own forward, which needs none of it.
+the first four; `cpu_mode` redirects the last while it is entered. The mode costs a Python call for every torch call, so
+`native` leaves it for the model's own forward, which needs none of it. For experts under tensor parallelism it gathers
+parts of unequal length, which gloo cannot: `install` does so by way of equal ones.
 """
 
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -77,11 +79,36 @@ def _counts_on_host(dispatcher, point, tokens_per_expert=None):
     return tokens_per_expert
 
 
+def _gather_of_unequal_parts(gather):
+    def gathered(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        padded = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:length] for part, length in zip(parts, output_split_sizes, strict=True)])
+
+    return gathered
+
+
+def _reduce_scatter_of_unequal_parts(reduce_scatter):
+    def scattered(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    return scattered
+
+
 def install() -> None:
     """Answer Megatron-core's `torch.cuda` questions for a CPU. Once a process; harmless when repeated."""
     global _installed
     if _installed:
         return
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as megatron_random
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -94,6 +121,9 @@ def install() -> None:
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.cpu.Stream()  # in place of a torch.cuda.Stream; not used
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_on_host
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    mappings._gather_along_first_dim = _gather_of_unequal_parts(gather)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_of_unequal_parts(scatter)
     _installed = True
 
 

@@ -51,12 +51,12 @@ class ParallelGroups:
 
     @property
     def previous_stage(self) -> int:
-        """Global rank of the pipeline neighbour that sends this rank its activations."""
-        return dist.get_global_rank(self.pp, self.pp.rank() - 1)
+        """Global rank of the pipeline neighbour that sends this rank its activations; stages form a ring."""
+        return dist.get_global_rank(self.pp, (self.pp.rank() - 1) % self.pp.size())
 
     @property
     def next_stage(self) -> int:
-        return dist.get_global_rank(self.pp, self.pp.rank() + 1)
+        return dist.get_global_rank(self.pp, (self.pp.rank() + 1) % self.pp.size())
 
     def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give every stage the last stage's values, in place. One broadcast over the pipeline group."""
@@ -76,6 +76,7 @@ def build_groups(
     pipeline_model_parallel_size: int,
     timeout: timedelta,
     *,
+    virtual_stages: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
 ) -> ParallelGroups:
@@ -86,6 +87,7 @@ def build_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout.total_seconds() / 60,

@@ -50,13 +50,15 @@ def start(
     timeout: timedelta,
     seed: int,
     device: str = "auto",
+    virtual_stages: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
 ) -> Runtime:
     """Join the job and build its groups.
 
-    expert_tensor_parallel_size None: experts are split as the other layers are. `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
+    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
     Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas.
+    virtual_stages: model chunks a pipeline rank. expert_tensor_parallel_size None: experts are split as the other layers are.
 
     Raises UserError when CUDA is asked for and absent.
     """
@@ -83,6 +85,7 @@ def start(
             tensor_model_parallel_size,
             pipeline_model_parallel_size,
             timeout,
+            virtual_stages=virtual_stages,
             expert_model_parallel_size=expert_model_parallel_size,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from megatron_jq.model.attention import AttentionPlan
+from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.policy import Policy
 from megatron_jq.model.rows import ANSWER, LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.runtime import Runtime
@@ -91,20 +91,25 @@ def _next_tokens(active: list[_Row]) -> tuple[list[int], list[int], list[int]]:
 class MegatronEngine:
     """RolloutEngine over the policy itself.
 
+    policies: this pipeline rank's model chunks, in order.
     max_rows: rationales decoded at a time (None: the replica's whole share); bounds the cache's memory.
     """
 
     #: Finished rows are dropped from the batch once this share of it is idle.
     IDLE_SHARE = 0.25
 
-    def __init__(self, policy: Policy, runtime: Runtime, *, max_rows: int | None = None):
-        self.policy, self.runtime, self.max_rows = policy, runtime, max_rows
+    def __init__(self, policies: list[Policy], runtime: Runtime, *, max_rows: int | None = None):
+        self.policies, self.runtime, self.max_rows = policies, runtime, max_rows
+        self.config = policies[0].config
         self.tokens_computed = 0  # token positions that went through the layers, padding included; for benchmarks
 
     @torch.no_grad()
     def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
         with self.runtime.native():
-            return [rollout for wave in self._waves(requests) for rollout in self._run_wave(wave, options)]
+            rollouts = [rollout for wave in self._waves(requests) for rollout in self._run_wave(wave, options)]
+            while self._expert_peers_at_work(False):
+                self._idle_pass()
+            return rollouts
 
     def _waves(self, requests: list[RolloutRequest]) -> list[list[RolloutRequest]]:
         waves: list[list[RolloutRequest]] = [[]]
@@ -193,12 +198,31 @@ class MegatronEngine:
 
     @property
     def _row_multiple(self) -> int:
-        return self.runtime.groups.tp.size() if self.policy.config.sequence_parallel else 1
+        return self.runtime.groups.tp.size() if self.config.sequence_parallel else 1
+
+    def _expert_peers_at_work(self, at_work: bool) -> bool:
+        """Whether a replica that shares experts with this one has another pass to make. Every rank asks before each."""
+        peers = self.runtime.groups.expert_peers
+        if peers is None:
+            return False
+        flag = torch.tensor(at_work, dtype=torch.int32, device=self.runtime.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=peers)
+        return bool(flag.item())
+
+    def _idle_pass(self) -> None:
+        """A pass over padding: its tokens keep this rank's experts in the exchange that other replicas wait for."""
+        padding = [0] * self._row_multiple
+        plan = CausalSegments([len(padding)], self.runtime.device)
+        self._pass_through(padding, range(len(padding)), plan, self._logits_of([]))
 
     def _forward(self, tokens, positions, plan: AttentionPlan, head: LogitsHead | ScoreHead) -> torch.Tensor | None:
         """One pass through all pipeline stages. The last stage gets what `head` asks for, the others None."""
+        self._expert_peers_at_work(True)
+        return self._pass_through(tokens, positions, plan, head)
+
+    def _pass_through(self, tokens, positions, plan, head) -> torch.Tensor | None:
         padding = [0] * (-len(tokens) % self._row_multiple)
-        groups, config, device = self.runtime.groups, self.policy.config, self.runtime.device
+        groups, config, device = self.runtime.groups, self.config, self.runtime.device
         self.tokens_computed += len(tokens) + len(padding)
         rows = Rows(
             torch.tensor([*tokens, *padding], device=device),
@@ -206,15 +230,16 @@ class MegatronEngine:
             plan,
             head,
         )
-        if not groups.is_first_stage:
-            length = len(rows.token_T) // self._row_multiple
-            hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=device)
-            dist.recv(hidden, src=groups.previous_stage, group=groups.pp)
-            self.policy.set_input_tensor(hidden)
-        output = self.policy(rows)
-        if groups.is_last_stage:
-            return output
-        dist.send(output.contiguous(), dst=groups.next_stage, group=groups.pp)
+        length = len(rows.token_T) // self._row_multiple
+        for number, policy in enumerate(self.policies):
+            if number > 0 or not groups.is_first_stage:
+                hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=device)
+                dist.recv(hidden, src=groups.previous_stage, group=groups.pp)
+                policy.set_input_tensor(hidden)
+            output = policy(rows)
+            if policy.post_process:
+                return output
+            dist.send(output.contiguous(), dst=groups.next_stage, group=groups.pp)
         return None
 
     def _sample(self, rows: list[_Row], drawing: list[int], logits: torch.Tensor | None, options) -> None:

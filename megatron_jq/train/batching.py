@@ -63,6 +63,19 @@ def micro_batches(
     return rows or [[]]
 
 
+def in_step_with_expert_peers(batches: list[list[Sequence]], runtime: Runtime) -> list[list[Sequence]]:
+    """Append empty micro-batches until every replica that shares experts with this one has equally many.
+
+    A layer's tokens travel between those replicas in every pass. Cost: one all-reduce of a number, where they share.
+    """
+    peers = runtime.groups.expert_peers
+    if peers is None:
+        return batches
+    most = torch.tensor(len(batches), device=runtime.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=peers)
+    return batches + [[] for _ in range(most.item() - len(batches))]
+
+
 def _all_gather(sequences: list[Sequence], runtime: Runtime) -> list[list[Sequence]]:
     """Every replica's sequences, as int32 numbers: six of a head each, then the ids."""
     numbers: list[int] = []

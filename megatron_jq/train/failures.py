@@ -39,7 +39,7 @@ def peers_must_answer(phase: Phase, deadline: timedelta) -> Iterator[None]:
         # gloo raises a plain RuntimeError; the path of its source in the text is all that tells it from a fault of ours
         if isinstance(error, RunFailure) or not (isinstance(error, dist.DistError) or re.search(r"\bgloo\b", text)):
             raise
-        cause = re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).partition(". This is typically")[0]
+        cause = re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).partition(". This is typically")[0].rstrip(".")
         late = re.search(r"time(d )?[- ]?out", text, re.IGNORECASE)
         within = f"{deadline.total_seconds():g} s (--distributed-timeout-minutes)"
         fault = f"a peer did not answer within {within}" if late else "a peer ended or was cut off"

@@ -71,6 +71,7 @@ def step_metrics(
         log_prob_mismatch_max=_log_prob_mismatch(rollouts, tables.trained, runtime),
         log_w_mismatch_max=log_w_mismatch,
         reward_mean=None if tables.reward_BM is None else tables.reward_BM[valid_BM].mean().item(),
+        expert_balance=tables.trained.expert_balance,
     )
 
 

@@ -1,17 +1,17 @@
 """F4: Megatron-core's optimizer and learning-rate schedule from our configuration."""
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_jq.config import Config
+from megatron_jq.model.build import TrainingModel
 from megatron_jq.parallel.runtime import Runtime
 
 
-def build_optimizer(model: DistributedDataParallel, config: Config, runtime: Runtime) -> MegatronOptimizer:
+def build_optimizer(model: TrainingModel, config: Config, runtime: Runtime) -> MegatronOptimizer:
     """Adam or SGD over this rank's parameters; state sharded over replicas with --use-distributed-optimizer.
 
     Uses Transformer Engine's or Apex's fused Adam where Megatron-core finds them, torch's otherwise.
@@ -33,7 +33,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, runtime: Run
                 params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
                 use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             ),
-            [model],
+            model.chunks,
             use_gloo_process_groups=False,
             pg_collection=runtime.groups.collection,
         )
@@ -65,7 +65,7 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def first_nonfinite_parameter(model: DistributedDataParallel) -> str | None:
+def first_nonfinite_parameter(model: TrainingModel) -> str | None:
     """Name of this rank's first parameter whose reduced gradient is not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all():

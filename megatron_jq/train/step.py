@@ -4,16 +4,17 @@ Gradients are plain sums over micro-batches and replicas of -coefficient · ln p
 (docs/loss-scaling.md). So a sequence contributes the same wherever it lies.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_jq.model.build import unwrap
+from megatron_jq.model.build import TrainingModel
+from megatron_jq.model.moe import balances_experts, begin_balancing, mean_balance
 from megatron_jq.model.rows import Rows, pack_sequences
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, Rollout, Sequence
-from megatron_jq.train.batching import balance, micro_batches
+from megatron_jq.train.batching import balance, in_step_with_expert_peers, micro_batches
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Scores:
     log_rationale_BM: torch.Tensor
     log_answer_BM: torch.Tensor
     present_BM: torch.Tensor
+    expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P, where training balances experts
 
 
 def score(
-    model: torch.nn.Module,
+    model: TrainingModel,
     sequences: list[Sequence],
     shape: tuple[int, int],
     runtime: Runtime,
@@ -59,7 +61,7 @@ def score(
     the last stage's table goes to all stages, and replicas' parts are summed, before q enters.
     """
     if options.max_tokens is not None:
-        sequences = balance(sequences, unwrap(model).config.hidden_size, runtime)
+        sequences = balance(sequences, model.config.hidden_size, runtime)
     with torch.no_grad():
         return _run(model, sequences, shape, runtime, options, with_rationale=with_rationale, coefficients=None)
 
@@ -75,7 +77,7 @@ def scores_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime:
 
 
 def train(
-    model: torch.nn.Module,
+    model: TrainingModel,
     sequences: list[Sequence],
     coefficients: Coefficients,
     runtime: Runtime,
@@ -84,13 +86,21 @@ def train(
     """Accumulate the gradient of the surrogate loss into the model's gradient buffers, reduced over replicas.
 
     Returns the log-likelihoods of the trained pass. Sequences whose two coefficients are zero are left out: they have
-    no gradient. A replica without sequences takes part in the reductions with zeros.
+    no gradient, but where experts are balanced, which goes over all. A replica without sequences takes part in the
+    reductions with zeros.
     """
-    kept = [s for s in sequences if _pair(coefficients, s) != (0.0, 0.0)]
+    balanced = balances_experts(model.config)
+    kept = sequences if balanced else [s for s in sequences if _pair(coefficients, s) != (0.0, 0.0)]
+    if balanced:
+        count = torch.tensor(len(kept), device=runtime.device)
+        begin_balancing(model, runtime.groups.sum_over_replicas(count).item())
     if options.max_tokens is not None:
-        kept = balance(kept, unwrap(model).config.hidden_size, runtime)
+        kept = balance(kept, model.config.hidden_size, runtime)
     shape = tuple(coefficients.answer_BM.shape)
-    return _run(model, kept, shape, runtime, options, with_rationale=True, coefficients=coefficients)
+    trained = _run(model, kept, shape, runtime, options, with_rationale=True, coefficients=coefficients)
+    if balanced:
+        trained = replace(trained, expert_balance=mean_balance(model, model.config, runtime.groups.world))
+    return trained
 
 
 def _pair(coefficients: Coefficients, sequence: Sequence) -> tuple[float, float]:
@@ -106,7 +116,10 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
         max_tokens=options.max_tokens,
         sequence_multiple=options.sequence_multiple,
     )
-    config = unwrap(model).config
+    batches = in_step_with_expert_peers(batches, runtime)
+    if len(model.chunks) > 1:  # the interleaved schedule works in rounds of as many micro-batches as there are stages
+        batches = [*batches, *([[]] * (-len(batches) % runtime.groups.pp.size()))]
+    config = model.config
 
     def rows_of(batch: list[Sequence]) -> Rows:
         pairs = None if coefficients is None else [_pair(coefficients, sequence) for sequence in batch]
@@ -140,8 +153,8 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
     with runtime.megatron():
         tables = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[model],
+            data_iterator=[iter(batches) for _ in model.chunks],
+            model=model.chunks,
             num_microbatches=len(batches),
             seq_length=1,  # not used: lengths vary and stages exchange them
             micro_batch_size=1,

@@ -12,7 +12,7 @@ from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived, derive
 from megatron_jq.data.sampler import PromptSampler
 from megatron_jq.evaluate import Evaluation, answer_matches, evaluate
-from megatron_jq.model.build import BuildOptions, build_policy, kernels, wrap_for_training
+from megatron_jq.model.build import BuildOptions, build_policies, kernels, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime
@@ -39,9 +39,12 @@ def run_training(config: Config) -> int:
         runtime = runtime_module.start(
             tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+            expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
             timeout=deadline,
             seed=config.training.seed,
             device=config.parallel.device,
+            virtual_stages=config.parallel.num_virtual_stages_per_pipeline_rank,
         )
         run_dir = Path(config.training.run_dir)
         together(runtime, lambda: check_run_directory(run_dir), main_only=True)
@@ -66,11 +69,11 @@ class Trainer:
         self.sampler = PromptSampler(len(data.train), r.prompts_per_step, c.seed)
         vocab_size = derived.architecture.vocab_size or data.tokenizer.vocab_size
         self.build_options = options = build_options(config, vocab_size)
-        self.policy = build_policy(derived.architecture, options, runtime)
-        self.model = wrap_for_training(self.policy, options, runtime)
+        policies = build_policies(derived.architecture, options, runtime)
+        self.model = wrap_for_training(policies, options, runtime)
         self.optimizer = build_optimizer(self.model, config, runtime)
         self.schedule = build_schedule(self.optimizer, config)
-        self.engine = MegatronEngine(self.policy, runtime, max_rows=r.rollout_batch_size)
+        self.engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
         self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, c.seed)
         constant = o.q_schedule == "constant"
         self.q_schedule = QSchedule(
@@ -269,11 +272,12 @@ class Trainer:
     def _opening_line(self) -> str:
         o, r, g = self.config.objective, self.config.rollout, self.runtime.groups
         dropped = f", {self.data.dropped} overlong examples dropped" if self.data.dropped else ""
+        expert = f" EP {g.collection.ep.size()}" if self.model.config.num_moe_experts is not None else ""
         parts = [
             f"{o.estimator} q={o.q:g}" if self.estimator.uses_q else o.estimator,
             f"{len(self.data.train)} training and {len(self.data.heldout)} held-out examples{dropped}",
             f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step",
-            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()} on {self.runtime.device.type}, "
+            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()}{expert} on {self.runtime.device.type}, "
             f"{kernels(self.build_options, self.runtime)}",
             self.config.training.run_dir,
         ]
@@ -288,6 +292,11 @@ def build_options(config: Config, vocab_size: int) -> BuildOptions:
         make_vocab_size_divisible_by=m.make_vocab_size_divisible_by,
         params_dtype=torch.bfloat16 if m.bf16 else torch.float32,
         sequence_parallel=p.sequence_parallel,
+        virtual_stages=p.num_virtual_stages_per_pipeline_rank,
+        pipeline_layout=p.pipeline_model_parallel_layout,
+        recompute_granularity=p.recompute_granularity,
+        recompute_method=p.recompute_method,
+        recompute_num_layers=p.recompute_num_layers,
         use_distributed_optimizer=p.use_distributed_optimizer,
         overlap_grad_reduce=p.overlap_grad_reduce,
         transformer_impl=p.transformer_impl,

@@ -29,6 +29,7 @@ FLOORS = {
     "train": 4,
     "evaluate": 4,
     "report": 4,
+    "bench": 4,
     "cli": 5,
     "__main__": 5,
 }
@@ -40,6 +41,7 @@ SAME_FLOOR = {
     "config_validate": {"architecture", "config"},
     "rollout": {"model"},
     "train": {"checkpoint", "evaluate"},
+    "bench": {"train"},
     "__main__": {"cli"},
 }
 
