@@ -1,0 +1,39 @@
+"""Sharing the step's sequences out anew loses none and evens the replicas' work."""
+
+import random
+
+from megatron_jq.records import Sequence
+from megatron_jq.train.batching import balance, cost
+from tests.distributed.ranks import run_ranks
+
+HIDDEN = 64
+
+
+def _sequences() -> list[Sequence]:
+    rng = random.Random(4)
+
+    def ids(low, high):
+        return tuple(rng.randrange(50) for _ in range(rng.randint(low, high)))
+
+    return [Sequence(b, m, ids(1, 60), ids(1, 200), 1, ids(0, 5)) for b in range(6) for m in range(5)]
+
+
+def _shared(runtime, lopsided: bool):
+    rank, size = runtime.groups.dp.rank(), runtime.groups.dp.size()
+    mine = (_sequences() if rank == 0 else []) if lopsided else _sequences()[rank::size]
+    return balance(mine, HIDDEN, runtime)
+
+
+def test_replicas_get_every_sequence_once_and_equal_work():
+    for lopsided in (False, True):
+        parts = run_ranks(_shared, lopsided, dp=3)
+        everything = sorted((s for part in parts for s in part), key=lambda s: (s.prompt_slot, s.rationale_slot))
+        assert everything == _sequences()
+        work = [sum(cost(s, HIDDEN) for s in part) for part in parts]
+        assert max(work) <= 4 / 3 * sum(work) / 3
+        assert max(work) / min(work) < 1.1
+
+
+def test_tensor_parallel_peers_agree_on_their_share():
+    parts = run_ranks(_shared, False, tp=2, dp=2)
+    assert parts[0] == parts[1] and parts[2] == parts[3]

@@ -1,0 +1,58 @@
+"""Micro-batches hold every sequence once, within the budget; the cut is even by cost."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_jq.records import Sequence
+from megatron_jq.train.batching import _decode, cost, micro_batches
+
+
+def sequence(slot: int, length: int) -> Sequence:
+    return Sequence(slot, 0, (1,) * length, (2,), 1, (3, 4))
+
+
+lengths = st.lists(st.integers(1, 40), max_size=30)
+
+
+@given(lengths, st.integers(50, 200), st.sampled_from([1, 4]))
+def test_budgeted_rows_hold_every_sequence_once_within_the_budget(lengths, budget, multiple):
+    sequences = [sequence(slot, length) for slot, length in enumerate(lengths)]
+    rows = micro_batches(sequences, micro_batch_size=1, max_tokens=budget, sequence_multiple=multiple)
+    padded = [sum(-(-len(s) // multiple) * multiple for s in row) for row in rows]
+    assert sorted(s.prompt_slot for row in rows for s in row) == list(range(len(sequences)))
+    assert max(padded, default=0) <= budget
+    # First-fit decreasing leaves at most one row less than half full.
+    assert sum(tokens <= budget / 2 for tokens in padded) <= 1
+
+
+@given(lengths, st.integers(1, 9))
+def test_cut_by_count_keeps_the_order(lengths, size):
+    sequences = [sequence(slot, length) for slot, length in enumerate(lengths)]
+    rows = micro_batches(sequences, micro_batch_size=size, max_tokens=None)
+    assert [s for row in rows for s in row] == sequences
+    assert all(len(row) == size for row in rows[:-1]) and len(rows[-1]) <= size
+
+
+def test_no_sequences_make_one_empty_micro_batch():
+    assert micro_batches([], micro_batch_size=3, max_tokens=None) == [[]]
+    assert micro_batches([], micro_batch_size=3, max_tokens=10) == [[]]
+
+
+def test_a_sequence_above_the_budget_gets_a_row_of_its_own():
+    rows = micro_batches([sequence(0, 30), sequence(1, 1)], micro_batch_size=1, max_tokens=20)
+    assert sorted(len(row) for row in rows) == [1, 1]
+
+
+def test_cost_grows_from_linear_to_quadratic():
+    short, long = cost(sequence(0, 7), 1000), cost(sequence(0, 59_997), 1000)
+    assert short == 10 + 100 / 6000
+    assert long == 60_000 + 60_000**2 / 6000
+
+
+def test_sequences_survive_the_exchange_between_replicas():
+    sequences = [Sequence(3, 1, (5, 6), (), 0, (7,)), Sequence(0, 2, (), (8, 9, 1), 2, ())]
+    numbers = []
+    for s in sequences:
+        ids = (s.prompt_ids, s.rationale_ids, s.answer_ids)
+        numbers += [s.prompt_slot, s.rationale_slot, s.num_sampled, *map(len, ids), *ids[0], *ids[1], *ids[2]]
+    assert _decode(numbers) == sequences
