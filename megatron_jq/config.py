@@ -277,7 +277,8 @@ def _kebab(name: str) -> str:
 
 
 def _alternatives(kind: Any) -> tuple:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    # A Literal with None is a typing.Union, a class with None a types.UnionType
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:

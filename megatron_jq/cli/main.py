@@ -69,3 +69,5 @@ def _silence_known_warnings() -> None:
     absent = ("Transformer Engine and Apex are not installed", "Apex is not installed")
     for message in (*absent, "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    # Megatron-core 0.16 calls collectives by the names that torch had before 2.13.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

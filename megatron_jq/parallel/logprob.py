@@ -13,6 +13,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from megatron_jq.parallel.collectives import all_gather_flat
+
 #: Logits that exist at one time, in elements, by device: bounds memory, and is large enough for efficient GEMMs.
 _CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 
@@ -76,7 +78,7 @@ def _exchange(statistics_3T: torch.Tensor, group) -> tuple[torch.Tensor, dist.Wo
     if group is None or group.size() == 1:
         return statistics_3T[None], None
     everyones = statistics_3T.new_empty(group.size() * 3, statistics_3T.shape[1])
-    work = dist.all_gather_into_tensor(everyones, statistics_3T, group=group, async_op=True)
+    work = all_gather_flat(everyones, statistics_3T, group, async_op=True)
     return everyones.view(group.size(), 3, -1), work
 
 

@@ -6,6 +6,7 @@ Sequences are plain token ids, so moving them between replicas costs four bytes 
 import torch
 import torch.distributed as dist
 
+from megatron_jq.parallel.collectives import all_gather_flat
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Sequence
 
@@ -85,12 +86,12 @@ def _all_gather(sequences: list[Sequence], runtime: Runtime) -> list[list[Sequen
         numbers.extend(token for part in ids for token in part)
     dp, device = runtime.groups.dp, runtime.device
     counts = torch.empty(dp.size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(numbers)], device=device), group=dp)
+    all_gather_flat(counts, torch.tensor([len(numbers)], device=device), dp)
     longest = int(counts.max())
     padded = torch.zeros(longest, dtype=torch.int32, device=device)
     padded[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32, device=device)
     everyones = torch.empty(dp.size() * longest, dtype=torch.int32, device=device)
-    dist.all_gather_into_tensor(everyones, padded, group=dp)
+    all_gather_flat(everyones, padded, dp)
     parts = everyones.view(dp.size(), longest).tolist()
     return [_decode(part[:count]) for part, count in zip(parts, counts.tolist(), strict=True)]
 

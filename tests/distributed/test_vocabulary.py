@@ -19,7 +19,11 @@ TOKENS, HIDDEN = 13, 24
 #: (tokens of the vocabulary, rows after padding). 96 rows on 4 ranks and 128 on 2 leave a rank with padding alone.
 VOCABULARIES = [(70, 96), (40, 128), (96, 96)]
 CHUNKS = (1, 5, 1000)
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce")
+COLLECTIVES = tuple(
+    name
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast", "reduce")
+    if hasattr(dist, name)
+)
 
 
 def problem(vocab: int, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -193,7 +197,7 @@ def alone():
     return run_apart(_alone)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+@pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
 def split(request):
     return run_ranks(_on_a_rank, tp=request.param)
 

@@ -161,6 +161,9 @@ def test_bad_toml_names_the_file_the_key_and_the_fix(tmp_path, text, message):
     assert str(path) in str(raised.value)
 
 
+TP2 = "--tensor-model-parallel-size 2"
+
+
 @pytest.mark.parametrize(
     ("argv", "world_size", "message"),
     [
@@ -184,6 +187,19 @@ def test_bad_toml_names_the_file_the_key_and_the_fix(tmp_path, text, message):
         ("--tensor-model-parallel-size 2 --ffn-hidden-size 33", 2, "2 does not divide ffn_hidden_size (33)"),
         ("--pipeline-model-parallel-size 3", 3, "3 does not divide num_layers (2)"),
         ("--tensor-model-parallel-size 0", 1, "--tensor-model-parallel-size must be at least 1"),
+        ("--expert-model-parallel-size 2", 2, "need a model with experts"),
+        ("--expert-tensor-parallel-size 1", 1, "need a model with experts"),
+        ("--num-experts 4", 1, "num_experts needs moe_ffn_hidden_size of at least 1, not None"),
+        ("--moe-ffn-hidden-size 4", 1, "moe_ffn_hidden_size is set, num_experts is not"),
+        ("--model tiny-moe --expert-model-parallel-size 3", 3, "3 does not divide num_experts (4)"),
+        ("--model tiny-moe --expert-model-parallel-size 0", 1, "--expert-model-parallel-size must be at least 1"),
+        ("--model tiny-moe --expert-model-parallel-size 4", 2, "(tensor 1 x data 2 processes)"),
+        ("--model tiny-moe --expert-model-parallel-size 2 --pipeline-model-parallel-size 2", 2, "x data 1 processes)"),
+        ("--model tiny-moe --moe-router-topk 5", 1, "moe_router_topk must lie between 1 and num_experts (4): 5"),
+        ("--model tiny-moe --moe-aux-loss-coeff=-1", 1, "moe_aux_loss_coeff must be at least 0"),
+        (f"--model tiny-moe {TP2}", 2, "with experts needs --sequence-parallel"),
+        (f"--model tiny-moe {TP2} --sequence-parallel --moe-ffn-hidden-size 5", 2, "moe_ffn_hidden_size (5)"),
+        (f"--model tiny-moe {TP2} --sequence-parallel --expert-tensor-parallel-size 1", 2, "give that size 2 or leave"),
         ("--sequence-parallel", 1, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
         ("--rationale-budget 0", 1, "--rationale-budget must be at least 1"),
         ("--answer-budget 0", 1, "--answer-budget must be at least 1"),
@@ -237,6 +253,21 @@ def test_an_unknown_number_of_processes_leaves_out_only_its_own_checks():
 @pytest.mark.parametrize("argv", [[], ["--estimator", "paft", "--num-rationales", "1"], ["--q", "0"], ["--q", "1"]])
 def test_good_configurations_pass(argv):
     validate(parse_args(argv), 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size"),
+    [
+        ("--expert-model-parallel-size 2", 2),
+        ("--expert-model-parallel-size 2", 4),
+        ("--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", 4),
+        (f"--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --sequence-parallel {TP2}", 2),
+        (f"--expert-model-parallel-size 2 --sequence-parallel {TP2}", 4),
+        (f"--sequence-parallel --ffn-hidden-size 33 {TP2}", 2),  # the dense block's width is not used
+    ],
+)
+def test_layouts_of_experts_pass(argv, world_size):
+    validate(parse_args(["--model", "tiny-moe", *argv.split()]), world_size)
 
 
 def test_derived_values():

@@ -37,6 +37,18 @@ LLAMA_32_1B = {
     "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 128256,
 }  # fmt: skip
 
+# … and with Qwen/Qwen3-30B-A3B
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+    "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+
 
 @pytest.fixture
 def read_config(tmp_path):
@@ -54,11 +66,17 @@ def parameters(a: Architecture, vocab_size: int) -> int:
     attention = a.hidden_size * a.kv_channels * (2 * a.num_attention_heads + 2 * a.num_query_groups)
     norms = 2 * a.hidden_size + (2 * a.kv_channels if a.qk_layernorm else 0)
     bias = a.kv_channels * (a.num_attention_heads + 2 * a.num_query_groups) if a.add_qkv_bias else 0
-    layer = attention + norms + bias + 3 * a.hidden_size * a.ffn_hidden_size
+    block = 3 * a.hidden_size * a.ffn_hidden_size
+    if a.num_experts is not None:
+        block = a.num_experts * (3 * a.hidden_size * a.moe_ffn_hidden_size + a.hidden_size)  # the router's rows too
+    layer = attention + norms + bias + block
     return a.num_layers * layer + a.hidden_size + (1 if a.tie_embeddings else 2) * vocab_size * a.hidden_size
 
 
-@pytest.mark.parametrize(("name", "source"), [("qwen3-0.6b", QWEN3_06B), ("llama-3.2-1b", LLAMA_32_1B)])
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("qwen3-0.6b", QWEN3_06B), ("llama-3.2-1b", LLAMA_32_1B), ("qwen3-30b-a3b", QWEN3_30B_A3B)],
+)
 def test_presets_equal_the_published_config(name, source, read_config):
     assert read_config(source) == PRESETS[name]
 
@@ -66,6 +84,7 @@ def test_presets_equal_the_published_config(name, source, read_config):
 def test_parameter_counts_equal_the_published_ones():
     assert parameters(PRESETS["qwen3-0.6b"], 151936) == 596_049_920
     assert parameters(PRESETS["llama-3.2-1b"], 128256) == 1_235_814_400
+    assert parameters(PRESETS["qwen3-30b-a3b"], 151936) == 30_532_122_624
     assert parameters(PRESETS["small"], 1024) == pytest.approx(19.4e6, rel=0.01)
 
 
@@ -146,7 +165,10 @@ def test_transformers_5_keeps_rope_in_one_table(read_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; these are: llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' is not supported; these are: llama, mistral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
@@ -160,6 +182,31 @@ def test_what_a_policy_cannot_express_is_refused(change, message, read_config):
     with pytest.raises(UserError) as raised:
         read_config(QWEN3_06B | change)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "dense layers between those with experts are not supported"),
+        ({"mlp_only_layers": [0]}, "dense layers between those with experts are not supported"),
+        ({"num_experts": None}, "num_experts must be an integer, not None"),
+        ({"num_experts_per_tok": 129}, "moe_router_topk must lie between 1 and num_experts (128): 129"),
+        ({"num_experts_per_tok": 1}, "moe_router_topk 1 needs moe_norm_topk_prob false"),
+        ({"num_experts": 1, "num_experts_per_tok": 1}, "num_experts must be at least 2, not 1"),
+        ({"moe_intermediate_size": 0}, "num_experts needs moe_ffn_hidden_size of at least 1, not 0"),
+        ({"router_aux_loss_coef": -1.0}, "moe_aux_loss_coeff must be at least 0 and finite, not -1.0"),
+    ],
+)
+def test_experts_that_a_policy_cannot_have_are_refused(change, message, read_config):
+    with pytest.raises(UserError) as raised:
+        read_config(QWEN3_30B_A3B | change)
+    assert message in str(raised.value)
+
+
+def test_published_defaults_of_experts(read_config):
+    left_out = ("norm_topk_prob", "router_aux_loss_coef", "mlp_only_layers", "decoder_sparse_step")
+    read = read_config({k: v for k, v in QWEN3_30B_A3B.items() if k not in left_out})
+    assert (read.moe_norm_topk_prob, read.moe_aux_loss_coeff, read.moe_router_topk) == (False, 0.001, 8)
 
 
 def test_a_folder_stands_for_its_config_json(tmp_path):

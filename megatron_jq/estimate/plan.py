@@ -1,0 +1,199 @@
+"""F4: one step of a run in numbers: layout, model chunks of each pipeline stage, lengths, micro-batches, waves.
+
+Every prompt, rationale and answer has the same length, the longest there is: figures are those of the fullest step.
+Where replicas differ, a figure of one process is the busiest replica's.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_jq.architecture import Architecture, padded_vocab_size
+from megatron_jq.config import Config
+from megatron_jq.config_validate import Derived, derive
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt, of a rationale (sampled ones: its forced close token comes on top), of an answer (with its
+    terminator).
+    """
+
+    prompt: int
+    rationale: int
+    answer: int
+
+    @property
+    def sequence(self) -> int:
+        return self.prompt + self.rationale + 1 + self.answer
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive layers of one process. The first chunk of the model embeds tokens, the last one holds the head."""
+
+    layers: int
+    embeds: bool
+    heads: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings, lengths and what follows from them. `derived` is config_validate.derive's of a valid configuration."""
+
+    config: Config
+    derived: Derived
+    lengths: Lengths
+    vocab_size: int  # true size
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.derived.architecture
+
+    # The layout
+
+    @property
+    def tp(self) -> int:
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.config.parallel.pipeline_model_parallel_size
+
+    @property
+    def dp(self) -> int:
+        return self.derived.data_parallel_size
+
+    @property
+    def ep(self) -> int:
+        return self.config.parallel.expert_model_parallel_size
+
+    @property
+    def etp(self) -> int:
+        return self.config.parallel.expert_tensor_parallel_size or self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        """Copies of an expert: processes among which its gradient is summed."""
+        return self.derived.world_size // (self.etp * self.ep * self.pp)
+
+    @property
+    def split(self) -> int:
+        """Parts into which sequence parallelism cuts what lies between layers."""
+        return self.tp if self.config.parallel.sequence_parallel else 1
+
+    @cached_property
+    def stages(self) -> tuple[tuple[Chunk, ...], ...]:
+        """The chunks of each pipeline stage; chunk v of stage p is the model's part v·pp + p."""
+        virtual = self.config.parallel.num_virtual_stages_per_pipeline_rank
+        parts = self.pp * virtual
+        layout = self.config.parallel.pipeline_model_parallel_layout
+        if layout is None:
+            layers = [self.architecture.num_layers // parts] * parts
+        else:
+            layers = [part.count("t") for part in layout.split("|")]
+        chunks = [Chunk(n, part == 0, part == parts - 1) for part, n in enumerate(layers)]
+        return tuple(tuple(chunks[stage :: self.pp]) for stage in range(self.pp))
+
+    # Kernels and number formats
+
+    @property
+    def on_cuda(self) -> bool:
+        device = self.config.parallel.device
+        return device == "cuda" or (device == "auto" and os.path.exists("/dev/nvidiactl"))
+
+    @property
+    def transformer_engine(self) -> bool:
+        """Assumed present on CUDA unless --transformer-impl local says otherwise."""
+        return self.on_cuda and self.config.parallel.transformer_impl != "local"
+
+    @property
+    def element(self) -> int:
+        """Bytes of a parameter or an activation."""
+        return 2 if self.config.model.bf16 else 4
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the vocabulary on one process."""
+        divisible = self.config.model.make_vocab_size_divisible_by
+        return padded_vocab_size(self.vocab_size, divisible, self.tp) // self.tp
+
+    # Rationales, micro-batches, waves
+
+    @property
+    def rationales(self) -> int:
+        """Of the step, B·M."""
+        return self.derived.rationales_per_step
+
+    @property
+    def replica_rationales(self) -> int:
+        """Of the busiest replica."""
+        return -(-self.rationales // self.dp)
+
+    def replica_share(self, replica: int) -> range:
+        """Slots of the step's [B, M] table that a replica draws (rollout/engine.py: share_of_replica)."""
+        return range(self.rationales * replica // self.dp, self.rationales * (replica + 1) // self.dp)
+
+    @property
+    def padded_sequence(self) -> int:
+        """Tokens of a sequence as the trainer lays it out."""
+        multiple = self.config.training.pad_sequences_to_multiple_of
+        return -(-self.lengths.sequence // multiple) * multiple
+
+    def micro_batches(self, rationales: int) -> list[int]:
+        """Sequences of each micro-batch of a replica with this many rationales; 0: one of padding."""
+        t = self.config.training
+        most = t.micro_batch_size
+        if t.max_tokens_per_micro_batch is not None:
+            most = max(1, t.max_tokens_per_micro_batch // self.padded_sequence)
+        counts = [most] * (rationales // most) + [rationales % most] * (rationales % most > 0) or [0]
+        if self.config.parallel.num_virtual_stages_per_pipeline_rank > 1:  # rounds of as many as there are stages
+            counts += [0] * (-len(counts) % self.pp)
+        return counts
+
+    def row_tokens(self, sequences: int) -> int:
+        """Tokens of a micro-batch's row: sequence parallelism rounds it up, and an empty one holds one padding."""
+        return -(-sequences * self.padded_sequence // self.split) * self.split or self.split
+
+    def waves(self, replica: int) -> list[tuple[int, int]]:
+        """(rationales, distinct prompts) of each wave that a replica decodes (rollout/megatron.py: _waves)."""
+        share, group = self.replica_share(replica), self.config.rollout.num_rationales
+        most = self.config.rollout.rollout_batch_size or max(len(share), 1)
+        parts = [share[i : i + most] for i in range(0, len(share), most)]
+        return [(len(part), part[-1] // group - part[0] // group + 1) for part in parts]
+
+    @cached_property
+    def busiest_waves(self) -> list[tuple[int, int]]:
+        """The waves of the replica that feeds the most tokens."""
+        prompt, fed = self.lengths.prompt, self.fed_tokens
+        return max(map(self.waves, range(self.dp)), key=lambda waves: sum(p * prompt + n * fed for n, p in waves))
+
+    @property
+    def scores_in_rollout(self) -> bool:
+        return self.config.rollout.score_with == "rollout"
+
+    @property
+    def fed_tokens(self) -> int:
+        """Generated tokens of a rationale that go through the layers one by one. The last one drawn is never fed."""
+        sampled_answer = 1 + self.lengths.answer if self.derived.samples_answers else 0
+        return self.lengths.rationale + sampled_answer - 1
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens of a rationale that are fed at once to score y* from the cache (rollout/megatron.py: _score_gold)."""
+        unfed = self.lengths.rationale + 1 - min(self.fed_tokens, self.lengths.rationale)
+        return unfed + self.lengths.answer - 1 if self.scores_in_rollout else 0
+
+
+def make_plan(config: Config, world_size: int, lengths: Lengths, vocab_size: int) -> Plan:
+    """UserError, as training raises it, where the configuration is not a valid one for this many processes."""
+    return Plan(config, derive(config, world_size), lengths, vocab_size)
+
+
+def smallest_world_size(config: Config) -> int:
+    """Processes of one replica, or of as many as it takes to hold one copy of all experts."""
+    p = config.parallel
+    replica = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    etp = p.expert_tensor_parallel_size or p.tensor_model_parallel_size
+    return math.lcm(replica, etp * p.expert_model_parallel_size * p.pipeline_model_parallel_size)
