@@ -96,7 +96,7 @@ def block_saved(plan: Plan, w: Widths) -> float:
         # gate|up, their product; without a fused kernel also silu(gate) and up + 0
         return norm + e * (3 if plan.on_cuda else 5) * w.block
     router = 3 * STATISTIC * a.num_experts + a.moe_router_topk * (STATISTIC + 3 * INDEX)
-    copies = a.moe_router_topk * e * a.hidden_size  # the experts' inputs, in their order
+    copies = a.moe_router_topk * e * a.hidden_size * plan.etp  # the experts' inputs, in their order
     # as above, and the product times the router's probability
     return norm + (router + copies) / plan.split + e * (4 if plan.on_cuda else 6) * w.block
 

@@ -44,10 +44,10 @@ def choose_experts(probability_TE: torch.Tensor, topk: int, *, normalise: bool) 
 
 
 class SequenceBalancedRouter(TopKRouter):
-    """Softmax router whose load-balancing loss is coefficient / sequences_of_step · Σ over sequences of
-    `balance_losses`.
+    """Softmax router whose load-balancing loss is coefficient / sequences_of_step · Σ `balance_losses` over sequences.
 
-    It computes in the logits' dtype, float32 at least, where TopKRouter rounds float64 to float32. Its place for a padding mask takes a column for each sequence instead, True at the sequence's tokens: bool [T, n].
+    It computes in the logits' dtype, float32 at least, where TopKRouter rounds float64 to float32. Its place for a
+    padding mask takes a column for each sequence instead, True at the sequence's tokens: bool [T, n].
     """
 
     def __init__(self, config: TransformerConfig, pg_collection=None):

@@ -58,7 +58,8 @@ def start(
 
     `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
     Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas.
-    virtual_stages: model chunks a pipeline rank. expert_tensor_parallel_size None: experts are split as the other layers are.
+    virtual_stages: model chunks a pipeline rank. expert_tensor_parallel_size None: experts are split as the other layers
+    are.
 
     Raises UserError when CUDA is asked for and absent.
     """

@@ -1,4 +1,4 @@
-"""ln w from the rollout's cache equals the trainer's, at every layout, for rationales that end early, late, by force."""
+"""ln w from the rollout's cache equals the trainer's, at every layout, for rationales that end early, late, forced."""
 
 from dataclasses import replace
 
