@@ -125,7 +125,7 @@ def _machine() -> str:
     parts = [f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
-    return ", ".join([*parts, platform.platform(terse=True)])
+    return ", ".join([*parts, f"{platform.system()} {platform.machine()}"])
 
 
 def measure(args: argparse.Namespace, config: Config, argv: list[str]) -> None:

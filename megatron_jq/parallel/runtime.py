@@ -58,8 +58,7 @@ def start(
 
     `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
     Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas.
-    virtual_stages: model chunks a pipeline rank. expert_tensor_parallel_size None: experts are split as the other layers
-    are.
+    virtual_stages: model chunks a pipeline rank. expert_tensor_parallel_size None: experts are split like other layers.
 
     Raises UserError when CUDA is asked for and absent.
     """

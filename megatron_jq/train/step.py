@@ -90,7 +90,8 @@ def train(
     reductions with zeros.
     """
     balanced = balances_experts(model.config)
-    kept = sequences if balanced else [s for s in sequences if _pair(coefficients, s) != (0.0, 0.0)]
+    pairs = _pairs(coefficients, sequences)
+    kept = sequences if balanced else [s for s, pair in zip(sequences, pairs, strict=True) if pair != (0.0, 0.0)]
     if balanced:
         count = torch.tensor(len(kept), device=runtime.device)
         begin_balancing(model, runtime.groups.sum_over_replicas(count).item())
@@ -103,9 +104,12 @@ def train(
     return trained
 
 
-def _pair(coefficients: Coefficients, sequence: Sequence) -> tuple[float, float]:
-    cell = sequence.prompt_slot, sequence.rationale_slot
-    return coefficients.rationale_BM[cell].item(), coefficients.answer_BM[cell].item()
+def _pairs(coefficients: Coefficients, sequences: list[Sequence]) -> list[tuple[float, float]]:
+    """(rationale, answer) coefficient of each sequence."""
+    rationale_BM, answer_BM = coefficients.rationale_BM.tolist(), coefficients.answer_BM.tolist()
+    return [
+        (rationale_BM[s.prompt_slot][s.rationale_slot], answer_BM[s.prompt_slot][s.rationale_slot]) for s in sequences
+    ]
 
 
 def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficients) -> Scores:
@@ -122,7 +126,7 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
     config = model.config
 
     def rows_of(batch: list[Sequence]) -> Rows:
-        pairs = None if coefficients is None else [_pair(coefficients, sequence) for sequence in batch]
+        pairs = None if coefficients is None else _pairs(coefficients, batch)
         return pack_sequences(
             batch,
             device=runtime.device,

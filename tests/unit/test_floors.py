@@ -30,6 +30,7 @@ FLOORS = {
     "evaluate": 4,
     "report": 4,
     "bench": 4,
+    "estimate": 4,
     "cli": 5,
     "__main__": 5,
 }
