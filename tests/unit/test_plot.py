@@ -73,10 +73,10 @@ def test_summary_table_shows_each_run_on_an_aligned_line(tmp_path):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["run", "estimator", "q", "steps", "first ln P̂", "last ln P̂", "exact match"]
     assert cells[2:] == [
-        ["garl", "garl", "0.75", "25", "-29.00", "-5.00", "93.8 %"],
-        ["step", "garl", "1→0.25 (step)", "1", "-29.00", "-29.00", "-"],
-        ["grpo", "grpo", "-", "1", "-29.00", "-29.00", "0.0 %"],
-        ["bare", "-", "-", "7", "-", "-", "-"],
+        ["garl", "garl", "0.75", "26", "-29.00", "-5.00", "93.8 %"],
+        ["step", "garl", "1→0.25 (step)", "2", "-29.00", "-29.00", "-"],
+        ["grpo", "grpo", "-", "2", "-29.00", "-29.00", "0.0 %"],
+        ["bare", "-", "-", "8", "-", "-", "-"],
     ]
     assert len({len(line.replace("\u0302", "")) for line in lines}) == 1
 
