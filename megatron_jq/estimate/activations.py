@@ -151,6 +151,22 @@ def decode_working(plan: Plan, rows: int) -> float:
     return forward_working(plan, rows) + rows * 3 * 4 * widths(plan).heads * keys
 
 
+def tail_working(plan: Plan, rows: int) -> float:
+    """The same of scoring y* from the cache: a layer's keys and values copied twice, scores and masks three times."""
+    tail, cached = plan.tail_tokens, plan.fed_tokens
+    if tail == 0:
+        return 0
+    w, e = widths(plan), plan.element
+    copies = rows * e * 2 * w.key * (2 * cached + tail)
+    scores = 3 * 4 * rows * tail * w.heads * (plan.lengths.prompt + cached + tail)
+    return copies + scores + rows * tail * e * (3 * w.hidden + 2 * w.mixed)
+
+
+def largest_block(plan: Plan, tokens: int) -> float:
+    """Bytes of the largest single tensor among a row's activations: gate and up projections."""
+    return tokens * plan.element * 2 * widths(plan).block
+
+
 def backward_working(plan: Plan, chunk: Chunk, tokens: int) -> float:
     """Most bytes a backward pass needs on top of what the layers keep, before it has freed much of that."""
     w, e, hidden = widths(plan), plan.element, plan.architecture.hidden_size

@@ -6,29 +6,49 @@ from megatron_jq.estimate import activations
 from megatron_jq.estimate.parameters import Parameters, stage_parameters
 from megatron_jq.estimate.plan import Chunk, Plan
 
-#: Resident memory of a process behind its imports and the start of its groups, in bytes. CPU: measured with torch 2.13
-#: and megatron-core 0.16.1 (docs/estimate.md). CUDA: assumed, for context, libraries and NCCL's buffers; it is not part
-#: of what torch.cuda.max_memory_allocated reports.
-PROCESS_BASELINE = {"cpu": 410_000_000, "cuda": 1_500_000_000}
+#: Resident bytes of a process behind its imports and the start of its groups. CPU: measured with torch 2.13 and
+#: megatron-core 0.16.1 (docs/estimate.md); bfloat16 loads more kernels. CUDA: assumed, for context, libraries and
+#: NCCL's buffers; torch.cuda.max_memory_allocated does not count it.
+BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 410_000_000, 470_000_000, 1_500_000_000
+
+#: glibc keeps freed blocks below this size, and needs so much more than what is alive in them: measured, and 0 where
+#: MALLOC_MMAP_THRESHOLD_ is set. Larger blocks go back to the system at once.
+HEAP_BLOCK, ALLOCATOR_SLACK = 32 << 20, 0.25
 
 #: Elements of a chunk of logits (parallel/logprob.py) and of the sampler's float64 rows (rollout/sampling.py).
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 SAMPLING_ELEMENTS = 16_000_000
+
+#: Bytes an element of logits while a nucleus is sought (parallel/logprob.py: nucleus_threshold), logits included.
+NUCLEUS_BYTES = 41
 
 #: The cache grows by so many tokens at a time (rollout/cache.py).
 CACHE_GROWTH = 64
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What one phase needs at its peak beside what stays: named parts, in bytes."""
+class Part:
+    """Something in memory: `bytes` in all, in tensors of at most `block` bytes."""
 
     name: str
-    parts: tuple[tuple[str, float], ...]
+    bytes: float
+    block: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase needs at its peak beside what stays."""
+
+    name: str
+    parts: tuple[Part, ...]
 
     @property
     def bytes(self) -> float:
-        return sum(size for _, size in self.parts)
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def heap(self) -> float:
+        return sum(part.bytes for part in self.parts if part.block < HEAP_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,7 @@ class StageMemory:
     main_weights: float  # float32 copies under bf16
     optimizer_moments: float
     communication: float  # buffers that stay
+    allocator_slack: float | None  # a share of the heap's largest use; None: freed memory is used again, or returned
     phases: tuple[Phase, ...]
 
     @property
@@ -50,29 +71,45 @@ class StageMemory:
         parts = (self.parameters, self.gradients, self.main_weights, self.optimizer_moments, self.communication)
         return self.process_baseline + sum(parts)
 
+    def kept_by_allocator(self, phase: Phase) -> float:
+        """Freed blocks that this or another phase left in the process."""
+        if self.allocator_slack is None:
+            return 0
+        return (1 + self.allocator_slack) * max(other.heap for other in self.phases) - phase.heap
+
+    def total(self, phase: Phase) -> float:
+        return self.resident + phase.bytes + self.kept_by_allocator(phase)
+
     @property
     def peak_phase(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.bytes)
+        return max(self.phases, key=self.total)
 
     @property
     def peak(self) -> float:
-        return self.resident + self.peak_phase.bytes
+        return self.total(self.peak_phase)
 
 
-def stage_memory(plan: Plan, stage: int, process_baseline: float | None = None) -> StageMemory:
-    """process_baseline None: PROCESS_BASELINE's."""
+def default_baseline(plan: Plan) -> float:
+    if plan.on_cuda:
+        return BASELINE_CUDA
+    return BASELINE_CPU_BF16 if plan.element == 2 else BASELINE_CPU
+
+
+def stage_memory(
+    plan: Plan, stage: int, *, process_baseline: float | None = None, allocator_slack: float = ALLOCATOR_SLACK
+) -> StageMemory:
+    """process_baseline None: default_baseline. allocator_slack: glibc's on CPU; 0 for what is alive alone."""
     count = stage_parameters(plan, stage)
-    if process_baseline is None:
-        process_baseline = PROCESS_BASELINE["cuda" if plan.on_cuda else "cpu"]
     phases = [_rollout(plan, stage), _score(plan, stage), _train(plan, stage), _update(plan, count)]
     return StageMemory(
         stage=stage,
-        process_baseline=process_baseline,
+        process_baseline=default_baseline(plan) if process_baseline is None else process_baseline,
         parameters=plan.element * count.total,
         gradients=4 * count.total,
         main_weights=4 * optimized(plan, count) if plan.element == 2 else 0,
         optimizer_moments=_moments(plan) * 4 * optimized(plan, count),
         communication=_communication(plan),
+        allocator_slack=None if plan.on_cuda or allocator_slack == 0 else allocator_slack,
         phases=tuple(phases),
     )
 
@@ -94,12 +131,55 @@ def _communication(plan: Plan) -> float:
     if plan.split == 1:
         return 0
     prompts = max(prompts for _, prompts in plan.busiest_waves) * plan.lengths.prompt
-    tokens = max(_largest_row(plan), prompts)
-    return tokens * plan.element * plan.architecture.hidden_size
+    return max(plan.largest_row, prompts) * plan.element * plan.architecture.hidden_size
 
 
-def _largest_row(plan: Plan) -> int:
-    return plan.row_tokens(max(plan.micro_batches(plan.replica_rationales)))
+def _fullest(name: str, moments: list[tuple[Part, ...]]) -> Phase:
+    return Phase(name, max(moments, key=lambda parts: sum(part.bytes for part in parts)))
+
+
+def _layers(plan: Plan, size: float, tokens: int) -> Part:
+    return Part("layers' working memory", size, activations.largest_block(plan, tokens))
+
+
+def _heads(plan: Plan, stage: int) -> bool:
+    return any(chunk.heads for chunk in plan.stages[stage])
+
+
+def _rollout(plan: Plan, stage: int) -> Phase:
+    """The fullest moment: prefill, a decoding pass, sampling behind one, or scoring y* from the cache."""
+    w, r = activations.widths(plan), plan.config.rollout
+    rows, prompts = max(plan.busiest_waves)
+    prompt_tokens, room = prompts * plan.lengths.prompt, -(-plan.fed_tokens // CACHE_GROWTH) * CACHE_GROWTH
+    layer = plan.element * w.key * max(prompt_tokens, rows * room)  # of keys, or of values
+    per_token = 2 * plan.element * w.key * sum(chunk.layers for chunk in plan.stages[stage])
+    of_prompts = Part("KV cache", per_token * prompt_tokens, layer)
+    cache = Part("KV cache", per_token * (prompt_tokens + rows * room), layer)
+    moments = [
+        (of_prompts, _layers(plan, activations.forward_working(plan, prompt_tokens), prompt_tokens)),
+        (cache, _layers(plan, activations.decode_working(plan, rows), rows)),
+        (cache, _layers(plan, activations.tail_working(plan, rows), rows * plan.tail_tokens)),
+    ]
+    if _heads(plan, stage):
+        each = 16 if r.temperature == 0 else 24 if r.top_p == 1 else NUCLEUS_BYTES
+        elements = min(rows, max(1, SAMPLING_ELEMENTS // plan.vocab_rows)) * plan.vocab_rows
+        logits = Part("logits", 4 * rows * plan.vocab_rows, 4 * rows * plan.vocab_rows)
+        moments.append((cache, logits, Part("sampling workspace", each * elements, 8 * elements)))
+    return _fullest("rollout", moments)
+
+
+def _score(plan: Plan, stage: int) -> Phase:
+    """The trainer's forward pass; with --score-with rollout only of the steps that compare."""
+    if plan.scores_in_rollout and plan.config.rollout.score_check_interval == 0:
+        return Phase("score", ())
+    sequences, tokens = plan.largest_micro_batch, plan.largest_row
+    moments = [(_layers(plan, activations.forward_working(plan, tokens), tokens),)]
+    if _heads(plan, stage):
+        rows, row = sequences * plan.lengths.answer, plan.element * plan.architecture.hidden_size
+        nucleus = plan.config.rollout.top_p < 1
+        logits = _nucleus(plan, rows) if nucleus else _logits(plan, rows, two=True)
+        moments.append((Part("head chunk", logits.bytes + (rows + tokens) * row, logits.block),))
+    return _fullest("score", moments)
 
 
 def chunk_tokens(plan: Plan) -> int:
@@ -107,62 +187,19 @@ def chunk_tokens(plan: Plan) -> int:
     return max(32, CHUNK_ELEMENTS["cuda" if plan.on_cuda else "cpu"] // plan.vocab_rows)
 
 
-def _rollout(plan: Plan, stage: int) -> Phase:
-    """The fullest moment: prefill, a decoding pass, sampling behind one, or scoring y* from the cache."""
-    w, chunks, r = activations.widths(plan), plan.stages[stage], plan.config.rollout
-    rows, prompts = max(plan.busiest_waves)
-    prompt_tokens = prompts * plan.lengths.prompt
-    per_token = 2 * plan.element * w.key * sum(chunk.layers for chunk in chunks)
-    cache = per_token * (prompt_tokens + rows * -(-plan.fed_tokens // CACHE_GROWTH) * CACHE_GROWTH)
-    moments = [
-        (("KV cache", per_token * prompt_tokens), ("layers' working memory", activations.forward_working(plan, prompt_tokens))),
-        (("KV cache", cache), ("layers' working memory", activations.decode_working(plan, rows))),
-        (("KV cache", cache), ("layers' working memory", _tail_working(plan, rows))),
-    ]
-    if any(chunk.heads for chunk in chunks):
-        each = 16 if r.temperature == 0 else 24 if r.top_p == 1 else 41  # bytes an element of the float64 rows
-        workspace = each * min(rows, max(1, SAMPLING_ELEMENTS // plan.vocab_rows)) * plan.vocab_rows
-        logits = 4 * rows * plan.vocab_rows
-        moments.append((("KV cache", cache), ("logits", logits), ("sampling workspace", workspace)))
-    return _fullest("rollout", moments)
-
-
-def _fullest(name: str, moments: list[tuple[tuple[str, float], ...]]) -> Phase:
-    return Phase(name, max(moments, key=lambda parts: sum(size for _, size in parts)))
-
-
-def _tail_working(plan: Plan, rows: int) -> float:
-    """Scoring y* from the cache: a layer's cached keys and values copied twice, scores twice, masks."""
-    tail = plan.tail_tokens
-    if tail == 0:
-        return 0
-    w, cached = activations.widths(plan), plan.fed_tokens
-    copies = 2 * rows * plan.element * (2 * w.key * cached + 2 * w.key * (cached + tail)) / 2
-    scores = 3 * 4 * rows * tail * w.heads * (plan.lengths.prompt + cached + tail)
-    return copies + scores + rows * tail * plan.element * (3 * w.hidden + 2 * w.mixed)
-
-
-def _score(plan: Plan, stage: int) -> Phase:
-    """The trainer's forward pass; with --score-with rollout only of the steps that compare."""
-    r = plan.config.rollout
-    if plan.scores_in_rollout and r.score_check_interval == 0:
-        return Phase("score", ())
-    sequences = max(plan.micro_batches(plan.replica_rationales))
-    tokens = plan.row_tokens(sequences)
-    layers = activations.forward_working(plan, tokens)
-    rows = sequences * plan.lengths.answer
-    head = _logits(plan, rows, alive=2) + rows * plan.element * plan.architecture.hidden_size
-    head += tokens * plan.element * plan.architecture.hidden_size
-    if head > layers and any(chunk.heads for chunk in plan.stages[stage]):
-        return Phase("score", (("head chunk", head),))
-    return Phase("score", (("layers' working memory", layers),))
-
-
-def _logits(plan: Plan, rows: int, *, alive: int) -> float:
-    """Bytes of the head's chunks of logits: float32, and the product itself where that is bfloat16."""
+def _logits(plan: Plan, rows: int, *, two: bool) -> Part:
+    """The head's chunk of logits, float32, and the product itself where that is bfloat16. two: of one chunk's end and
+    the next one's start.
+    """
     chunk = min(rows, chunk_tokens(plan))
-    chunks = alive if rows > chunk else 1
-    return chunk * plan.vocab_rows * (4 * chunks + (2 if plan.element == 2 else 0))
+    alive = chunk + (min(rows - chunk, chunk) if two else 0)
+    size = 4 * alive + (2 * chunk if plan.element == 2 else 0)
+    return Part("logits", plan.vocab_rows * size, 4 * chunk * plan.vocab_rows)
+
+
+def _nucleus(plan: Plan, rows: int) -> Part:
+    elements = min(rows, chunk_tokens(plan)) * plan.vocab_rows
+    return Part("logits", NUCLEUS_BYTES * elements, 8 * elements)
 
 
 def in_flight(plan: Plan, stage: int, micro_batches: int) -> list[int]:
@@ -180,41 +217,50 @@ def in_flight(plan: Plan, stage: int, micro_batches: int) -> list[int]:
 
 def _train(plan: Plan, stage: int) -> Phase:
     """The fullest moment of forward and backward passes: at the head, in a layer, or at the embedding's gradient."""
-    counts = plan.micro_batches(plan.replica_rationales)
-    sequences, chunks = max(counts), plan.stages[stage]
-    tokens = plan.row_tokens(sequences)
-    held = in_flight(plan, stage, len(counts))
+    tokens, chunks = plan.largest_row, plan.stages[stage]
+    held = in_flight(plan, stage, len(plan.micro_batches(plan.replica_rationales)))
     saved = [activations.chunk_saved(plan, chunk, tokens) for chunk in chunks]
     kept = sum(n * size for n, size in zip(held, saved, strict=True))
+    block = activations.largest_block(plan, tokens)
     moments = []
     for chunk, size in zip(chunks, saved, strict=True):
         again = tokens * activations.recomputed_layers(plan, chunk.layers) * activations.layer_saved(plan)
-        own = size if not chunk.heads else size - activations.chunk_saved(plan, Chunk(0, False, True), tokens)
+        edge = activations.chunk_saved(plan, Chunk(0, False, True), tokens) if chunk.heads else 0
+        of_layers = Part("saved activations", kept - edge + again, block)
         working = activations.backward_working(plan, chunk, tokens)
-        moments.append((("saved activations", kept - size + own + again), ("layers' working memory", working)))
+        moments.append((of_layers, _layers(plan, working, tokens)))
         if chunk.heads:
-            moments.append((("saved activations", kept), ("head chunk", _head_working(plan, sequences, tokens))))
+            moments.append((Part("saved activations", kept, block), _head(plan)))
         if chunk.embeds:
-            table = plan.element * plan.vocab_rows * plan.architecture.hidden_size
+            table = _gradient_bytes(plan) * plan.vocab_rows * plan.architecture.hidden_size
             row = tokens * plan.element * plan.architecture.hidden_size
-            moments.append((("saved activations", kept - size), ("embedding's gradient", table + row)))
+            gradient = Part("embedding's gradient", table + row, table)
+            moments.append((Part("saved activations", kept - size, block), gradient))
     if plan.config.parallel.use_distributed_optimizer and plan.dp > 1 and not plan.on_cuda:
-        # gloo reduces and scatters a copy of the whole buffer
-        moments.append((("copy of the gradients", 4 * stage_parameters(plan, stage).total),))
+        copy = 4 * stage_parameters(plan, stage).total  # gloo reduces and scatters a copy of the whole buffer
+        moments.append((Part("copy of the gradients", copy, copy),))
     return _fullest("train", moments)
 
 
-def _head_working(plan: Plan, sequences: int, tokens: int) -> float:
+def _gradient_bytes(plan: Plan) -> int:
+    """Bytes an element of a gradient on its way into main_grad; on CPU a bfloat16 one is copied to float32 first."""
+    return plan.element + (4 if plan.element == 2 and not plan.on_cuda else 0)
+
+
+def _head(plan: Plan) -> Part:
     """Logits, the rows with their gradient, and hidden states gathered or kept for the rows' gradient."""
-    hidden, e = plan.architecture.hidden_size, plan.element
+    row, sequences, tokens = plan.element * plan.architecture.hidden_size, plan.largest_micro_batch, plan.largest_row
     rows = sequences * (plan.lengths.rationale + plan.lengths.answer)
-    table = plan.vocab_rows * hidden
-    total = 2 * rows * e * hidden + tokens * e * hidden * (1 + (plan.split > 1) / plan.split)
-    if plan.config.rollout.top_p < 1:  # linear_log_probs with a nucleus: bisection, and its own backward pass
-        chunk = min(rows, chunk_tokens(plan))
-        return total + max(41 * chunk * plan.vocab_rows, _logits(plan, rows, alive=2) + table * (4 + 2 * e))
-    total += _logits(plan, rows, alive=2 if plan.tp > 1 else 1)
-    return total + (2 * table if e == 2 else 0)  # the weight's gradient of one chunk, before it is added in float32
+    around = 2 * rows * row + tokens * row * (1 / plan.split + (plan.split > 1))
+    table = plan.vocab_rows * plan.architecture.hidden_size
+    if plan.config.rollout.top_p < 1:  # linear_log_probs: bisection forward, a gradient of its own backward
+        forward, backward = _nucleus(plan, rows), _logits(plan, rows, two=True)
+        own = max(forward.bytes, backward.bytes + table * (4 + 2 * plan.element))
+        return Part("head chunk", around + own, forward.block)
+    logits = _logits(plan, rows, two=plan.tp > 1)
+    # under bf16 the weight's gradient of one chunk exists by itself before it is added in float32
+    own = logits.bytes + (table * _gradient_bytes(plan) if plan.element == 2 else 0)
+    return Part("head chunk", around + own, logits.block)
 
 
 def _update(plan: Plan, count: Parameters) -> Phase:
@@ -222,6 +268,5 @@ def _update(plan: Plan, count: Parameters) -> Phase:
     if plan.config.optimizer.optimizer != "adam" or plan.transformer_engine:
         return Phase("update", ())
     own = optimized(plan, count)
-    if plan.on_cuda:
-        return Phase("update", (("Adam's temporaries", 4 * own),))
-    return Phase("update", (("Adam's temporaries", 2 * 4 * min(count.largest, own)),))
+    size = 4 * own if plan.on_cuda else 2 * 4 * min(count.largest, own)
+    return Phase("update", (Part("Adam's temporaries", size, size / 2),))

@@ -156,6 +156,15 @@ class Plan:
         """Tokens of a micro-batch's row: sequence parallelism rounds it up, and an empty one holds one padding."""
         return -(-sequences * self.padded_sequence // self.split) * self.split or self.split
 
+    @property
+    def largest_micro_batch(self) -> int:
+        return max(self.micro_batches(self.replica_rationales))
+
+    @property
+    def largest_row(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return self.row_tokens(self.largest_micro_batch)
+
     def waves(self, replica: int) -> list[tuple[int, int]]:
         """(rationales, distinct prompts) of each wave that a replica decodes (rollout/megatron.py: _waves)."""
         share, group = self.replica_share(replica), self.config.rollout.num_rationales
