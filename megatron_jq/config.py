@@ -141,7 +141,7 @@ class TrainingConfig:
     max_tokens_per_micro_batch: int | None = None  # bound its tokens instead; replicas then share sequences by cost
     pad_sequences_to_multiple_of: int = 1  # pad a micro-batch's length up to a multiple
     seed: int = 1234  # of weights, data order and sampling
-    run_dir: str = "runs/default"  # metrics, checkpoints, tokenizer; must not hold another run
+    run_dir: str = "runs/default"  # metrics, checkpoints, tokenizer; must not hold another run (see resume)
     log_interval: int = 1  # steps between progress lines
     sample_interval: int = 10  # steps between printed samples; 0: never
     eval_interval: int = 0  # steps between evaluations; 0: only at the end, where there is evaluation data
@@ -151,11 +151,26 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run leaves on disk and takes up again (docs/checkpoints.md). SIGTERM and SIGUSR1 save and end it."""
+
+    save: str | None = None  # folder of checkpoints; None: run-dir/checkpoints
+    save_interval: int = 0  # steps between checkpoints; 0: only at the end, and on a signal
+    async_save: bool = False  # write while training goes on, from a copy in host memory
+    keep_last: int | None = None  # newest checkpoints to keep; None: all
+    # with keep-last: the checkpoint with the highest value of this metric stays too
+    keep_best: Literal["eval_exact_match", "log_p_mean", "p_mean", "reward_mean"] | None = None
+    resume: bool = False  # go on with run-dir's newest whole checkpoint; where it has none, begin (from load)
+    load: str | None = None  # begin from another run's (or a converted) checkpoint: its folder, or one iter_NNNNNNN
+    finetune: bool = False  # of load: take the weights alone, and count steps from 0
+
+
+@dataclass(frozen=True)
 class Config:
     """Train a policy with GARL, PAFT or a baseline.
 
     `--config FILE` reads a TOML file before the flags. Its keys are the flags' names, at the top level or in the
-    tables [model], [parallel], [objective], [rollout], [data], [optimizer], [training].
+    tables [model], [parallel], [objective], [rollout], [data], [optimizer], [training], [checkpoint].
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -165,6 +180,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 # Flag in Python's spelling → (group, type). A name that stood in two groups would be lost here; a test counts them.
@@ -296,6 +312,4 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 def _expectation(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     wanted = [o for o in _alternatives(kind) if o is not type(None)]
-    return " or ".join(
-        names[o] if o in names else "one of " + ", ".join(map(str, typing.get_args(o))) for o in wanted
-    )
+    return " or ".join(names[o] if o in names else "one of " + ", ".join(map(str, typing.get_args(o))) for o in wanted)

@@ -83,6 +83,7 @@ def validate(config: Config, world_size: int | None) -> None:
         *_layout_problems(config, architecture, world_size),
         *_length_problems(config, architecture),
         *_schedule_problems(config),
+        *_checkpoint_problems(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -97,12 +98,11 @@ AT_LEAST = {
         "q_schedule_iters", "num_rationales", "prompts_per_step", "rationale_budget", "answer_budget",
         "rollout_batch_size", "train_examples", "eval_examples", "max_prompt_tokens", "tokenizer_vocab_size",
         "lr_decay_iters", "train_iters", "micro_batch_size", "max_tokens_per_micro_batch",
-        "pad_sequences_to_multiple_of", "log_interval",
-        "eval_samples",
+        "pad_sequences_to_multiple_of", "log_interval", "eval_samples", "keep_last",
     ),
     0: (
         "q", "q_final", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "sgd_momentum",
-        "clip_grad", "sample_interval", "eval_interval", "score_check_interval",
+        "clip_grad", "sample_interval", "eval_interval", "score_check_interval", "save_interval",
         "score_mismatch_alarm", "eval_temperature", "seed",
     ),
 }  # fmt: skip
@@ -128,7 +128,16 @@ def _range_problems(config: Config) -> list[str]:
             problems.append(f"{flag} must lie between 0 and 1, not {value}")
         elif value < least.get(name, value):
             problems.append(f"{flag} must be at least {least[name]}, not {value}")
-    for name in ("train_data", "prompt_field", "answer_field", "run_dir", "eval_data", "tokenizer_model"):
+    for name in (
+        "train_data",
+        "prompt_field",
+        "answer_field",
+        "run_dir",
+        "eval_data",
+        "tokenizer_model",
+        "save",
+        "load",
+    ):
         if values[name] == "":
             problems.append(f"--{name.replace('_', '-')} must not be empty")
     return problems
@@ -149,6 +158,15 @@ def _objective_problems(config: Config) -> list[str]:
         problems.append("--q-schedule step needs --q-schedule-iters: the step at which q jumps to --q-final")
     if o.num_resamples is not None and o.estimator != "paft":
         problems.append(f"--num-resamples is PAFT's; remove it, or choose --estimator paft instead of {o.estimator}")
+    return problems
+
+
+def _checkpoint_problems(config: Config) -> list[str]:
+    c, problems = config.checkpoint, []
+    if c.finetune and c.load is None:
+        problems.append("--finetune needs --load: the checkpoint whose weights to begin from")
+    if c.keep_best is not None and c.keep_last is None:
+        problems.append("--keep-best needs --keep-last: without it every checkpoint stays")
     return problems
 
 

@@ -1,6 +1,8 @@
 """F4: what a run leaves behind and shows: metrics.jsonl, TensorBoard, the progress line, samples. Rank 0 only."""
 
 import json
+import math
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +14,34 @@ from megatron_jq.records import StepMetrics
 
 
 class Recorder:
-    """Appends one JSON object a step, flushed and whole; draws the progress line with rate and ETA."""
+    """Appends one JSON object a step, flushed and whole; draws the progress line with rate and ETA.
 
-    def __init__(self, run_dir: Path, *, total_steps: int, log_interval: int, tensorboard: bool):
-        self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
-        self._writer = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+    first_step, metrics_bytes: where a run that is taken up again goes on; what it wrote behind that is dropped, as its
+    steps are done anew.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int,
+        log_interval: int,
+        tensorboard: bool,
+        first_step: int = 0,
+        metrics_bytes: int = 0,
+    ):
+        self._file = open(run_dir / "metrics.jsonl", "ab")
+        if self._file.tell() > metrics_bytes:
+            self._file.truncate(metrics_bytes)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step) if tensorboard else None
         self._total, self._interval = total_steps, log_interval
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=None)  # silent when not a terminal
+        # silent when not a terminal
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
         self._began, self._steps = time.monotonic(), 0
 
     def record(self, metrics: StepMetrics) -> None:
-        line = {key: _finite(value) for key, value in asdict(metrics).items()}
-        self._file.write(json.dumps(line) + "\n")
+        line = finite_values(metrics)
+        self._file.write((json.dumps(line) + "\n").encode())
         self._file.flush()
         if self._writer is not None:
             for key, value in line.items():
@@ -33,6 +51,11 @@ class Recorder:
         self._bar.update(1)
         if self._steps % self._interval == 0 or metrics.step + 1 == self._total:
             self.say(self._progress(metrics))
+
+    def written(self) -> int:
+        """Bytes of metrics.jsonl, which are on disk from now on."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def _progress(self, m: StepMetrics) -> str:
         seconds = m.seconds_rollout + m.seconds_score + m.seconds_train
@@ -73,6 +96,6 @@ class Recorder:
             self._writer.close()
 
 
-def _finite(value):
-    """JSON has no NaN: a value without meaning is null."""
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+def finite_values(metrics: StepMetrics) -> dict[str, float | None]:
+    """A line of metrics.jsonl. JSON has no NaN: a value without meaning is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(metrics).items()}

@@ -1,7 +1,11 @@
 """F4: everything that must be right before the first step: run directory, tokenizer, data. Ranks fail together."""
 
 import contextlib
+import hashlib
+import os
+import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,16 @@ class DataSets:
     heldout: tuple[Example, ...]
     dropped: int
     answer_budget: int
+    tokenizer_path: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the training examples' token ids, in order: a run that is taken up again must find the same."""
+        digest = hashlib.sha256()
+        for example in self.train:
+            for ids in (example.prompt_ids, example.answer_ids):
+                digest.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+        return digest.hexdigest()
 
 
 def together(runtime: Runtime, work: Callable[[], T], *, main_only: bool = False) -> T | None:
@@ -43,19 +57,35 @@ def together(runtime: Runtime, work: Callable[[], T], *, main_only: bool = False
     return result
 
 
-def check_run_directory(run_dir: Path) -> None:
-    """Make the folder and try to write there. UserError when that fails, or when the folder belongs to another run."""
-    with _writing(run_dir):
-        if (run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists():
+def check_run_directory(run_dir: Path, *, resume: bool = False) -> None:
+    """Make the folder and try to write there. UserError when that fails, or when the folder belongs to another run
+    (resume: it may be this one's).
+    """
+    with _writing("--run-dir", run_dir):
+        if not resume and ((run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists()):
             raise _taken(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir) as scratch:
-            scratch.write(b"x")
+        _try_to_write(run_dir)
 
 
-def claim_run_directory(run_dir: Path, config: Config) -> None:
+def check_save_folder(save: Path) -> None:
+    """Make the folder of checkpoints and try to write there. UserError when that fails."""
+    with _writing("--save", save):
+        _try_to_write(save)
+
+
+def _try_to_write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as scratch:
+        scratch.write(b"x")
+
+
+def claim_run_directory(run_dir: Path, config: Config, *, resume: bool = False) -> None:
     """Write config.toml, which makes the folder this run's. UserError as above, also for a run that was quicker."""
-    with _writing(run_dir):
+    with _writing("--run-dir", run_dir):
+        if resume:
+            (run_dir / ".config.toml").write_text(to_toml(config), encoding="utf-8")
+            os.replace(run_dir / ".config.toml", run_dir / "config.toml")
+            return
         try:
             with open(run_dir / "config.toml", "x", encoding="utf-8") as file:
                 file.write(to_toml(config))
@@ -64,19 +94,26 @@ def claim_run_directory(run_dir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _writing(run_dir: Path) -> Iterator[None]:
+def _writing(flag: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        raise UserError(f"--run-dir {run_dir} cannot be written: {fault.strerror}; name a folder that can") from fault
+        raise UserError(f"{flag} {folder} cannot be written: {fault.strerror}; name a folder that can") from fault
 
 
 def _taken(run_dir: Path) -> UserError:
-    return UserError(f"--run-dir {run_dir} holds another run; name a new folder, or remove that one")
+    return UserError(
+        f"--run-dir {run_dir} holds another run; give --resume to go on with it, name a new folder, or remove that one"
+    )
 
 
-def prepare_data(config: Config, architecture: Architecture, runtime: Runtime, run_dir: Path) -> DataSets:
-    """Read both sources, train the tokenizer on first use (rank 0, into the run directory), tokenise."""
+def prepare_data(
+    config: Config, architecture: Architecture, runtime: Runtime, run_dir: Path, *, carried: Path | None = None
+) -> DataSets:
+    """Read both sources, train the tokenizer on first use (rank 0, into the run directory), tokenise.
+
+    carried: the tokenizer folder of the checkpoint that the run begins from, used where --tokenizer-model names none.
+    """
     d = config.data
     pairs = together(runtime, lambda: _read(config, d.train_data, d.train_examples, "train", "--train-data"))
     heldout_pairs: list[Pair] = []
@@ -87,10 +124,24 @@ def prepare_data(config: Config, architecture: Architecture, runtime: Runtime, r
         heldout_pairs = together(runtime, read)
     path = Path(d.tokenizer_model) if d.tokenizer_model else run_dir / "tokenizer.model"
     if d.tokenizer_model is None:
-        train = lambda: train_tokenizer(d.train_data, pairs, path, vocab_size=d.tokenizer_vocab_size)  # noqa: E731
-        together(runtime, train, main_only=True)
+        together(runtime, lambda: _own_tokenizer(config, pairs, path, carried), main_only=True)
     tokenizer = together(runtime, lambda: load_tokenizer(d.tokenizer_type, path))
-    return together(runtime, lambda: _tokenise(config, architecture, tokenizer, pairs, heldout_pairs))
+    return together(runtime, lambda: _tokenise(config, architecture, tokenizer, path, pairs, heldout_pairs))
+
+
+def _own_tokenizer(config: Config, pairs: list[Pair], path: Path, carried: Path | None) -> None:
+    """The run directory's tokenizer: there already where the run is taken up again, else the checkpoint's, else new."""
+    if config.checkpoint.resume and path.exists() and (path.parent / "config.toml").exists():
+        return
+    if carried is not None and (carried / "tokenizer.model").is_file():
+        partial = path.with_name(f".{path.name}")
+        shutil.copyfile(carried / "tokenizer.model", partial)
+        os.replace(partial, path)
+    elif carried is not None and carried.is_dir():
+        flags = f"--tokenizer-type huggingface --tokenizer-model {carried}"
+        raise UserError(f"--load: the checkpoint's tokenizer is a Hugging Face one; give {flags}")
+    else:
+        train_tokenizer(config.data.train_data, pairs, path, vocab_size=config.data.tokenizer_vocab_size)
 
 
 def _read(config: Config, source: str, count: int, split: str, flag: str) -> list[Pair]:
@@ -107,7 +158,7 @@ def _read(config: Config, source: str, count: int, split: str, flag: str) -> lis
     )
 
 
-def _tokenise(config, architecture, tokenizer, pairs, heldout_pairs) -> DataSets:
+def _tokenise(config, architecture, tokenizer, tokenizer_path, pairs, heldout_pairs) -> DataSets:
     d, r = config.data, config.rollout
     if architecture.vocab_size is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
@@ -145,4 +196,5 @@ def _tokenise(config, architecture, tokenizer, pairs, heldout_pairs) -> DataSets
         heldout.examples if heldout else (),
         train.overlong.count + (heldout.overlong.count if heldout else 0),
         answer_budget,
+        tokenizer_path,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_jq.checkpoint.folder import TOKENIZER
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived, derive
 from megatron_jq.data.sampler import PromptSampler
@@ -21,12 +22,22 @@ from megatron_jq.records import Example, Rollout, Sequence, StepMetrics
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
+from megatron_jq.train.beginning import Beginning, find_beginning, save_folder
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, non_finite, peers_must_answer
 from megatron_jq.train.figures import Tables, step_metrics
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
 from megatron_jq.train.recorder import Recorder
-from megatron_jq.train.setup import DataSets, check_run_directory, claim_run_directory, prepare_data, together
+from megatron_jq.train.saving import Saving
+from megatron_jq.train.setup import (
+    DataSets,
+    check_run_directory,
+    check_save_folder,
+    claim_run_directory,
+    prepare_data,
+    together,
+)
+from megatron_jq.train.stopping import StopRequest
 
 #: Evaluation draws from streams of its own, away from those of training steps.
 _EVALUATION_SEED_OFFSET = 1_000_003
@@ -47,13 +58,21 @@ def run_training(config: Config) -> int:
             device=config.parallel.device,
             virtual_stages=config.parallel.num_virtual_stages_per_pipeline_rank,
         )
-        run_dir = Path(config.training.run_dir)
-        together(runtime, lambda: check_run_directory(run_dir), main_only=True)
-        data = prepare_data(config, derived.architecture, runtime, run_dir)
+        run_dir, resume = Path(config.training.run_dir), config.checkpoint.resume
+        together(runtime, lambda: check_run_directory(run_dir, resume=resume), main_only=True)
+        together(runtime, lambda: check_save_folder(save_folder(config)), main_only=True)
+        beginning = find_beginning(config, runtime)
+        carried = None if beginning.found is None else beginning.found.folder / TOKENIZER
+        data = prepare_data(config, derived.architecture, runtime, run_dir, carried=carried)
         trainer = Trainer(config, derived, data, runtime, phase)
+        vocab_size = trainer.build_options.vocab_size
+        saving = Saving(config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline)
+        saving.load(beginning)
+        trainer.schedule.step(increment=beginning.step)
         # Last: a folder whose run was refused for another fault stays free for the next try.
-        together(runtime, lambda: claim_run_directory(run_dir, config), main_only=True)
-        trainer.run()
+        together(runtime, lambda: claim_run_directory(run_dir, config, resume=resume), main_only=True)
+        with StopRequest().listening() as stop:
+            trainer.run(beginning, saving, stop)
     runtime_module.stop()
     return 0
 
@@ -90,23 +109,33 @@ class Trainer:
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
         self.recorder: Recorder | None = None  # rank 0's, while it runs
 
-    def run(self) -> None:
+    def run(self, beginning: Beginning, saving: Saving, stop: StopRequest) -> None:
+        """Steps to --train-iters, or to the end of the step in which `stop` receives a signal, with checkpoints."""
         t = self.config.training
         if self.runtime.is_main:
             self.recorder = Recorder(
-                Path(t.run_dir), total_steps=t.train_iters, log_interval=t.log_interval, tensorboard=t.tensorboard
+                Path(t.run_dir),
+                total_steps=t.train_iters,
+                log_interval=t.log_interval,
+                tensorboard=t.tensorboard,
+                first_step=beginning.step,
+                metrics_bytes=beginning.metrics_bytes,
             )
             self.recorder.say(self._opening_line())
         # What stands now stays: a full collection that walks through it costs a quarter of a second every so often.
         gc.collect()
         gc.freeze()
         try:
-            for step in range(t.train_iters):
+            for step in range(beginning.step, t.train_iters):
                 metrics = self.step(step)
                 if self.data.heldout and self._evaluation_due(step):
                     metrics = replace(metrics, eval_exact_match=self.evaluate(step).exact_match)
                 if self.recorder is not None:
                     self.recorder.record(metrics)
+                self.phase.enter(step, "checkpoint")
+                if saving.between_steps(metrics, self.recorder, stop):
+                    break
+            saving.writer.wait()
         finally:
             if self.recorder is not None:
                 self.recorder.close()  # TensorBoard's last events would be lost with a run that stops

@@ -1,0 +1,227 @@
+"""F4: shards of tensors to and from a folder in Megatron-core's torch_dist format.
+
+torch.distributed.checkpoint's files: one a rank and an index in `.metadata`; with Megatron-core's `metadata.json` and
+`common.pt`, so that megatron.core.dist_checkpointing reads it. What this adds to that: tensors are resolved one
+at a time while they are written; a shard may be any box of its tensor, so that a flat range that the distributed
+optimizer owns needs no gathering; and the index, which is a pickle, is read by an unpickler that knows the index's own
+types and nothing else.
+"""
+
+import contextlib
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    TensorProperties,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_jq.checkpoint.folder import DamagedCheckpoint
+
+#: Of Megatron-core's metadata.json.
+_FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A box of a global tensor.
+
+    data: the box itself, contiguous and of this shape; called once, to be written or to be filled.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    data: Callable[[], torch.Tensor]
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...]]:
+        return self.key, self.offset
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.shape))
+
+
+def write_shards(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write this rank's shards into an empty folder, with all ranks of the group (None: this process alone).
+
+    A box that several ranks hold is written by one of them, chosen to even out their bytes. Raises on every rank: the
+    first rank's OSError where one met it, RuntimeError with its text otherwise; ValueError where the boxes do not fill
+    their tensors exactly.
+    """
+    planner = _SavePlanner({shard.place: shard for shard in shards})
+    with _one_error(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.save(
+            {}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group, no_dist=group is None
+        )
+    if group is None or group.rank() == 0:
+        torch.save({}, folder / "common.pt")  # Megatron-core reads it for what is not a shard: here, nothing
+        save_config(_FORMAT, str(folder))
+
+
+class ShardReader:
+    """A folder's tensors. Reads are local: no rank waits for another. DamagedCheckpoint where it is not whole."""
+
+    def __init__(self, folder: Path):
+        self._reader = _RestrictedReader(folder)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        #: key → (global shape, dtype)
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            key: (tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if hasattr(entry, "chunks")
+        }
+
+    def chunks(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(offset, shape) of each stored box of a tensor."""
+        return [(tuple(c.offsets), tuple(c.sizes)) for c in self._metadata.state_dict_metadata[key].chunks]
+
+    def read(
+        self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """A box of a tensor, on CPU, in the stored dtype unless told; zeros outside of what is stored."""
+        target = torch.zeros(shape, dtype=self.tensors[key][1] if dtype is None else dtype)
+        self.read_into([Shard(key, self.tensors[key][0], offset, shape, target.dtype, lambda: target)])
+        return target
+
+    def read_into(self, shards: Iterable[Shard]) -> None:
+        """Fill every shard's data in place, converting dtypes; what lies outside of the stored tensor stays."""
+        planner = _LoadPlanner(self._metadata, shards)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as fault:
+            raise DamagedCheckpoint(f"{self._reader.path}: {fault}") from fault
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """torch's planner over shards instead of a state dict; checks that they fill their tensors."""
+
+    def __init__(self, shards: dict[tuple[str, tuple[int, ...]], Shard]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._shards = shards
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([self._item(shard) for shard in self._shards.values()])
+        return self.plan
+
+    def _item(self, shard: Shard) -> WriteItem:
+        data = TensorWriteData(shard.chunk, TensorProperties(dtype=shard.dtype), torch.Size(shard.global_shape))
+        return WriteItem(MetadataIndex(shard.key, torch.Size(shard.offset)), WriteItemType.SHARD, tensor_data=data)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = super().create_global_plan(all_plans)
+        for key, entry in metadata.state_dict_metadata.items():  # torch checks volumes over several ranks only
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+                raise ValueError(f"{key}: the shards do not fill the tensor's {tuple(entry.size)}")
+        return plans, metadata
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._shards[index.fqn, tuple(index.offset)].data().detach()
+
+
+class _LoadPlanner(LoadPlanner):
+    """Reads that fill shards from whatever boxes were stored."""
+
+    def __init__(self, metadata: Metadata, shards: Iterable[Shard]):
+        self._metadata, self._shards = metadata, list(shards)
+        self._data: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
+        """Nothing: the shards are known."""
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for shard in self._shards:
+            entry = self._metadata.state_dict_metadata.get(shard.key)
+            if entry is None:
+                raise DamagedCheckpoint(f"there is no tensor {shard.key}")
+            items += create_read_items_for_chunk_list(shard.key, entry, [shard.chunk])
+            self._data[shard.place] = shard.data().detach()
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item, value) -> None:
+        raise AssertionError("only tensors are asked for")
+
+    def resolve_tensor(self, read_item) -> torch.Tensor:
+        tensor = self._data[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)]
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def commit_tensor(self, read_item, tensor: torch.Tensor) -> None:
+        """Nothing: it was filled in place."""
+
+
+class _RestrictedReader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata = _IndexUnpickler(file).load()
+        except FileNotFoundError as fault:
+            raise DamagedCheckpoint(f"{path} is missing") from fault
+        except (OSError, pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError) as fault:
+            raise DamagedCheckpoint(f"{path} cannot be read: {fault}") from fault
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds the index's own types; any other name in the file is refused, so that reading it runs no foreign code."""
+
+    _NAMES = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},  # its place since Python 3.13
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self._NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index holds")
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """torch's collection of every rank's exceptions → the first one, which says more in its type and text."""
+    try:
+        yield
+    except dcp.CheckpointException as collected:
+        rank, (fault, _) = min(collected.failures.items())
+        if isinstance(fault, (OSError, ValueError)):
+            raise fault from collected
+        raise RuntimeError(f"rank {rank}: {fault}") from collected

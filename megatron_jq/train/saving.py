@@ -1,0 +1,136 @@
+"""F4: what joins a run to its checkpoints: loading the one it begins from, and saving between steps."""
+
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_jq.checkpoint.folder import Manifest, remove_partial
+from megatron_jq.checkpoint.store import (
+    CheckpointWriter,
+    Found,
+    Retention,
+    check_architecture,
+    load_optimizer,
+    load_random_states,
+    load_weights,
+    synchronise_main_weights,
+)
+from megatron_jq.config import Config, to_toml
+from megatron_jq.config_validate import Derived
+from megatron_jq.errors import UserError
+from megatron_jq.model.build import TrainingModel
+from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.records import StepMetrics
+from megatron_jq.train.beginning import Beginning, save_folder
+from megatron_jq.train.recorder import Recorder, finite_values
+from megatron_jq.train.setup import DataSets
+from megatron_jq.train.stopping import StopRequest
+
+
+class Saving:
+    """One run's checkpoints. Every method is called on all ranks alike; the constructor makes a process group."""
+
+    def __init__(
+        self,
+        config: Config,
+        derived: Derived,
+        vocab_size: int,
+        data: DataSets,
+        runtime: Runtime,
+        model: TrainingModel,
+        optimizer: MegatronOptimizer,
+        deadline: timedelta,
+    ):
+        self._config, self._derived, self._vocab_size, self._runtime = config, derived, vocab_size, runtime
+        self._model, self._optimizer = model, optimizer
+        self._data = data.fingerprint
+        c, self._folder = config.checkpoint, save_folder(config)
+        if runtime.is_main and self._folder.is_dir():
+            remove_partial(self._folder)
+        self.writer = CheckpointWriter(
+            self._folder,
+            runtime,
+            deadline,
+            retention=Retention(c.keep_last, c.keep_best),
+            asynchronous=c.async_save,
+            tokenizer=data.tokenizer_path,
+        )
+
+    def load(self, beginning: Beginning) -> None:
+        """Take weights, and unless weights_only all else, from the checkpoint to begin from, if there is one.
+
+        UserError on every rank where it does not fit this run.
+        """
+        found = beginning.found
+        if found is None:
+            return
+        check_architecture(found, self._derived.architecture, self._vocab_size)
+        if not beginning.weights_only:
+            self._check_run(found)
+        load_weights(found, self._model.policies, self._runtime)
+        if beginning.weights_only:
+            synchronise_main_weights(self._optimizer, self._runtime)
+        else:
+            load_optimizer(found, self._model.policies, self._optimizer, self._runtime)
+            load_random_states(found, self._runtime, self._layout())
+
+    def _check_run(self, found: Found) -> None:
+        saved, optimizer = found.manifest, self._config.optimizer.optimizer
+        remedy = "or begin a new run from its weights with --load and --finetune"
+        if saved.data != self._data:
+            raise UserError(
+                f"{found.folder} was trained on other data than --train-data gives now; restore it, {remedy}"
+            )
+        if saved.optimizer["name"] != optimizer:
+            raise UserError(
+                f"{found.folder} was trained with --optimizer {saved.optimizer['name']}, not {optimizer}; "
+                f"keep that, {remedy}"
+            )
+
+    def between_steps(self, metrics: StepMetrics, recorder: Recorder | None, stop: StopRequest) -> bool:
+        """Save where that is due; whether to stop. One all-reduce of two numbers lets all ranks do the same."""
+        writer, done = self.writer, metrics.step + 1
+        asked = torch.tensor([stop.number is not None, writer.busy and not writer.done])
+        asked = asked.to(self._runtime.device, torch.int32)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        stopping, writing = asked.tolist()
+        if writer.busy and not writing:
+            writer.wait()  # it has ended everywhere: a fault comes to light now, not at the next save
+        interval, last = self._config.checkpoint.save_interval, done == self._config.training.train_iters
+        if stopping or last or (interval > 0 and done % interval == 0):
+            self._save(metrics, recorder)
+        if stopping:
+            writer.wait()
+            if recorder is not None and not last:
+                recorder.say(f"{stop.name}: step {done} is done and saved in {self._folder}; --resume goes on from it")
+        return bool(stopping)
+
+    def _save(self, metrics: StepMetrics, recorder: Recorder | None) -> None:
+        manifest = Manifest(
+            step=metrics.step + 1,
+            architecture=asdict(self._derived.architecture),
+            vocab_size=self._vocab_size,
+            bf16=self._config.model.bf16,
+            config=to_toml(self._config),
+            layout=self._layout(),
+            optimizer={"name": self._config.optimizer.optimizer},
+            metrics=finite_values(metrics),
+            metrics_bytes=None if recorder is None else recorder.written(),
+            data=self._data,
+            versions={name: version(name) for name in ("megatron-jq", "megatron-core", "torch")},
+        )
+        self.writer.save(self._model.policies, self._optimizer, manifest)
+
+    def _layout(self) -> dict[str, int]:
+        p = self._config.parallel
+        return {
+            "tensor_model_parallel_size": p.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": p.pipeline_model_parallel_size,
+            "num_virtual_stages_per_pipeline_rank": p.num_virtual_stages_per_pipeline_rank,
+            "expert_model_parallel_size": p.expert_model_parallel_size,
+            "data_parallel_size": self._derived.data_parallel_size,
+        }
