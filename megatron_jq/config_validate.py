@@ -180,6 +180,8 @@ def _layout_problems(config: Config, architecture: Architecture, world_size: int
         if getattr(a, name) % tp:
             problems.append(f"--tensor-model-parallel-size {tp} does not divide {name} ({getattr(a, name)})")
     problems.extend(_pipeline_problems(config, architecture))
+    if p.use_distributed_optimizer and config.optimizer.optimizer != "adam":
+        problems.append("--use-distributed-optimizer is Megatron-core's for --optimizer adam alone; choose one of them")
     if p.sequence_parallel and tp == 1:
         problems.append("--sequence-parallel needs --tensor-model-parallel-size above 1")
     problems.extend(_expert_layout_problems(p, a, world_size))

@@ -156,7 +156,7 @@ class CheckpointWriter:
             result = work()
         except (OSError, RuntimeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            fault = f"rank {self._runtime.rank}: {reason}"
+            fault = reason if reason.startswith("rank ") else f"rank {self._runtime.rank}: {reason}"
         faults: list[str | None] = [None] * self._runtime.world_size
         dist.all_gather_object(faults, fault, group=self._group)
         first = next((f for f in faults if f is not None), None)

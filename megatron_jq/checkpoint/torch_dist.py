@@ -72,7 +72,7 @@ def write_shards(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup
     with _one_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         dcp.save(
-            {}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group, no_dist=group is None
+            {}, storage_writer=_Writer(folder), planner=planner, process_group=group, no_dist=group is None
         )
     if group is None or group.rank() == 0:
         torch.save({}, folder / "common.pt")  # Megatron-core reads it for what is not a shard: here, nothing
@@ -112,6 +112,18 @@ class ShardReader:
             self._reader.read_data(planner.create_local_plan(), planner)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as fault:
             raise DamagedCheckpoint(f"{self._reader.path}: {fault}") from fault
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as fault:
+            # torch's zip writer complains of a position where the disk is full: what the system said is in the context
+            cause: BaseException | None = fault
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise (cause or fault) from None
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -189,6 +201,8 @@ class _RestrictedReader(dcp.FileSystemReader):
             raise DamagedCheckpoint(f"{path} is missing") from fault
         except (OSError, pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError) as fault:
             raise DamagedCheckpoint(f"{path} cannot be read: {fault}") from fault
+        if not isinstance(metadata, Metadata):
+            raise DamagedCheckpoint(f"{path} cannot be read: it holds {type(metadata).__name__}, not an index")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         return metadata
 
@@ -201,7 +215,11 @@ class _IndexUnpickler(pickle.Unpickler):
             "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
             "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
         },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+        # Megatron-core's own writer leaves its plans in the index
+        "torch.distributed.checkpoint.planner": {
+            "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+        },
         "torch.serialization": {"_get_layout"},
         "torch": {"Size"},
         "pathlib": {"PosixPath"},
@@ -217,11 +235,11 @@ class _IndexUnpickler(pickle.Unpickler):
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-    """torch's collection of every rank's exceptions → the first one, which says more in its type and text."""
+    """torch's collection of every rank's exceptions → the first one, with its rank in the text."""
     try:
         yield
     except dcp.CheckpointException as collected:
         rank, (fault, _) = min(collected.failures.items())
-        if isinstance(fault, (OSError, ValueError)):
-            raise fault from collected
-        raise RuntimeError(f"rank {rank}: {fault}") from collected
+        if isinstance(fault, OSError):
+            raise OSError(fault.errno, f"rank {rank}: {fault.strerror}") from collected
+        raise (ValueError if isinstance(fault, ValueError) else RuntimeError)(f"rank {rank}: {fault}") from collected

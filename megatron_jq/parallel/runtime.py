@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import random
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -57,7 +59,8 @@ def start(
     """Join the job and build its groups.
 
     `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
-    Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas.
+    Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas; so are
+    torch's, numpy's and Python's, which nothing here draws from.
     virtual_stages: model chunks a pipeline rank. expert_tensor_parallel_size None: experts are split like other layers.
 
     Raises UserError when CUDA is asked for and absent.
@@ -89,6 +92,9 @@ def start(
             expert_model_parallel_size=expert_model_parallel_size,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
         )
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=use_cuda)
     return Runtime(rank, world_size, local, groups)
 

@@ -1,0 +1,280 @@
+"""A run may be killed at any point and taken up again: what it leaves is what an uninterrupted run leaves."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_jq.checkpoint import folder as folders
+from megatron_jq.train.trainer import Trainer
+from tests.e2e.launch import SMALL, Ranks, run
+
+TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+SHARDED = ["--use-distributed-optimizer"]
+LONG = [*SMALL, "--train-iters", "12", "--save-interval", "3", "--no-tensorboard"]
+#: What two runs of the same computation may differ in.
+MEASURED = ("seconds_rollout", "seconds_score", "seconds_train", "peak_memory_bytes")
+
+
+def metrics(run_dir: Path) -> list[str]:
+    """metrics.jsonl, line by line, without times and memory."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [json.dumps({key: value for key, value in line.items() if key not in MEASURED}) for line in lines]
+
+
+def finished(argv: list[str], folder: Path, size: int = 2, prepare=None) -> str:
+    """Run to the end; rank 0's words."""
+    ended = run(argv, folder, size=size, prepare=prepare)
+    assert [rank.code for rank in ended] == [0] * size, ended
+    return ended[0].out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs: layout → run directory."""
+    runs = {}
+
+    def of(*flags: str, size: int = 2) -> Path:
+        if flags not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            finished([*LONG, "--run-dir", str(folder / "run"), *flags], folder, size)
+            runs[flags] = folder / "run"
+        return runs[flags]
+
+    return of
+
+
+def slow_commit(rank: int) -> None:
+    """Half a second between a checkpoint's last file and its name."""
+    commit = folders.commit
+
+    def late(*arguments, **keywords):
+        time.sleep(0.5)
+        return commit(*arguments, **keywords)
+
+    folders.commit = late
+
+
+def kill_all(ranks: Ranks) -> None:
+    for rank in (0, 1):
+        ranks.signal(rank, signal.SIGKILL)
+    assert [rank.code for rank in ranks.ended()] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.parametrize("flags", [TP2, [*PP2, *SHARDED]], ids=["TP2 plain", "PP2 distributed optimizer"])
+def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(flags, whole, tmp_path):
+    expected = whole(*flags)
+    run_dir, dice = tmp_path / "run", random.Random(str(flags))
+    argv = [*LONG, "--run-dir", str(run_dir), *flags, "--resume"]
+
+    ranks = Ranks(argv, tmp_path, size=2)
+    ranks.wait_for_steps(run_dir, dice.randint(1, 8))
+    time.sleep(dice.random() * 0.1)
+    kill_all(ranks)
+
+    ranks = Ranks(argv, tmp_path, size=2, prepare=slow_commit)
+    before, end = set(run_dir.glob("checkpoints/iter_*")), time.monotonic() + 60
+    while not list(run_dir.glob("checkpoints/.iter_*.partial/.metadata")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    kill_all(ranks)
+    assert set(run_dir.glob("checkpoints/iter_*")) == before  # it had no name yet
+
+    finished(argv, tmp_path)
+    assert metrics(run_dir) == metrics(expected)
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (expected / "checkpoints").iterdir())
+    for step in (3, 12):
+        assert same_tensors(expected, run_dir, step)
+
+
+def same_tensors(one: Path, other: Path, step: int) -> bool:
+    """Both wrote the same bytes: the file of every rank holds the same tensors in the same order."""
+    names = [f"checkpoints/{folders.folder_name(step)}/__{rank}_0.distcp" for rank in (0, 1)]
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_rank_ends_the_step_saves_and_exits_with_0(number, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    argv = [*LONG, "--run-dir", str(run_dir), *TP2, "--async-save"]
+    ranks = Ranks(argv, tmp_path, size=2)
+    ranks.wait_for_steps(run_dir, 4)
+    ranks.signal(1, number)
+    ended = ranks.ended()
+    assert [rank.code for rank in ended] == [0, 0], ended
+    steps = len(metrics(run_dir))
+    assert 4 <= steps < 12 and f"step {steps} is done and saved" in ended[0].out
+    assert folders.find(run_dir / "checkpoints").name == folders.folder_name(steps)
+    finished([*argv, "--resume"], tmp_path)
+    assert metrics(run_dir) == metrics(whole(*TP2))
+
+
+def stall(rank: int) -> None:
+    def step(self, number):
+        (Path(self.config.training.run_dir) / "stalled").touch()
+        time.sleep(60)
+
+    Trainer.step = step
+
+
+def test_a_second_signal_exits_at_once(tmp_path):
+    run_dir = tmp_path / "run"
+    ranks = Ranks([*LONG, "--run-dir", str(run_dir)], tmp_path, prepare=stall)
+    end = time.monotonic() + 60
+    while not (run_dir / "stalled").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    ranks.signal(0, signal.SIGTERM)
+    time.sleep(1.3)
+    began = time.monotonic()
+    ranks.signal(0, signal.SIGTERM)
+    assert ranks.ended()[0].code == -signal.SIGTERM and time.monotonic() - began < 5
+
+
+def newest_shard(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "iter_0000012" / "__1_0.distcp"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "does not match its checksum": flip,
+    "is missing": Path.unlink,
+    "bytes instead of": lambda path: os.truncate(path, 1000),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(words, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole(*TP2), run_dir)
+    DAMAGE[words](newest_shard(run_dir))
+    argv = [*LONG, "--run-dir", str(run_dir), *TP2]
+    out = finished([*argv, "--resume"], tmp_path)
+    assert "iter_0000012 is damaged and passed over" in out and words in out and "__1_0.distcp" in out
+    assert metrics(run_dir) == metrics(whole(*TP2))
+
+    DAMAGE[words](newest_shard(run_dir))
+    named = [*SMALL, "--run-dir", str(tmp_path / "new"), *TP2, "--load", str(newest_shard(run_dir).parent)]
+    for rank in run(named, tmp_path, size=2):
+        assert rank.code == 2 and words in rank.err and len(rank.err.splitlines()) == 1
+    assert not (tmp_path / "new" / "config.toml").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system that holds one checkpoint of the tiny policy, not two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = os.geteuid() == 0 and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(disk)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a tmpfs needs privileges")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(small_disk, tmp_path):
+    save = small_disk / "checkpoints"
+    argv = [*LONG, "--run-dir", str(tmp_path / "run"), *TP2, "--save", str(save)]
+    for rank in run(argv, tmp_path, size=2):
+        assert rank.code == 3 and len(rank.err.splitlines()) == 1, rank.err
+        assert f"checkpoint of step 6 in {save} could not be written: rank" in rank.err
+        assert "No space left on device" in rank.err
+    assert sorted(path.name for path in save.iterdir()) == ["iter_0000003", folders.TRACKER]
+    continued = [*SMALL, "--run-dir", str(tmp_path / "new"), "--train-iters", "4", "--load", str(save)]
+    finished([*continued, "--save", str(tmp_path / "elsewhere")], tmp_path, size=1)
+    assert [json.loads(line)["step"] for line in metrics(tmp_path / "new")] == [3]
+
+
+@pytest.mark.parametrize("extra", [[], ["--async-save"]], ids=["now", "meanwhile"])
+def test_a_write_that_fails_on_one_rank_ends_all_of_them(extra, tmp_path):
+    def limit_file_size(rank: int) -> None:
+        if rank == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+    argv = [*LONG, "--run-dir", str(tmp_path / "run"), *TP2, *extra]
+    for rank in run(argv, tmp_path, size=2, prepare=limit_file_size):
+        assert rank.code == 3 and len(rank.err.splitlines()) == 1, rank.err
+        assert "checkpoint of step 3" in rank.err and "rank 1: File too large" in rank.err
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *TP2, "--save", str(tmp_path / "file" / "checkpoints")]
+    for rank in run(argv, tmp_path, size=2):
+        assert rank.code == 2 and "--save" in rank.err and "Not a directory" in rank.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_another_layout_takes_a_run_up_and_its_losses_agree(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole(*TP2), run_dir)
+    for step in (6, 9, 12):
+        shutil.rmtree(run_dir / "checkpoints" / folders.folder_name(step))
+    finished([*LONG, "--run-dir", str(run_dir), *PP2, *SHARDED, "--resume"], tmp_path)
+    ours, theirs = ([json.loads(line) for line in metrics(path)] for path in (run_dir, whole(*TP2)))
+    assert ours[:3] == theirs[:3] and len(ours) == 12
+    for a, b in zip(ours[3:6], theirs[3:6], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
+    assert 'use_distributed_optimizer = true' in (run_dir / "config.toml").read_text()
+
+
+def test_a_run_that_is_done_has_nothing_left_to_do_and_can_be_made_longer(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole(*TP2), run_dir)
+    argv = [*LONG, "--run-dir", str(run_dir), *TP2, "--resume"]
+    finished(argv, tmp_path)
+    assert metrics(run_dir) == metrics(whole(*TP2))
+    finished([*argv, "--train-iters", "13", "--keep-last", "2", "--keep-best", "log_p_mean"], tmp_path)
+    assert metrics(run_dir)[:12] == metrics(whole(*TP2)) and len(metrics(run_dir)) == 13
+    values = {int(s): json.loads(metrics(run_dir)[s - 1])["log_p_mean"] for s in (3, 6, 9, 12, 13)}
+    kept = {folders.step_of(path) for path in (run_dir / "checkpoints").glob("iter_*")}
+    assert kept == {12, 13, max(values, key=values.__getitem__)}
+
+
+def test_a_run_is_not_taken_up_with_other_settings(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole(*TP2), run_dir)
+    for rank in run([*LONG, "--run-dir", str(run_dir), *TP2, "--resume", "--q", "0.5"], tmp_path, size=2):
+        assert rank.code == 2 and "--q was 0.75 and is 0.5" in rank.err
+    for rank in run([*LONG, "--run-dir", str(run_dir), *TP2], tmp_path, size=2):
+        assert rank.code == 2 and "give --resume to go on with it" in rank.err
+    assert metrics(run_dir) == metrics(whole(*TP2))
+
+
+def test_another_run_begins_from_a_checkpoint_whole_or_from_its_weights(whole, tmp_path):
+    source = whole(*TP2) / "checkpoints"
+    argv = [*SMALL, *TP2, "--train-iters", "14", "--load", str(source)]
+    finished([*argv, "--run-dir", str(tmp_path / "on")], tmp_path)
+    assert [json.loads(line)["step"] for line in metrics(tmp_path / "on")] == [12, 13]
+    finished([*argv, "--run-dir", str(tmp_path / "anew"), "--finetune", "--train-iters", "1"], tmp_path)
+    [line] = [json.loads(line) for line in metrics(tmp_path / "anew")]
+    first = json.loads(metrics(whole(*TP2))[0])
+    assert line["step"] == 0 and line["log_p_mean"] > first["log_p_mean"] + 1  # what was learnt is still there
+    tokenizers = {(path / "tokenizer.model").read_bytes() for path in (tmp_path / "anew", whole(*TP2))}
+    assert len(tokenizers) == 1
+
+    refused = {
+        "--hidden-size 128": "hidden_size is 64 there and 128 here",
+        "--train-examples 33": "was trained on other data",
+        "--optimizer sgd": "was trained with --optimizer adam, not sgd",
+    }
+    for number, (flags, words) in enumerate(refused.items()):
+        [rank, _] = run([*argv, "--run-dir", str(tmp_path / f"{number}"), *flags.split()], tmp_path, size=2)
+        assert rank.code == 2 and words in rank.err, rank.err
