@@ -121,11 +121,12 @@ def layers_saved(plan: Plan, layers: int) -> float:
     p = plan.config.parallel
     if p.recompute_granularity != "full":
         return layers * layer_saved(plan)
-    kept = plan.element * widths(plan).hidden  # a checkpoint holds its first layer's input
+    w = widths(plan)
+    kept, angles = plan.element * w.hidden, 4 * w.channels  # a checkpoint's first input; rotary angles, once for all
     if p.recompute_method == "uniform":
-        return -(-layers // p.recompute_num_layers) * kept
+        return -(-layers // p.recompute_num_layers) * kept + angles
     again = min(layers, p.recompute_num_layers)
-    return again * kept + (layers - again) * layer_saved(plan)
+    return again * kept + angles + (layers - again) * layer_saved(plan)
 
 
 def recomputed_layers(plan: Plan, layers: int) -> int:
@@ -146,9 +147,10 @@ def forward_working(plan: Plan, tokens: int) -> float:
 
 
 def decode_working(plan: Plan, rows: int) -> float:
-    """The same of one decoding step: attention holds all scores of a token, three times in float32."""
-    keys = plan.lengths.prompt + plan.fed_tokens
-    return forward_working(plan, rows) + rows * 3 * 4 * widths(plan).heads * keys
+    """The same of one decoding step, whose attention holds all scores of a token three times in float32."""
+    w, keys = widths(plan), plan.lengths.prompt + plan.fed_tokens
+    attention = plan.element * (4 * w.hidden + w.mixed + 4 * w.query) + 3 * 4 * w.heads * keys
+    return max(forward_working(plan, rows), rows * attention)
 
 
 def tail_working(plan: Plan, rows: int) -> float:
@@ -157,14 +159,26 @@ def tail_working(plan: Plan, rows: int) -> float:
     if tail == 0:
         return 0
     w, e = widths(plan), plan.element
-    copies = rows * e * 2 * w.key * (2 * cached + tail)
-    scores = 3 * 4 * rows * tail * w.heads * (plan.lengths.prompt + cached + tail)
-    return copies + scores + rows * tail * e * (3 * w.hidden + 2 * w.mixed)
+    copies = e * 2 * w.key * (2 * cached + tail)
+    scores = 3 * 4 * tail * w.heads * (plan.lengths.prompt + cached + tail)
+    attention = copies + scores + tail * e * (3 * w.hidden + 2 * w.mixed)
+    return max(forward_working(plan, rows * tail), rows * attention)
 
 
 def largest_block(plan: Plan, tokens: int) -> float:
     """Bytes of the largest single tensor among a row's activations: gate and up projections."""
     return tokens * plan.element * 2 * widths(plan).block
+
+
+def other_block(plan: Plan, tokens: int) -> float:
+    """Bytes of the largest one beside it."""
+    w, e = widths(plan), plan.element
+    return tokens * max(e * w.block, e * w.mixed, 4 * w.hidden)
+
+
+def share_of_largest(plan: Plan) -> float:
+    """Of what a layer keeps, what lies in tensors of the largest size."""
+    return plan.element * 2 * widths(plan).block / layer_saved(plan)
 
 
 def backward_working(plan: Plan, chunk: Chunk, tokens: int) -> float:

@@ -7,13 +7,14 @@ from megatron_jq.estimate.parameters import Parameters, stage_parameters
 from megatron_jq.estimate.plan import Chunk, Plan
 
 #: Resident bytes of a process behind its imports and the start of its groups. CPU: measured with torch 2.13 and
-#: megatron-core 0.16.1 (docs/estimate.md); bfloat16 loads more kernels. CUDA: assumed, for context, libraries and
+#: megatron-core 0.16.1 (docs/estimate.md); bfloat16 kernels bring workspace. CUDA: assumed, for context, libraries and
 #: NCCL's buffers; torch.cuda.max_memory_allocated does not count it.
-BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 410_000_000, 470_000_000, 1_500_000_000
+BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 410_000_000, 520_000_000, 1_500_000_000
 
-#: glibc keeps freed blocks below this size, and needs so much more than what is alive in them: measured, and 0 where
-#: MALLOC_MMAP_THRESHOLD_ is set. Larger blocks go back to the system at once.
-HEAP_BLOCK, ALLOCATOR_SLACK = 32 << 20, 0.25
+#: glibc keeps freed blocks below HEAP_BLOCK, and what comes next does not fill them without gaps: its heap grows to
+#: this much for what is alive in it at most, where a step has one micro-batch, and where it has several. Measured
+#: (docs/estimate.md). Larger blocks go back to the system at once, and all do under MALLOC_MMAP_THRESHOLD_=65536.
+HEAP_BLOCK, HEAP_OF_ONE, HEAP_OF_SEVERAL = 32 << 20, 1.4, 1.9
 
 #: Elements of a chunk of logits (parallel/logprob.py) and of the sampler's float64 rows (rollout/sampling.py).
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
@@ -36,10 +37,9 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What one phase needs at its peak beside what stays."""
+class Moment:
+    """What is in memory at one point of a phase beside what stays."""
 
-    name: str
     parts: tuple[Part, ...]
 
     @property
@@ -48,7 +48,16 @@ class Phase:
 
     @property
     def heap(self) -> float:
+        """In blocks that glibc keeps when they are freed."""
         return sum(part.bytes for part in self.parts if part.block < HEAP_BLOCK)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The points of one phase that may be its fullest."""
+
+    name: str
+    moments: tuple[Moment, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class StageMemory:
     main_weights: float  # float32 copies under bf16
     optimizer_moments: float
     communication: float  # buffers that stay
-    allocator_slack: float | None  # a share of the heap's largest use; None: freed memory is used again, or returned
+    heap_growth: float | None  # glibc's heap for what is alive in it; None: freed memory is used again or returned
     phases: tuple[Phase, ...]
 
     @property
@@ -71,45 +80,53 @@ class StageMemory:
         parts = (self.parameters, self.gradients, self.main_weights, self.optimizer_moments, self.communication)
         return self.process_baseline + sum(parts)
 
-    def kept_by_allocator(self, phase: Phase) -> float:
-        """Freed blocks that this or another phase left in the process."""
-        if self.allocator_slack is None:
+    def kept_by_allocator(self, moment: Moment) -> float:
+        """Freed blocks that this or another moment of a step left in the process."""
+        if self.heap_growth is None:
             return 0
-        return (1 + self.allocator_slack) * max(other.heap for other in self.phases) - phase.heap
+        largest = max(other.heap for phase in self.phases for other in phase.moments)
+        return self.heap_growth * largest - moment.heap
 
-    def total(self, phase: Phase) -> float:
-        return self.resident + phase.bytes + self.kept_by_allocator(phase)
+    def total(self, moment: Moment) -> float:
+        return self.resident + moment.bytes + self.kept_by_allocator(moment)
+
+    def fullest(self, phase: Phase) -> Moment:
+        """Of those that take as much of the system, the one of the most live bytes."""
+        return max(phase.moments, key=lambda moment: (round(self.total(moment)), moment.bytes))
 
     @property
     def peak_phase(self) -> Phase:
-        return max(self.phases, key=self.total)
+        return max(self.phases, key=lambda phase: (round(self.peak_of(phase)), self.fullest(phase).bytes))
+
+    def peak_of(self, phase: Phase) -> float:
+        return self.total(self.fullest(phase))
 
     @property
     def peak(self) -> float:
-        return self.total(self.peak_phase)
+        return self.peak_of(self.peak_phase)
 
 
-def default_baseline(plan: Plan) -> float:
+def _baseline(plan: Plan) -> float:
     if plan.on_cuda:
         return BASELINE_CUDA
     return BASELINE_CPU_BF16 if plan.element == 2 else BASELINE_CPU
 
 
-def stage_memory(
-    plan: Plan, stage: int, *, process_baseline: float | None = None, allocator_slack: float = ALLOCATOR_SLACK
-) -> StageMemory:
-    """process_baseline None: default_baseline. allocator_slack: glibc's on CPU; 0 for what is alive alone."""
+def stage_memory(plan: Plan, stage: int, *, keeps_freed: bool = True) -> StageMemory:
+    """keeps_freed False: what is alive alone, which CPU processes take under MALLOC_MMAP_THRESHOLD_=65536."""
     count = stage_parameters(plan, stage)
+    several = len(plan.micro_batches(plan.replica_rationales)) > 1
+    growth = HEAP_OF_SEVERAL if several else HEAP_OF_ONE
     phases = [_rollout(plan, stage), _score(plan, stage), _train(plan, stage), _update(plan, count)]
     return StageMemory(
         stage=stage,
-        process_baseline=default_baseline(plan) if process_baseline is None else process_baseline,
+        process_baseline=_baseline(plan),
         parameters=plan.element * count.total,
         gradients=4 * count.total,
         main_weights=4 * optimized(plan, count) if plan.element == 2 else 0,
         optimizer_moments=_moments(plan) * 4 * optimized(plan, count),
         communication=_communication(plan),
-        allocator_slack=None if plan.on_cuda or allocator_slack == 0 else allocator_slack,
+        heap_growth=growth if keeps_freed and not plan.on_cuda else None,
         phases=tuple(phases),
     )
 
@@ -134,12 +151,21 @@ def _communication(plan: Plan) -> float:
     return max(plan.largest_row, prompts) * plan.element * plan.architecture.hidden_size
 
 
-def _fullest(name: str, moments: list[tuple[Part, ...]]) -> Phase:
-    return Phase(name, max(moments, key=lambda parts: sum(part.bytes for part in parts)))
+def _phase(name: str, moments: list[tuple[Part, ...]]) -> Phase:
+    return Phase(name, tuple(map(Moment, moments)))
 
 
 def _layers(plan: Plan, size: float, tokens: int) -> Part:
     return Part("layers' working memory", size, activations.largest_block(plan, tokens))
+
+
+def _saved(plan: Plan, size: float, tokens: int) -> tuple[Part, Part]:
+    """Activations that wait for the backward pass, by size of their tensors."""
+    largest = activations.share_of_largest(plan) * size
+    return (
+        Part("saved activations", largest, activations.largest_block(plan, tokens)),
+        Part("saved activations", size - largest, activations.other_block(plan, tokens)),
+    )
 
 
 def _heads(plan: Plan, stage: int) -> bool:
@@ -147,7 +173,7 @@ def _heads(plan: Plan, stage: int) -> bool:
 
 
 def _rollout(plan: Plan, stage: int) -> Phase:
-    """The fullest moment: prefill, a decoding pass, sampling behind one, or scoring y* from the cache."""
+    """Prefill, a decoding pass, sampling behind one, or scoring y* from the cache."""
     w, r = activations.widths(plan), plan.config.rollout
     rows, prompts = max(plan.busiest_waves)
     prompt_tokens, room = prompts * plan.lengths.prompt, -(-plan.fed_tokens // CACHE_GROWTH) * CACHE_GROWTH
@@ -165,21 +191,21 @@ def _rollout(plan: Plan, stage: int) -> Phase:
         elements = min(rows, max(1, SAMPLING_ELEMENTS // plan.vocab_rows)) * plan.vocab_rows
         logits = Part("logits", 4 * rows * plan.vocab_rows, 4 * rows * plan.vocab_rows)
         moments.append((cache, logits, Part("sampling workspace", each * elements, 8 * elements)))
-    return _fullest("rollout", moments)
+    return _phase("rollout", moments)
 
 
 def _score(plan: Plan, stage: int) -> Phase:
     """The trainer's forward pass; with --score-with rollout only of the steps that compare."""
     if plan.scores_in_rollout and plan.config.rollout.score_check_interval == 0:
-        return Phase("score", ())
+        return _phase("score", [()])
     sequences, tokens = plan.largest_micro_batch, plan.largest_row
     moments = [(_layers(plan, activations.forward_working(plan, tokens), tokens),)]
     if _heads(plan, stage):
         rows, row = sequences * plan.lengths.answer, plan.element * plan.architecture.hidden_size
         nucleus = plan.config.rollout.top_p < 1
         logits = _nucleus(plan, rows) if nucleus else _logits(plan, rows, two=True)
-        moments.append((Part("head chunk", logits.bytes + (rows + tokens) * row, logits.block),))
-    return _fullest("score", moments)
+        moments.append((Part("head chunk", (rows + tokens) * row, tokens * row), logits))
+    return _phase("score", moments)
 
 
 def chunk_tokens(plan: Plan) -> int:
@@ -216,30 +242,28 @@ def in_flight(plan: Plan, stage: int, micro_batches: int) -> list[int]:
 
 
 def _train(plan: Plan, stage: int) -> Phase:
-    """The fullest moment of forward and backward passes: at the head, in a layer, or at the embedding's gradient."""
+    """Forward and backward passes: in a layer, at the head, at the embedding's gradient."""
     tokens, chunks = plan.largest_row, plan.stages[stage]
     held = in_flight(plan, stage, len(plan.micro_batches(plan.replica_rationales)))
     saved = [activations.chunk_saved(plan, chunk, tokens) for chunk in chunks]
     kept = sum(n * size for n, size in zip(held, saved, strict=True))
-    block = activations.largest_block(plan, tokens)
     moments = []
     for chunk, size in zip(chunks, saved, strict=True):
         again = tokens * activations.recomputed_layers(plan, chunk.layers) * activations.layer_saved(plan)
         edge = activations.chunk_saved(plan, Chunk(0, False, True), tokens) if chunk.heads else 0
-        of_layers = Part("saved activations", kept - edge + again, block)
         working = activations.backward_working(plan, chunk, tokens)
-        moments.append((of_layers, _layers(plan, working, tokens)))
+        moments.append((*_saved(plan, kept - edge + again, tokens), _layers(plan, working, tokens)))
         if chunk.heads:
-            moments.append((Part("saved activations", kept, block), _head(plan)))
+            moments += [(*_saved(plan, kept, tokens), *parts) for parts in _head(plan)]
         if chunk.embeds:
             table = _gradient_bytes(plan) * plan.vocab_rows * plan.architecture.hidden_size
             row = tokens * plan.element * plan.architecture.hidden_size
             gradient = Part("embedding's gradient", table + row, table)
-            moments.append((Part("saved activations", kept - size, block), gradient))
+            moments.append((*_saved(plan, kept - size, tokens), gradient))
     if plan.config.parallel.use_distributed_optimizer and plan.dp > 1 and not plan.on_cuda:
         copy = 4 * stage_parameters(plan, stage).total  # gloo reduces and scatters a copy of the whole buffer
         moments.append((Part("copy of the gradients", copy, copy),))
-    return _fullest("train", moments)
+    return _phase("train", moments)
 
 
 def _gradient_bytes(plan: Plan) -> int:
@@ -247,26 +271,28 @@ def _gradient_bytes(plan: Plan) -> int:
     return plan.element + (4 if plan.element == 2 and not plan.on_cuda else 0)
 
 
-def _head(plan: Plan) -> Part:
-    """Logits, the rows with their gradient, and hidden states gathered or kept for the rows' gradient."""
+def _head(plan: Plan) -> list[tuple[Part, ...]]:
+    """Logits, the rows with their gradient, and hidden states gathered or kept for the rows' gradient; with what of the
+    weight's gradient is not in main_grad yet.
+    """
     row, sequences, tokens = plan.element * plan.architecture.hidden_size, plan.largest_micro_batch, plan.largest_row
     rows = sequences * (plan.lengths.rationale + plan.lengths.answer)
-    around = 2 * rows * row + tokens * row * (1 / plan.split + (plan.split > 1))
+    around = Part("head chunk", 2 * rows * row + tokens * row * (1 / plan.split + (plan.split > 1)), tokens * row)
     table = plan.vocab_rows * plan.architecture.hidden_size
     if plan.config.rollout.top_p < 1:  # linear_log_probs: bisection forward, a gradient of its own backward
-        forward, backward = _nucleus(plan, rows), _logits(plan, rows, two=True)
-        own = max(forward.bytes, backward.bytes + table * (4 + 2 * plan.element))
-        return Part("head chunk", around + own, forward.block)
+        own = Part("head chunk", table * (4 + 2 * plan.element), 4 * table)
+        return [(around, _nucleus(plan, rows)), (around, _logits(plan, rows, two=True), own)]
     logits = _logits(plan, rows, two=plan.tp > 1)
+    if plan.element == 4:
+        return [(around, logits)]
     # under bf16 the weight's gradient of one chunk exists by itself before it is added in float32
-    own = logits.bytes + (table * _gradient_bytes(plan) if plan.element == 2 else 0)
-    return Part("head chunk", around + own, logits.block)
+    return [(around, logits, Part("head chunk", table * _gradient_bytes(plan), table * plan.element))]
 
 
 def _update(plan: Plan, count: Parameters) -> Phase:
     """Adam's temporaries: torch's, one parameter at a time on CPU and all at once on CUDA; fused kernels have none."""
     if plan.config.optimizer.optimizer != "adam" or plan.transformer_engine:
-        return Phase("update", ())
+        return _phase("update", [()])
     own = optimized(plan, count)
     size = 4 * own if plan.on_cuda else 2 * 4 * min(count.largest, own)
-    return Phase("update", (Part("Adam's temporaries", size, size / 2),))
+    return _phase("update", [(Part("Adam's temporaries", size, size / 2),)])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_jq.estimate.plan import Chunk, Plan
+from megatron_jq.estimate.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def stage_parameters(plan: Plan, stage: int) -> Parameters:
 
 
 def matrix_parameters(plan: Plan, layers: int) -> float:
-    """Parameters that a token is multiplied with in so many layers of one process; of experts, those that it visits."""
+    """Parameters that a token is multiplied with in so many layers of one process; of experts, those that it visits.
+    Under sequence parallelism each process routes its own tokens, so that it counts a share of the router.
+    """
     a = plan.architecture
     shared, _ = layer_tensors(plan)
+    matrices = sum(shared) - (shared[2] if a.add_qkv_bias else 0)
     if a.num_experts is None:
-        return layers * (sum(shared) - (a.add_qkv_bias and shared[2]))
+        return layers * matrices
+    router = a.num_experts * a.hidden_size
     visited = 3 * a.moe_router_topk * a.hidden_size * a.moe_ffn_hidden_size / plan.tp
-    return layers * (sum(shared) - (a.add_qkv_bias and shared[2]) + visited)
-
-
-def working_layers(chunks: tuple[Chunk, ...]) -> int:
-    return sum(chunk.layers for chunk in chunks)
+    return layers * (matrices - router + router / plan.split + visited)

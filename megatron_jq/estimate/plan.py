@@ -173,10 +173,13 @@ class Plan:
         return [(len(part), part[-1] // group - part[0] // group + 1) for part in parts]
 
     @cached_property
+    def busiest_replica(self) -> int:
+        """That of the most rationales and, among these, of the most prompts."""
+        return max(range(self.dp), key=lambda r: (len(self.replica_share(r)), sum(p for _, p in self.waves(r))))
+
+    @property
     def busiest_waves(self) -> list[tuple[int, int]]:
-        """The waves of the replica that feeds the most tokens."""
-        prompt, fed = self.lengths.prompt, self.fed_tokens
-        return max(map(self.waves, range(self.dp)), key=lambda waves: sum(p * prompt + n * fed for n, p in waves))
+        return self.waves(self.busiest_replica)
 
     @property
     def scores_in_rollout(self) -> bool:

@@ -3,9 +3,12 @@
 import contextlib
 import os
 import random
+import re
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy
 import torch
@@ -118,9 +121,13 @@ def peak_memory_bytes(runtime: Runtime) -> int:
     """Peak of this process: allocated CUDA memory, or resident memory on CPU."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
-    import resource
+    try:  # getrusage's figure begins at that of the process which started this one
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    except OSError:
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Checkpoint folders: a name means whole, the newest whole one is found, and what is damaged is named and passed over."""
+"""Checkpoint folders: a name means whole, the newest whole one is found, damaged ones are named and passed over."""
 
 import json
 import os

@@ -47,7 +47,7 @@ SAME_FLOOR = {
 }
 
 # Rooms a tool may import where Megatron-core is not installed or no process group exists.
-WITHOUT_MEGATRON = [room for room, floor in FLOORS.items() if floor <= 1] + ["data", "report"]
+WITHOUT_MEGATRON = [room for room, floor in FLOORS.items() if floor <= 1] + ["data", "report", "estimate"]
 
 
 def imported_names(source: str, module: str, *, is_package: bool) -> set[str]:

@@ -1,0 +1,237 @@
+"""tools/estimate.py: arithmetic against counts by hand, what it prints, and what it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_jq.config import parse_args
+from megatron_jq.config_validate import derive
+from megatron_jq.errors import UserError
+from megatron_jq.estimate.memory import in_flight, stage_memory
+from megatron_jq.estimate.plan import Lengths, make_plan
+from megatron_jq.estimate.report import GIB, estimate
+from tools import estimate as tool
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEP = "--device cpu --prompts-per-step 4 --num-rationales 8 --rationale-budget 20 --answer-budget 6"
+LENGTHS = Lengths(prompt=10, rationale=20, answer=6)
+
+
+def estimated(flags: str, world_size: int = 1, vocabulary: int = 1024):
+    return estimate(make_plan(parse_args([*STEP.split(), *flags.split()]), world_size, LENGTHS, vocabulary))
+
+
+def run(words: str, capsys) -> tuple[int, str, str]:
+    code = tool.main(words.split())
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    """Every row of every Markdown table, by heading."""
+    found, headings = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            headings = None
+        elif headings is None:
+            headings = cells
+        elif not line.startswith("|-"):
+            found.append(dict(zip(headings, cells, strict=True)))
+    return found
+
+
+def test_flops_and_tokens_are_those_counted_by_hand():
+    e = estimated("--model small")
+    layers = 6 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)
+    head = 1024 * 512
+    rationales, length = 32, 10 + 20 + 1 + 6
+    rollout = 4 * 10 + rationales * 19  # the last token drawn is never fed
+    assert [work.tokens for work in e.work] == [rollout, rationales * length, rationales * length]
+    assert [work.tokens_shared for work in e.work] == [rollout, *[4 * 10 + rationales * 27] * 2]
+    assert [work.head_rows for work in e.work] == [4 + rationales * 19, rationales * 6, rationales * 26]
+    key = 4 * 8 * 64 * 6  # FLOP of a token and a key: scores and mixing, heads and layers
+    generated = sum(range(11, 30))
+    keys = [4 * 55 + rationales * generated, *[rationales * length * (length + 1) // 2] * 2]
+    factors = [(2, 2, 1), (2, 2, 1), (6, 6, 3.5)]
+    for phase, work, pairs, (matrix, logits, attention) in zip(
+        ("rollout", "score", "train"), e.work, keys, factors, strict=True
+    ):
+        flop = matrix * layers * work.tokens + logits * head * work.head_rows + attention * key * pairs
+        assert getattr(e.flops, phase) == pytest.approx(flop)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ("--tensor-model-parallel-size 2", 2),
+        ("--pipeline-model-parallel-size 3", 3),
+        ("--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2", 16),
+        # two micro-batches: an odd number of them would be made even with one of padding
+        ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3 --micro-batch-size 8", 4),
+    ],
+)
+def test_a_layout_shares_the_flops_out_and_adds_none(flags, size):
+    assert estimated(f"--model small {flags}", size).flops.step == pytest.approx(estimated("--model small").flops.step)
+
+
+def test_optimizer_state_is_shared_out_over_replicas_and_experts_over_their_own():
+    whole, shared = (estimated(f"--bf16 {flag}", 4) for flag in ("", "--use-distributed-optimizer"))
+    parameters = whole.stages[0].parameters
+    for e, replicas in ((whole, 1), (shared, 4)):
+        memory = e.stages[0].memory
+        assert (memory.parameters, memory.gradients) == (2 * parameters, 4 * parameters)
+        assert memory.optimizer == 12 * parameters / replicas
+    moe = estimated("--model tiny-moe --expert-model-parallel-size 2 --use-distributed-optimizer", 8).stages[0]
+    experts = 2 * 2 * 3 * 64 * 96  # layers, experts on a process, matrices: four processes hold the same ones
+    assert moe.memory.optimizer == 8 * (experts / 4 + (moe.parameters - experts) / 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "micro_batches", "held"),
+    [
+        ("--pipeline-model-parallel-size 4", 8, [[4], [3], [2], [1]]),
+        ("--pipeline-model-parallel-size 4", 2, [[2], [2], [2], [1]]),
+        # stage 0 goes through 2 micro-batches of its first chunk, 2 of its second, and one more before the first
+        # backward pass; stage 1 through 2 and one
+        ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2", 4, [[3, 2], [2, 1]]),
+    ],
+)
+def test_a_stage_holds_as_many_micro_batches_as_the_schedule_has_in_flight(flags, micro_batches, held):
+    config = parse_args([*STEP.split(), "--num-layers", "4", *flags.split()])
+    plan = make_plan(config, config.parallel.pipeline_model_parallel_size, LENGTHS, 1024)
+    assert [in_flight(plan, stage, micro_batches) for stage in range(plan.pp)] == held
+
+
+def test_freed_memory_that_glibc_keeps_is_on_cpu_alone():
+    flags = [*STEP.split(), "--device", "cuda"]
+    on_cuda = make_plan(parse_args(flags), 1, LENGTHS, 1024)
+    on_cpu = make_plan(parse_args(STEP.split()), 1, LENGTHS, 1024)
+    live = stage_memory(on_cpu, 0, keeps_freed=False)
+    assert stage_memory(on_cpu, 0).peak > live.peak
+    assert stage_memory(on_cuda, 0).peak == stage_memory(on_cuda, 0, keeps_freed=False).peak
+
+
+def test_it_plans_a_thousand_gpus_without_torch():
+    words = (
+        "--model qwen3-30b-a3b --bf16 --device cuda --tensor-model-parallel-size 4 --sequence-parallel "
+        "--expert-model-parallel-size 8 --expert-tensor-parallel-size 1 --use-distributed-optimizer "
+        "--prompts-per-step 512 --prompt-tokens 512 --answer-tokens 16 --rationale-budget 2048 --sweep 8 64 1024"
+    )
+    code = (
+        "import sys; from tools.estimate import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'megatron', 'numpy'} & set(sys.modules); sys.exit(code)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = rows_of(ended.stdout)
+    assert [(row["processes"], row["DP"]) for row in rows] == [("8", "2"), ("64", "16"), ("1024", "256")]
+    assert [int(row["rationales"]) for row in rows] == [2048, 256, 16]
+    peaks = [float(row["peak GiB"]) for row in rows]
+    assert peaks[0] > peaks[1] > peaks[2] > 2 * 30e9 / 8 / 4 / GIB  # the last: bfloat16 experts over eight processes
+
+
+def test_tables_and_json_hold_the_same_figures(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    flags = f"{STEP} --model small --prompt-tokens 10 --pipeline-model-parallel-size 2 --tensor-model-parallel-size 2"
+    code, out, _ = run(f"{flags} --world-size 8 --json {path}", capsys)
+    assert code == 0
+    (figures,) = json.loads(path.read_text())
+    rows = rows_of(out)
+    stages = [row for row in rows if "layers" in row]
+    assert len(stages) == len(figures["stages"]) == 2
+    for row, stage in zip(stages, figures["stages"], strict=True):
+        memory = stage["memory"]
+        for heading in ("parameters", "gradients", "optimizer", "activations", "head", "peak"):
+            assert float(row[heading]) == pytest.approx(memory[heading] / GIB, abs=0.005001)
+        assert float(row["KV cache"]) == pytest.approx(memory["kv_cache"] / GIB, abs=0.005001)
+        assert row["in"] == memory["peak_phase"]
+    phases = {row["phase"]: row for row in rows if "TFLOP" in row}
+    for work in figures["work"]:
+        assert (int(phases[work["phase"]]["tokens"]), int(phases[work["phase"]]["shared"])) == (
+            work["tokens"],
+            work["tokens_shared"],
+        )
+    messages = [row for row in rows if "calls" in row]
+    sent = [sum(message["bytes"] for message in stage["messages"]) for stage in figures["stages"]]
+    assert sum(float(row["MB"]) for row in messages) == pytest.approx(max(sent) / 1e6, abs=0.01 * len(messages))
+    assert f"tokens through the layers: {sum(work['tokens'] for work in figures['work'])};" in out
+
+
+def test_a_memory_limit_decides_the_exit_code(capsys):
+    flags = f"{STEP} --model small --prompt-tokens 10"
+    peak = estimated("--model small --max-prompt-tokens 10").stages[0].memory.peak / GIB
+    code, out, _ = run(f"{flags} --memory-limit {1.001 * peak}", capsys)
+    assert code == 0 and out.splitlines()[-1].startswith("fits in")
+    code, out, _ = run(f"{flags} --memory-limit {0.999 * peak}", capsys)
+    assert code == 1 and out.splitlines()[-1].startswith("does not fit in")
+    code, out, _ = run(f"{flags} --memory-limit {0.999 * peak} --sweep 1 32", capsys)
+    assert code == 0 and [row["fits"] for row in rows_of(out)] == ["no", "yes"]
+    assert run(f"{flags} --memory-limit 0.1 --sweep 1 32", capsys)[0] == 1
+
+
+def test_replicas_without_a_rationale_are_told(capsys):
+    _, out, _ = run(f"{STEP} --prompt-tokens 10 --gpus 40", capsys)
+    assert "8 replicas have none" in out
+    assert math.ceil(32 / 40) == estimated("", 40).busiest_replica_rationales == 1
+
+
+def test_lengths_and_size_default_to_the_settings_of_a_run():
+    args, config = tool.parse(
+        "--tensor-model-parallel-size 2 --max-prompt-tokens 33 --rationale-budget 44 --answer-budget 5".split()
+    )
+    assert (args.prompt_tokens, args.rationale_tokens, args.answer_tokens, args.world_size) == (33, 44, 5, 2)
+    args, config = tool.parse(
+        "--prompt-tokens 3 --rationale-tokens 4 --answer-tokens 5 --rationale-budget 44 --gpus 6".split()
+    )
+    assert (config.data.max_prompt_tokens, config.rollout.rationale_budget, config.rollout.answer_budget) == (3, 4, 5)
+    assert (args.world_size, args.vocab_size) == (6, tool.DEFAULT_VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ("--tensor-model-parallel-size 4 --sequence-parallel", 6),
+        ("--tensor-model-parallel-size 3", 3),
+        ("--pipeline-model-parallel-size 5 --context-parallel-size 2", 10),
+        ("--model tiny-moe --expert-model-parallel-size 3", 3),
+        ("--rationale-tokens 5000", 1),
+    ],
+)
+def test_a_layout_that_training_refuses_is_refused_in_its_words(flags, size, capsys):
+    settings = flags.replace("rationale-tokens", "rationale-budget")
+    lengths = "--max-prompt-tokens 10 --answer-budget 6"
+    with pytest.raises(UserError) as refusal:
+        derive(parse_args([*settings.split(), *lengths.split()]), size)
+    code, out, err = run(f"{flags} --prompt-tokens 10 --answer-tokens 6 --world-size {size}", capsys)
+    assert (code, out) == (2, "")
+    assert err == "".join(f"estimate: error: {line}\n" for line in str(refusal.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--answer-tokens 5", "--prompt-tokens is needed (or --max-prompt-tokens)"),
+        ("--prompt-tokens 5", "--answer-tokens is needed (or --answer-budget)"),
+        ("--prompt-tokens 0 --answer-tokens 5", "--prompt-tokens must be at least 1, not 0"),
+        ("--prompt-tokens 5 --answer-tokens 5 --gpus 0", "--world-size must be at least 1, not 0"),
+        ("--prompt-tokens 5 --answer-tokens 5 --sweep 8 0", "--sweep: sizes must be at least 1, not 0"),
+        ("--prompt-tokens 5 --answer-tokens 5 --sweep 8 --gpus 8", "not allowed with argument"),
+        ("--prompt-tokens 5 --answer-tokens 5 --memory-limit 0", "--memory-limit must be above 0"),
+        ("--prompt-tokens 5 --answer-tokens 5 --memory-limit nan", "--memory-limit must be above 0"),
+        ("--prompt-tokens 5 --answer-tokens 5 --json {}", "is a folder; name a file"),
+        ("--prompt-tokens 5 --answer-tokens 5 --json {}/no/file", "the folder does not exist or cannot be written"),
+        ("--prompt-tokens 5 --answer-tokens 5 --tensor-parallel 2", "unknown flag --tensor-parallel"),
+        ("--prompt-tokens 5 --answer-tokens 5 --model tinny", "--model tinny: no such preset"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(words, message, tmp_path, capsys):
+    code, out, err = run(words.format(tmp_path), capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("estimate: error: ") and message in err and err.count("\n") == 1

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Say what a step will take before it is queued: memory of every stage, FLOPs, messages, tokens.
+
+    python tools/estimate.py --model qwen3-0.6b --bf16 --device cuda --tensor-model-parallel-size 2 \\
+        --use-distributed-optimizer --prompt-tokens 512 --answer-tokens 16 --rationale-budget 1024 \\
+        --sweep 8 16 32 64 128 256 512 1024 --memory-limit 80
+
+Beside the flags below, every setting of `megatron-jq train` is taken, `--config FILE` included; those of data and run
+directory are not read. It is arithmetic in one process: no GPU, no process group, nothing built. docs/estimate.md has
+the formulas, and the memory it predicted beside what was measured.
+
+Exit codes: 0; 1 where --memory-limit is not kept (by any size of a sweep); 2 on bad input.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_jq.config import Config, parse_args
+from megatron_jq.config_validate import resolve_architecture
+from megatron_jq.errors import UserError
+from megatron_jq.estimate.plan import Lengths, make_plan, smallest_world_size
+from megatron_jq.estimate.report import GIB, Estimate, estimate, sweep_table, text, verdict
+
+DEFAULT_VOCABULARY = 1024
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Own flags, and a Config whose budgets are the lengths. UserError on bad input."""
+    parser = _Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, prog="estimate"
+    )
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--world-size", "--gpus", type=int, metavar="N", help="processes (one replica's)")
+    sizes.add_argument("--sweep", type=int, nargs="+", metavar="N", help="several sizes, a line each")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of the longest prompt (--max-prompt-tokens)")
+    parser.add_argument("--rationale-tokens", type=int, metavar="N", help="sampled ones (--rationale-budget)")
+    parser.add_argument("--answer-tokens", type=int, metavar="N", help="of the longest answer (--answer-budget)")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help=f"(the model's or tokenizer's own, or {DEFAULT_VOCABULARY})"
+    )
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="a process may take; exit code 1 if not kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    args, rest = parser.parse_known_args(argv)
+    config = parse_args(rest, prog="estimate")
+    r, d = config.rollout, config.data
+    given = resolve_architecture(config).vocab_size or d.tokenizer_vocab_size or DEFAULT_VOCABULARY
+    args.vocab_size = given if args.vocab_size is None else args.vocab_size
+    args.rationale_tokens = r.rationale_budget if args.rationale_tokens is None else args.rationale_tokens
+    args.prompt_tokens = d.max_prompt_tokens if args.prompt_tokens is None else args.prompt_tokens
+    args.answer_tokens = r.answer_budget if args.answer_tokens is None else args.answer_tokens
+    if args.world_size is None:
+        args.world_size = smallest_world_size(config)
+    _check(args)
+    lengths = {"rationale_budget": args.rationale_tokens, "answer_budget": args.answer_tokens}
+    data = replace(d, max_prompt_tokens=args.prompt_tokens, tokenizer_vocab_size=None)
+    return args, replace(config, rollout=replace(r, **lengths), data=data)
+
+
+def _check(args: argparse.Namespace) -> None:
+    problems = []
+    for name, setting in (("prompt_tokens", "--max-prompt-tokens"), ("answer_tokens", "--answer-budget")):
+        if getattr(args, name) is None:
+            problems.append(f"--{name.replace('_', '-')} is needed (or {setting}): memory follows the longest one")
+    least = {"world_size": 1, "vocab_size": 2, "prompt_tokens": 1, "rationale_tokens": 1, "answer_tokens": 1}
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            problems.append(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+    if args.sweep is not None and min(args.sweep) < 1:
+        problems.append(f"--sweep: sizes must be at least 1, not {min(args.sweep)}")
+    if args.memory_limit is not None and not args.memory_limit > 0:
+        problems.append(f"--memory-limit must be above 0, not {args.memory_limit}")
+    if args.json is not None and args.json.is_dir():
+        problems.append(f"--json {args.json} is a folder; name a file")
+    elif args.json is not None and not os.access(args.json.parent, os.W_OK):
+        problems.append(f"--json {args.json}: the folder does not exist or cannot be written")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def estimates(args: argparse.Namespace, config: Config) -> list[Estimate]:
+    """One for each size asked for. UserError, as training raises it, where a layout is not possible."""
+    lengths = Lengths(args.prompt_tokens, args.rationale_tokens, args.answer_tokens)
+    sizes = args.sweep or [args.world_size]
+    return [estimate(make_plan(config, size, lengths, args.vocab_size)) for size in sizes]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args, config = parse(argv)
+        found = estimates(args, config)
+    except UserError as error:
+        sys.stderr.write("".join(f"estimate: error: {line}\n" for line in str(error).splitlines()))
+        return 2
+    limit = None if args.memory_limit is None else args.memory_limit * GIB
+    print(sweep_table(found, limit) if args.sweep else text(found[0]))
+    verdicts = [] if limit is None else [verdict(one, limit) for one in found]
+    if verdicts and not args.sweep:
+        print(f"\n{verdicts[0][1]}")
+    if args.json is not None:
+        args.json.write_text(json.dumps([one.as_json() for one in found], indent=1) + "\n", encoding="utf-8")
+    return 0 if not verdicts or any(fits for fits, _ in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
