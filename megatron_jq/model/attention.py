@@ -8,6 +8,7 @@ Axes: T tokens, h query heads, g key/value groups (h a multiple of g), d channel
 rank's own.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -43,9 +44,6 @@ class CausalSegments(AttentionPlan):
     short segments are not padded to the longest; equal lengths need no copy at all.
     """
 
-    #: A bucket's shortest segment holds at least this share of its longest: bounds the padded work at 1/share^2.
-    FILL = 0.75
-
     def __init__(self, lengths: list[int], device: torch.device):
         super().__init__()
         self.lengths = lengths
@@ -54,20 +52,11 @@ class CausalSegments(AttentionPlan):
             self._make_buckets(device)
 
     def _make_buckets(self, device: torch.device) -> None:
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
-        order = sorted((i for i, length in enumerate(self.lengths) if length), key=lambda i: self.lengths[i])
-        groups: list[list[int]] = []
-        for i in reversed(order):  # longest first
-            if groups and self.lengths[i] >= self.FILL * self.lengths[groups[-1][0]]:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
+        starts = [0, *itertools.accumulate(self.lengths)]
         self.buckets = []
         place_T = torch.empty(starts[-1], dtype=torch.long)  # where each token of the row lies in the buckets' output
         offset = 0
-        for group in groups:
+        for group in similar_lengths(self.lengths):
             longest = self.lengths[group[0]]
             token_nS = torch.empty(len(group), longest, dtype=torch.long)
             for row, i in enumerate(group):
@@ -85,6 +74,22 @@ class CausalSegments(AttentionPlan):
             return _causal(*(x.unflatten(0, (n, -1)) for x in (q, k, v)), scale).flatten(0, 1)
         outputs = [_causal(*(x[b.token_nS] for x in (q, k, v)), scale).flatten(0, 1) for b in self.buckets]
         return torch.cat(outputs)[self.place_T]
+
+
+#: The shortest of the lengths that are padded to one length is at least this share of the longest: bounds the padded
+#: work at 1/share^2.
+FILL = 0.75
+
+
+def similar_lengths(lengths: list[int]) -> list[list[int]]:
+    """Indices of the lengths above 0, longest first, in groups to be padded to their first one's."""
+    groups: list[list[int]] = []
+    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: lengths[i])[::-1]:
+        if groups and lengths[i] >= FILL * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _causal(q_nShd: Tensor, k_nSgd: Tensor, v_nSgd: Tensor, scale: float) -> Tensor:

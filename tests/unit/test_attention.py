@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from megatron_jq.model.attention import CausalSegments
+from megatron_jq.model.attention import FILL, CausalSegments
 
 CPU, D, SCALE = torch.device("cpu"), 8, 0.3
 LENGTHS = {
@@ -74,4 +74,4 @@ def test_buckets_bound_the_padded_work():
     plan = CausalSegments(lengths, CPU)
     assert sorted(plan.place_T.tolist()) == sorted(set(plan.place_T.tolist())) and len(plan.place_T) == sum(lengths)
     work = sum(b.token_nS.shape[0] * b.token_nS.shape[1] ** 2 for b in plan.buckets)
-    assert work <= sum(n * n for n in lengths) / CausalSegments.FILL**2
+    assert work <= sum(n * n for n in lengths) / FILL**2
