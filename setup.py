@@ -34,9 +34,9 @@ setup(
     # NVIDIA Apex is used where it is installed and is in no list: the name `apex` on PyPI is another project.
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9"],
-        "hf": ["safetensors", "tokenizers", "transformers"],
+        "hf": ["safetensors>=0.4", "tokenizers", "transformers"],
         "nemo": ["nemo-run", "leptonai==0.27.3"],  # nemo-run imports leptonai; later ones lack what it imports
-        "test": ["hypothesis>=6.100", "mpmath", "pytest>=8", "tokenizers"],
+        "test": ["hypothesis>=6.100", "mpmath", "pytest>=8", "safetensors", "tokenizers", "transformers>=5,<6"],
     },
     entry_points={"console_scripts": ["megatron-jq = megatron_jq.cli.main:main"]},
     classifiers=[

@@ -226,6 +226,7 @@ def _hugging_face_number(source: dict, key: str, path: str | Path) -> int:
 def _hugging_face_experts(source: dict, path: str | Path) -> dict:
     if source.get("decoder_sparse_step", 1) != 1 or source.get("mlp_only_layers"):
         raise UserError(f"{path}: dense layers between those with experts are not supported")
+    source.setdefault("num_experts", source.get("num_local_experts"))  # transformers 5 writes the latter
     return {
         "num_experts": _hugging_face_number(source, "num_experts", path),
         "moe_ffn_hidden_size": _hugging_face_number(source, "moe_intermediate_size", path),

@@ -24,7 +24,7 @@ TRACKER, MANIFEST, TOKENIZER = "latest_checkpointed_iteration.txt", "checkpoint.
 #: What a tokenizer's folder may hold: the rest of such a folder (often a whole model) is not carried along.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
 )  # fmt: skip
 _FORMAT = 1
 _ITERATION = re.compile(r"iter_(\d{7,})")

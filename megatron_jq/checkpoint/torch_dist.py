@@ -12,7 +12,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -71,9 +77,7 @@ def write_shards(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup
     planner = _SavePlanner({shard.place: shard for shard in shards})
     with _one_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.save(
-            {}, storage_writer=_Writer(folder), planner=planner, process_group=group, no_dist=group is None
-        )
+        dcp.save({}, storage_writer=_Writer(folder), planner=planner, process_group=group, no_dist=group is None)
     if group is None or group.rank() == 0:
         torch.save({}, folder / "common.pt")  # Megatron-core reads it for what is not a shard: here, nothing
         save_config(_FORMAT, str(folder))
@@ -93,6 +97,8 @@ class ShardReader:
             if hasattr(entry, "chunks")
         }
 
+        self._boxes = {key: _StoredBoxes(self._metadata.state_dict_metadata[key]) for key in self.tensors}
+
     def chunks(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(offset, shape) of each stored box of a tensor."""
         return [(tuple(c.offsets), tuple(c.sizes)) for c in self._metadata.state_dict_metadata[key].chunks]
@@ -107,7 +113,7 @@ class ShardReader:
 
     def read_into(self, shards: Iterable[Shard]) -> None:
         """Fill every shard's data in place, converting dtypes; what lies outside of the stored tensor stays."""
-        planner = _LoadPlanner(self._metadata, shards)
+        planner = _LoadPlanner(self._boxes, shards)
         try:
             self._reader.read_data(planner.create_local_plan(), planner)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as fault:
@@ -152,11 +158,31 @@ class _SavePlanner(DefaultSavePlanner):
         return self._shards[index.fqn, tuple(index.offset)].data().detach()
 
 
+class _StoredBoxes:
+    """A tensor's stored boxes by layer and expert: torch compares a box with all of a tensor's, and a mixture of
+    experts has ten thousand of them.
+    """
+
+    def __init__(self, entry: TensorStorageMetadata):
+        self._entry, self._axes = entry, 0  # leading axes along which every stored box has one entry
+        while self._axes < len(entry.size) - 1 and all(chunk.sizes[self._axes] == 1 for chunk in entry.chunks):
+            self._axes += 1
+        self._by_index: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+        for chunk in entry.chunks:
+            self._by_index.setdefault(tuple(chunk.offsets[: self._axes]), []).append(chunk)
+
+    def near(self, shard: Shard) -> TensorStorageMetadata:
+        """The tensor's entry, without boxes of other layers or experts where the shard lies within one."""
+        if any(extent != 1 for extent in shard.shape[: self._axes]):
+            return self._entry
+        return replace(self._entry, chunks=self._by_index.get(shard.offset[: self._axes], []))
+
+
 class _LoadPlanner(LoadPlanner):
     """Reads that fill shards from whatever boxes were stored."""
 
-    def __init__(self, metadata: Metadata, shards: Iterable[Shard]):
-        self._metadata, self._shards = metadata, list(shards)
+    def __init__(self, boxes: dict[str, "_StoredBoxes"], shards: Iterable[Shard]):
+        self._boxes, self._shards = boxes, list(shards)
         self._data: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
@@ -165,10 +191,9 @@ class _LoadPlanner(LoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         items = []
         for shard in self._shards:
-            entry = self._metadata.state_dict_metadata.get(shard.key)
-            if entry is None:
+            if shard.key not in self._boxes:
                 raise DamagedCheckpoint(f"there is no tensor {shard.key}")
-            items += create_read_items_for_chunk_list(shard.key, entry, [shard.chunk])
+            items += create_read_items_for_chunk_list(shard.key, self._boxes[shard.key].near(shard), [shard.chunk])
             self._data[shard.place] = shard.data().detach()
         return LoadPlan(items)
 

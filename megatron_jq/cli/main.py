@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from megatron_jq import __version__
+from megatron_jq.cli.convert import run_convert
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate
 from megatron_jq.errors import PeerFailure, RunFailure, UserError
@@ -16,10 +17,12 @@ from megatron_jq.toml_files import did_you_mean
 
 USAGE = """\
 usage: megatron-jq train [--config FILE] [--name value ...]
+       megatron-jq convert hf-to-megatron | megatron-to-hf | reshard | inspect [--name value ...]
        megatron-jq --version
 
 commands:
-  train   train a policy with GARL, PAFT or a baseline; `megatron-jq train --help` lists the settings
+  train    train a policy with GARL, PAFT or a baseline; `megatron-jq train --help` lists the settings
+  convert  checkpoints from and to Hugging Face folders, cut for another layout, or described; `convert --help`
 """
 
 
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv:
-        raise UserError("a command must follow: train (megatron-jq --help)")
+        raise UserError("a command must follow: train, convert (megatron-jq --help)")
     command, *rest = argv
     if command in ("-h", "--help"):
         print(USAGE, end="")
@@ -52,8 +55,11 @@ def _run(argv: list[str]) -> int:
     if command == "--version":
         print(f"megatron-jq {__version__}")
         return 0
+    if command == "convert":
+        return run_convert(rest, _silence_known_warnings)
     if command != "train":
-        raise UserError(f"unknown command {command}; {did_you_mean(command, ['train'], 'there is: train')}")
+        hint = did_you_mean(command, ["train", "convert"], "there are: train, convert")
+        raise UserError(f"unknown command {command}; {hint}")
     config = parse_args(rest)
     # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.
     world_size = os.environ.get("WORLD_SIZE")

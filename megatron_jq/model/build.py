@@ -156,6 +156,8 @@ def layer_specs(
             spec.submodules.self_attention.submodules.k_layernorm = norm
     spec.submodules.self_attention.submodules.core_attention = PlannedAttention
     if config.num_moe_experts is not None:
+        # In checkpoints norms have their names in Transformer Engine's layers; before experts this one has its own.
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         spec.submodules.mlp.submodules.router = SequenceBalancedRouter
     layers = get_num_layers_to_build(config, virtual_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)

@@ -1,0 +1,261 @@
+"""F4: checkpoints from Hugging Face folders and back, tensor by tensor: memory holds one tensor at a time.
+
+Nothing appears under its name before it is whole and was checked; a conversion that fails or is killed leaves at most a
+folder named .NAME.partial, which the next one removes.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_jq.architecture import Architecture, RopeScaling, read_hugging_face_config
+from megatron_jq.checkpoint import folder as folders
+from megatron_jq.checkpoint.folder import TOKENIZER, DamagedCheckpoint, Manifest
+from megatron_jq.checkpoint.huggingface import (
+    CONFIG,
+    HuggingFaceReader,
+    Signature,
+    check_tensors,
+    new_folder,
+    num_bytes,
+    read_json,
+    refuse_existing,
+    write_weights,
+)
+from megatron_jq.checkpoint.slabs import Box, Cut, SlabReader, check_stored, main_weight, slab_axes
+from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
+from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, Slab, Span, hugging_face_tensors, rows_of_slabs
+from megatron_jq.model.hf_config import hugging_face_config
+
+#: Tensors of older files that are computed, not learnt.
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
+    """SAVE/iter_0000000 from a Hugging Face folder, in the folder's dtypes; returns it. UserError for bad input.
+
+    cut: the tensor-parallel size that the files are cut for; a job of any other reads them too.
+    """
+    reader = HuggingFaceReader(source)
+    architecture = read_hugging_face_config(source / CONFIG)
+    tensors = hugging_face_tensors(architecture)
+    kept = _without_duplicates(reader, architecture)
+    check_tensors(kept, {tensor.name: tensor.shape for tensor in tensors}, source)
+    parts, axes = rows_of_slabs(tensors), slab_axes(architecture)
+    shapes, dtypes = cut.shapes(architecture), _dtype_of_keys(parts, kept, source)
+    boxes = [box for key, shape in shapes.items() for box in cut.boxes(key, shape, axes[key])]
+    total = sum(num_bytes((box.slab_shape, dtypes[box.slab.key])) for box in boxes)
+    with new_checkpoint(save, 0) as partial, progress("to Megatron", total) as bar:
+
+        def shard(box: Box) -> Shard:
+            key, dtype = box.slab.key, dtypes[box.slab.key]
+
+            def data() -> torch.Tensor:
+                bar.update(num_bytes((box.slab_shape, dtype)))
+                return _assemble(reader, parts[box.slab], box, dtype).view(box.shape)
+
+            return Shard(key, shapes[key], box.offset, box.shape, dtype, data)
+
+        write_shards([shard(box) for box in boxes], partial)
+        folders.carry_tokenizer(source, partial)
+        shutil.copyfile(source / CONFIG, partial / TOKENIZER / CONFIG)
+        manifest = Manifest(
+            step=0,
+            architecture=asdict(architecture),
+            vocab_size=architecture.vocab_size,
+            bf16=kept["model.embed_tokens.weight"][1] == torch.bfloat16,
+            versions={name: version(name) for name in ("megatron-jq", "megatron-core", "torch", "safetensors")},
+            source={"kind": "huggingface", "folder": source.resolve().name},
+        )
+        return folders.commit(partial, manifest)
+
+
+def _without_duplicates(reader: HuggingFaceReader, architecture: Architecture) -> Signature:
+    """The folder's tensors but those that say nothing of their own: a tied output layer, RoPE's frequencies."""
+    kept = {name: entry for name, entry in reader.signature.items() if not _COMPUTED.fullmatch(name)}
+    if architecture.tie_embeddings and "lm_head.weight" in kept and "model.embed_tokens.weight" in kept:
+        rows = kept["model.embed_tokens.weight"][0][0]
+        same = kept.pop("lm_head.weight") == kept["model.embed_tokens.weight"]
+        for start in range(0, rows if same else 0, 8192):
+            block = start, min(start + 8192, rows)
+            if not torch.equal(reader.read("lm_head.weight", block), reader.read("model.embed_tokens.weight", block)):
+                same = False
+                break
+        if not same:
+            raise UserError(
+                f"{reader.folder}: {CONFIG} ties the embeddings, but lm_head.weight is not model.embed_tokens.weight; "
+                "set tie_word_embeddings to false there, or remove lm_head.weight"
+            )
+    return kept
+
+
+def _dtype_of_keys(
+    parts: dict[Slab, list[tuple[HuggingFaceTensor, Span]]], found: Signature, source: Path
+) -> dict[str, torch.dtype]:
+    dtypes: dict[str, torch.dtype] = {}
+    for slab, spans in parts.items():
+        for tensor, _ in spans:
+            dtype = found[tensor.name][1]
+            if dtypes.setdefault(slab.key, dtype) != dtype:
+                raise UserError(
+                    f"{source}: {tensor.name} has {dtype}, its counterparts in other tensors or layers "
+                    f"{dtypes[slab.key]}; save the folder in one dtype"
+                )
+    return dtypes
+
+
+def _assemble(
+    reader: HuggingFaceReader, parts: list[tuple[HuggingFaceTensor, Span]], box: Box, dtype: torch.dtype
+) -> torch.Tensor:
+    """One box of a slab, from the rows of the tensors that it is made of; zero where it is padding."""
+    out = torch.zeros(box.slab_shape, dtype=dtype)
+    for tensor, span in parts:
+        start, end = max(box.rows[0], span.at), min(box.rows[1], span.at + span.count)
+        if start < end:
+            shift = span.start - span.at
+            whole = box.columns is None or box.columns == (0, tensor.shape[1])
+            out[start - box.rows[0] : end - box.rows[0]] = reader.read(
+                tensor.name, (start + shift, end + shift), None if whole else box.columns
+            )
+    return out
+
+
+def megatron_to_hf(load: Path, target: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> Path:
+    """A Hugging Face folder from the newest whole checkpoint in (or at) `load`; returns the checkpoint. UserError else.
+
+    dtype: None leaves each tensor as it is stored. Float32 takes a bfloat16 run's float32 main weights where it left
+    them. What was written is read again and held against the family's names, shapes and dtypes before it appears.
+    """
+    refuse_existing(target, "--hf")  # before the checksums, which take a while
+    with whole_checkpoint(load) as (folder, manifest):
+        slabs, architecture = SlabReader(ShardReader(folder)), architecture_of(manifest)
+        check_stored(slabs, architecture, folder)
+        tensors = {tensor.name: tensor for tensor in hugging_face_tensors(architecture)}
+        keys = {key: _source_of(slabs, key, dtype) for key in slab_axes(architecture)}
+        signature: Signature = {
+            name: (tensor.shape, dtype or slabs.reader.tensors[keys[tensor.spans[0].slab.key]][1])
+            for name, tensor in tensors.items()
+        }
+        with (
+            new_folder(target, "--hf") as partial,
+            progress("to Hugging Face", sum(map(num_bytes, signature.values()))) as bar,
+        ):
+
+            def read(name: str) -> torch.Tensor:
+                bar.update(num_bytes(signature[name]))
+                return _gather(slabs, tensors[name], keys).to(signature[name][1])
+
+            write_weights(partial, signature, read, max_shard_bytes)
+            _write_small_files(folder / TOKENIZER, partial, architecture, signature["model.embed_tokens.weight"][1])
+            _check_written(partial, signature, architecture)
+    return folder
+
+
+def _source_of(slabs: SlabReader, key: str, dtype: torch.dtype | None) -> str:
+    """The stored tensor that a key of the table is read from."""
+    main = main_weight(key)
+    return main if dtype == torch.float32 and main in slabs.reader.tensors else key
+
+
+def _gather(slabs: SlabReader, tensor: HuggingFaceTensor, keys: dict[str, str]) -> torch.Tensor:
+    parts = []
+    for span in tensor.spans:
+        rows = tensor.shape[0] if span.slab.key in VOCABULARY else None
+        slab = slabs.read(Slab(keys[span.slab.key], span.slab.index), rows)
+        parts.append(slab[span.at : span.at + span.count])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _write_small_files(carried: Path, target: Path, architecture: Architecture, dtype: torch.dtype) -> None:
+    """Tokenizer and generation config as they came; config.json as it came where it still describes the weights."""
+    for path in sorted(carried.iterdir()) if carried.is_dir() else ():
+        if path.is_file() and path.name != CONFIG:
+            shutil.copyfile(path, target / path.name)
+    name, original = str(dtype).removeprefix("torch."), None
+    if (carried / CONFIG).is_file() and _is_understood(carried / CONFIG):
+        original = read_json(carried / CONFIG)
+        if (original.get("dtype") or original.get("torch_dtype")) == name and _says(carried / CONFIG, architecture):
+            shutil.copyfile(carried / CONFIG, target / CONFIG)
+            return
+    text = json.dumps(hugging_face_config(architecture, name, original), indent=2)
+    (target / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _is_understood(config: Path) -> bool:
+    """A tokenizer's folder may hold another family's config.json: the policy's own is then made anew."""
+    try:
+        read_hugging_face_config(config)
+    except UserError:
+        return False
+    return True
+
+
+def _says(config: Path, architecture: Architecture) -> bool:
+    """Whether a config.json describes this architecture, but for what is used in training alone."""
+    described = read_hugging_face_config(config)
+    training = {"init_method_std": architecture.init_method_std, "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff}
+    if architecture.num_experts is None:
+        names = ("moe_ffn_hidden_size", "moe_router_topk", "moe_norm_topk_prob")
+        training |= {name: getattr(architecture, name) for name in names}
+    return replace(described, **training) == architecture
+
+
+def _check_written(partial: Path, expected: Signature, architecture: Architecture) -> None:
+    found = HuggingFaceReader(partial)
+    check_tensors(found.signature, {name: shape for name, (shape, _) in expected.items()}, partial)
+    for name, (_, dtype) in expected.items():
+        assert found.signature[name][1] == dtype, f"{name} was written as {found.signature[name][1]}"
+    assert _says(partial / CONFIG, architecture), "config.json does not describe the weights"
+
+
+def architecture_of(manifest: Manifest) -> Architecture:
+    """The checkpoint's architecture with its vocabulary's true size."""
+    table = {**manifest.architecture, "vocab_size": manifest.vocab_size}
+    if table.get("rope_scaling") is not None:
+        table["rope_scaling"] = RopeScaling(**table["rope_scaling"])
+    return Architecture(**table)
+
+
+@contextmanager
+def whole_checkpoint(load: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The newest whole checkpoint in (or at) `load`, every checksum verified. UserError where reading it fails."""
+    try:
+        folder = folders.find(load, say=lambda text: tqdm.write(text))
+        yield folder, folders.read_manifest(folder)
+    except DamagedCheckpoint as fault:
+        raise UserError(f"--load {load}: {fault}") from fault
+
+
+@contextmanager
+def new_checkpoint(save: Path, step: int) -> Iterator[Path]:
+    """A folder to write a checkpoint into, removed when that fails; the block commits it. UserError where `save` holds
+    something already, or cannot be written.
+    """
+    refuse_existing(save, "--save", but=f".{folders.folder_name(step)}.partial")
+    ours = not save.exists()
+    try:
+        partial = folders.begin(save, step)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if ours and not any(save.iterdir()):
+                save.rmdir()
+    except OSError as fault:
+        raise UserError(f"--save {save} cannot be written: {fault.strerror or fault}") from fault
+    except RuntimeError as fault:  # of torch's writer
+        raise RunFailure(f"--save {save} was not written: {fault}") from fault
+
+
+def progress(what: str, total: int) -> tqdm:
+    """A bar over bytes, on a terminal."""
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False)
