@@ -61,6 +61,7 @@ class StepBench:
             temperature=r.temperature,
             top_p=r.top_p,
             sequence_multiple=t.pad_sequences_to_multiple_of,
+            share_prompts=t.share_prompts == "auto",
         )
         self.prompts = random_examples(load, r.prompts_per_step, self.unsampled_id, t.seed)
         self.meter = Meter(policies[0], runtime)

@@ -170,7 +170,7 @@ def _rollout(plan: Plan, stage: int) -> list[Message]:
 def _passes(plan: Plan, stage: int) -> list[Message]:
     counts, found = plan.micro_batches(plan.replica_rationales), []
     rows = [plan.row_tokens(count) for count in counts]
-    table = 3 * FLOAT64 * plan.rationales
+    table = FLOAT64 * (3 * plan.rationales + 2)
     for phase in ("score", "train"):
         found.append(Message(phase, "dp", "all-reduce", "table of log-likelihoods", 1, table, plan.dp))
         if phase == "score" and plan.scores_in_rollout:

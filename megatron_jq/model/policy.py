@@ -67,7 +67,8 @@ class Policy(GPTModel):
         if not (balances_experts(self.config) and torch.is_grad_enabled()):
             return None
         number_n1 = torch.arange(self._rows.head.num_sequences, device=self._rows.token_T.device)[:, None]
-        member_nT = self._rows.sequence_T[None] == number_n1
+        first_T, last_T = self._rows.owners_T2.unbind(dim=1)
+        member_nT = (first_T <= number_n1) & (number_n1 <= last_T)
         if self.config.sequence_parallel:
             tp = self.pg_collection.tp
             member_nT = member_nT.chunk(tp.size(), dim=1)[tp.rank()]

@@ -1,13 +1,18 @@
 """F3: sequences laid out as one packed row for the model, with positions, an attention plan and what the head returns.
 
+Sequences of one prompt can share it: the row then holds the prompt once, and their rationales and answers as branches
+behind it (docs/shared-prompts.md). Every position, target and table cell is what it is for the plain sequences.
+
 Axes: T tokens of the row (padding included), N head rows (positions whose next token is scored), n sequences.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
+from megatron_jq.model.tree_attention import Tree, TreeSegments
 from megatron_jq.records import Sequence
 
 RATIONALE, ANSWER = 0, 1  # columns of the head's [n, 2] table
@@ -45,10 +50,38 @@ class Rows:
     position_T: torch.Tensor
     attention: AttentionPlan
     head: ScoreHead | LogitsHead
-    sequence_T: torch.Tensor | None = None  # number of the sequence that a token belongs to; -1: padding
+    owners_T2: torch.Tensor | None = None  # first and last of the sequences that a token belongs to; last < first: none
 
     def __post_init__(self):
         assert self.token_T.shape == self.position_T.shape
+
+
+@dataclass
+class _Row:
+    """A row while it is laid out."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    owners: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, ids: tuple[int, ...], owners: tuple[int, int], *, multiple: int = 1, first_position: int = 0) -> int:
+        """Append ids, padded behind to a multiple of tokens, where causal attention never shows the padding to them.
+        Returns the tokens that were appended.
+        """
+        padding = -len(ids) % multiple
+        self.tokens.extend(ids)
+        self.tokens.extend([0] * padding)
+        self.positions.extend(range(first_position, first_position + len(ids) + padding))
+        self.owners.extend([owners] * len(ids) + [(0, -1)] * padding)
+        return len(ids) + padding
+
+
+def prompt_groups(sequences: list[Sequence], *, share_prompts: bool) -> list[list[int]]:
+    """Indices of neighbouring sequences that share their prompt; each by itself without share_prompts."""
+    numbers = range(len(sequences))
+    if not share_prompts:
+        return [[n] for n in numbers]
+    return [list(group) for _, group in itertools.groupby(numbers, key=lambda n: sequences[n].prompt_slot)]
 
 
 def pack_sequences(
@@ -62,6 +95,7 @@ def pack_sequences(
     tempered_answers: bool = False,
     row_multiple: int = 1,
     sequence_multiple: int = 1,
+    share_prompts: bool = False,
 ) -> Rows:
     """Lay sequences behind one another in the order given. An empty list gives a row of padding that scores nothing.
 
@@ -69,14 +103,12 @@ def pack_sequences(
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
     were sampled as the rationales were, so temperature and top_p hold for them too. row_multiple: the row's
     length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
-    sequence's.
+    sequence's, or branch's. share_prompts: neighbours with one prompt slot are laid out as a tree.
     """
-    tokens, positions, lengths, owners = [], [], [], []
+    row, before, start, attention = _lay_out(sequences, row_multiple, sequence_multiple, share_prompts, device)
     where, targets, cells = [], [], []
     for n, sequence in enumerate(sequences):
-        start = len(tokens)
         ids = (*sequence.prompt_ids, *sequence.rationale_ids, *sequence.answer_ids)
-        padded = -(-len(ids) // sequence_multiple) * sequence_multiple
         first_z = len(sequence.prompt_ids)
         first_y = first_z + len(sequence.rationale_ids)
         spans = [(first_y, len(ids), ANSWER)]
@@ -84,20 +116,13 @@ def pack_sequences(
             spans.insert(0, (first_z, first_z + sequence.num_sampled, RATIONALE))
         for begin, end, column in spans:
             assert begin > 0, "a scored token needs one before it: prompts are never empty"
-            where.extend(range(start + begin - 1, start + end - 1))
+            # The token before a branch's first one is the prompt's last, which lies elsewhere in the row.
+            places = [start[n] + i - first_z for i in range(begin - 1, end - 1)]
+            if begin == first_z and places:
+                places[0] = before[n]
+            where.extend(places)
             targets.extend(ids[begin:end])
             cells.extend([2 * n + column] * (end - begin))
-        tokens.extend(ids)
-        tokens.extend([0] * (padded - len(ids)))  # behind the sequence: causal attention never shows them to it
-        positions.extend(range(padded))
-        owners.extend([n] * len(ids) + [-1] * (padded - len(ids)))
-        lengths.append(padded)
-    tail = (-len(tokens) % row_multiple) if tokens else row_multiple
-    if tail:
-        tokens.extend([0] * tail)
-        positions.extend(range(tail))
-        owners.extend([-1] * tail)
-        lengths.append(tail)
 
     def ints(values):
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -112,7 +137,44 @@ def pack_sequences(
         _where_sampled(cell_N, top_p, tempered_answers),
         None if coefficients is None else -_doubles(coefficients, device).view(-1)[cell_N],
     )
-    return Rows(ints(tokens), ints(positions), CausalSegments(lengths, device), head, ints(owners))
+    return Rows(ints(row.tokens), ints(row.positions), attention, head, ints(row.owners).view(-1, 2))
+
+
+def _lay_out(
+    sequences: list[Sequence], row_multiple: int, sequence_multiple: int, share_prompts: bool, device: torch.device
+) -> tuple[_Row, list[int], list[int], AttentionPlan]:
+    """The row; where each sequence's last prompt token lies, and its first token behind the prompt; the plan."""
+    row, before, start = _Row(), [0] * len(sequences), [0] * len(sequences)
+    groups, lengths = prompt_groups(sequences, share_prompts=share_prompts), []
+    for group in groups:
+        whole = sequences[group[0]]
+        alone = len(group) == 1
+        ids = (*whole.prompt_ids, *whole.rationale_ids, *whole.answer_ids) if alone else whole.prompt_ids
+        for n in group:
+            before[n] = len(row.tokens) + len(whole.prompt_ids) - 1
+            start[n] = before[n] + 1
+        lengths.append(row.add(ids, (group[0], group[-1]), multiple=sequence_multiple if alone else 1))
+    branches = [
+        [_branch_tokens(sequences[n], sequence_multiple) for n in group] if len(group) > 1 else [] for group in groups
+    ]
+    total = len(row.tokens) + sum(map(sum, branches))
+    tail = (-total % row_multiple) if total else row_multiple
+    if tail:
+        lengths.append(row.add((0,) * tail, (0, -1)))
+    if not any(branches):
+        return row, before, start, CausalSegments(lengths, device)
+    for group, grown in zip(groups, branches, strict=True):
+        for n in group if grown else ():
+            s, start[n] = sequences[n], len(row.tokens)
+            ids = (*s.rationale_ids, *s.answer_ids)
+            row.add(ids, (n, n), multiple=sequence_multiple, first_position=len(s.prompt_ids))
+    trees = [Tree(*pair) for pair in itertools.zip_longest(lengths, map(tuple, branches), fillvalue=())]
+    return row, before, start, TreeSegments(trees, device)
+
+
+def _branch_tokens(sequence: Sequence, multiple: int) -> int:
+    tokens = len(sequence.rationale_ids) + len(sequence.answer_ids)
+    return -(-tokens // multiple) * multiple
 
 
 def _doubles(pairs: list[tuple[float, float]], device: torch.device) -> torch.Tensor:

@@ -3,6 +3,10 @@
 Sequences are plain token ids, so moving them between replicas costs four bytes a token.
 """
 
+import itertools
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
@@ -11,57 +15,125 @@ from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Sequence
 
 
-def cost(sequence: Sequence, hidden_size: int) -> float:
-    """Work of one sequence of length L relative to a token's matrix products: L + L² / (6·H).
+@dataclass(frozen=True)
+class Unit:
+    """What is moved and packed as one: the sequences of one prompt that share it in a row, or one sequence."""
 
-    A layer's products take about 24·H² operations a token (SwiGLU of width 3·H), its causal attention 2·L·H: a ratio of
-    L / (12·H), and twice that where the backward pass makes the scores again, as flash kernels do.
-    """
-    return len(sequence) + len(sequence) ** 2 / (6 * hidden_size)
+    sequences: tuple[Sequence, ...]  # in slot order
+    multiple: int = 1  # to which a sequence, or a branch, is padded
+
+    @property
+    def tokens(self) -> int:
+        """In a row."""
+        if len(self.sequences) == 1:
+            return self._padded(len(self.sequences[0]))
+        prompt = len(self.sequences[0].prompt_ids)
+        return prompt + sum(self._padded(len(s) - prompt) for s in self.sequences)
+
+    def cost(self, hidden_size: int) -> float:
+        """Work relative to a token's matrix products: tokens + pairs / (3·H), pairs of a query and a key.
+
+        A layer's products take about 24·H² operations a token (SwiGLU of width 3·H), its attention 4·H a pair: a ratio
+        of 1 / (6·H), and twice that where the backward pass makes the scores again, as flash kernels do.
+        """
+        if len(self.sequences) == 1:
+            return len(self.sequences[0]) + len(self.sequences[0]) ** 2 / (6 * hidden_size)
+        prompt = len(self.sequences[0].prompt_ids)
+        branches = [len(s) - prompt for s in self.sequences]
+        pairs = prompt**2 / 2 + prompt * sum(branches) + sum(n**2 for n in branches) / 2
+        return prompt + sum(branches) + pairs / (3 * hidden_size)
+
+    @property
+    def slot(self) -> tuple[int, int]:
+        return self.sequences[0].prompt_slot, self.sequences[0].rationale_slot
+
+    def _padded(self, length: int) -> int:
+        return -(-length // self.multiple) * self.multiple
+
+    def pieces(self, count: int) -> list["Unit"]:
+        """Cut into at most `count` units of even numbers of sequences, which repeat the prompt."""
+        size = -(-len(self.sequences) // max(count, 1))
+        parts = [self.sequences[i : i + size] for i in range(0, len(self.sequences), size)]
+        return [Unit(part, self.multiple) for part in parts]
 
 
-def balance(sequences: list[Sequence], hidden_size: int, runtime: Runtime) -> list[Sequence]:
+def units(sequences: list[Sequence], *, share_prompts: bool, multiple: int = 1) -> list[Unit]:
+    """Sequences in slot order as units."""
+    ordered = sorted(sequences, key=_slot)
+    if not share_prompts:
+        return [Unit((s,), multiple) for s in ordered]
+    return [Unit(tuple(group), multiple) for _, group in itertools.groupby(ordered, key=lambda s: s.prompt_slot)]
+
+
+def _slot(sequence: Sequence) -> tuple[int, int]:
+    return sequence.prompt_slot, sequence.rationale_slot
+
+
+def balance(
+    sequences: list[Sequence], hidden_size: int, runtime: Runtime, *, share_prompts: bool = False
+) -> list[Sequence]:
     """Share all replicas' sequences out anew, evenly by cost; returns this replica's part, in slot order.
 
-    Greedy, longest first to the least loaded replica: at most 4/3 of the best possible makespan (Graham 1969). Every
+    Greedy, longest first to the least loaded replica: at most 4/3 of the best possible makespan (Graham 1969) over what
+    is moved as one; a prompt's sequences are, unless they are more than a replica's fair share. Every
     rank computes the same shares. Cost: two all-gathers over the data-parallel group, of 4 bytes a token in all.
     """
     dp = runtime.groups.dp
     if dp.size() == 1:
         return sequences
-    everyones = [s for part in _all_gather(sequences, runtime) for s in part]
-    order = sorted(everyones, key=lambda s: (-cost(s, hidden_size), s.prompt_slot, s.rationale_slot))
+    whole = units([s for part in _all_gather(sequences, runtime) for s in part], share_prompts=share_prompts)
+    fair = sum(unit.cost(hidden_size) for unit in whole) / dp.size()
+    moved = [piece for unit in whole for piece in unit.pieces(math.ceil(unit.cost(hidden_size) / max(fair, 1.0)))]
     load, mine = [0.0] * dp.size(), []
-    for sequence in order:
+    for unit in sorted(moved, key=lambda u: (-u.cost(hidden_size), u.slot)):
         replica = min(range(dp.size()), key=load.__getitem__)
-        load[replica] += cost(sequence, hidden_size)
+        load[replica] += unit.cost(hidden_size)
         if replica == dp.rank():
-            mine.append(sequence)
-    return sorted(mine, key=lambda s: (s.prompt_slot, s.rationale_slot))
+            mine.extend(unit.sequences)
+    return sorted(mine, key=_slot)
 
 
 def micro_batches(
-    sequences: list[Sequence], *, micro_batch_size: int, max_tokens: int | None, sequence_multiple: int = 1
+    sequences: list[Sequence],
+    *,
+    micro_batch_size: int,
+    max_tokens: int | None,
+    sequence_multiple: int = 1,
+    share_prompts: bool = False,
 ) -> list[list[Sequence]]:
     """Cut a replica's sequences into micro-batches; never none: an idle replica gets an empty one.
 
     By count, micro_batch_size at a time, in the order given; or, with max_tokens, first-fit decreasing into rows of at
-    most that many tokens (at most 11/9 of the fewest possible, plus one). A sequence longer than max_tokens gets a row
-    of its own: the caller refuses such settings before work starts.
+    most that many tokens (at most 11/9 of the fewest possible, plus one). A prompt's sequences that are too many for a
+    row become several units that repeat the prompt. A sequence longer than max_tokens gets a row of its own: the caller
+    refuses such settings before work starts.
     """
     if max_tokens is None:
         return [sequences[i : i + micro_batch_size] for i in range(0, len(sequences), micro_batch_size)] or [[]]
     rows: list[list[Sequence]] = []
     room: list[int] = []
-    for sequence in sorted(sequences, key=lambda s: (-len(s), s.prompt_slot, s.rationale_slot)):
-        length = -(-len(sequence) // sequence_multiple) * sequence_multiple
-        row = next((i for i, free in enumerate(room) if free >= length), len(rows))
+    whole = units(sequences, share_prompts=share_prompts, multiple=sequence_multiple)
+    fitting = [piece for unit in whole for piece in _within(unit, max_tokens)]
+    for unit in sorted(fitting, key=lambda u: (-u.tokens, u.slot)):
+        row = next((i for i, free in enumerate(room) if free >= unit.tokens), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(max_tokens)
-        rows[row].append(sequence)
-        room[row] -= length
+        rows[row].extend(unit.sequences)
+        room[row] -= unit.tokens
     return rows or [[]]
+
+
+def _within(unit: Unit, max_tokens: int) -> list[Unit]:
+    """The unit as few units of at most max_tokens each; one sequence is never cut."""
+    found: list[Unit] = []
+    for sequence in unit.sequences:
+        longer = Unit((*found[-1].sequences, sequence), unit.multiple) if found else None
+        if longer is not None and longer.tokens <= max_tokens:
+            found[-1] = longer
+        else:
+            found.append(Unit((sequence,), unit.multiple))
+    return found
 
 
 def in_step_with_expert_peers(batches: list[list[Sequence]], runtime: Runtime) -> list[list[Sequence]]:

@@ -21,6 +21,7 @@ class Tables:
     valid_BM: torch.Tensor
     reward_BM: torch.Tensor | None
     coefficients: Coefficients
+    scored: Scores
     trained: Scores
 
     @property
@@ -64,6 +65,8 @@ def step_metrics(
         rationale_tokens_mean=tokens / max(count, 1),
         forced_fraction=forced / max(count, 1),
         tokens_trained=int(trained_tokens),
+        tokens_computed=tables.scored.tokens_computed + tables.trained.tokens_computed,
+        tokens_saved=tables.scored.tokens_saved + tables.trained.tokens_saved,
         seconds_rollout=seconds[0],
         seconds_score=seconds[1],
         seconds_train=seconds[2],

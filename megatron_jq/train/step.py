@@ -11,10 +11,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_jq.model.build import TrainingModel
 from megatron_jq.model.moe import balances_experts, begin_balancing, mean_balance
-from megatron_jq.model.rows import Rows, pack_sequences
+from megatron_jq.model.rows import Rows, pack_sequences, prompt_groups
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, Rollout, Sequence
-from megatron_jq.train.batching import balance, in_step_with_expert_peers, micro_batches
+from megatron_jq.train.batching import Unit, balance, in_step_with_expert_peers, micro_batches
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class BatchOptions:
     top_p: float = 1.0
     tempered_answers: bool = False  # the answers were sampled along with the rationales (GRPO, RLOO)
     sequence_multiple: int = 1
+    share_prompts: bool = True  # compute a prompt once for all its rationales in a micro-batch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Scores:
     log_rationale_BM: torch.Tensor
     log_answer_BM: torch.Tensor
     present_BM: torch.Tensor
+    tokens_computed: int = 0  # through the layers in this pass, padding included, over all replicas
+    tokens_saved: int = 0  # that would have come on top, had no prompt been shared
     expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P, where training balances experts
 
 
@@ -61,19 +64,19 @@ def score(
     the last stage's table goes to all stages, and replicas' parts are summed, before q enters.
     """
     if options.max_tokens is not None:
-        sequences = balance(sequences, model.config.hidden_size, runtime)
+        sequences = balance(sequences, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
     with torch.no_grad():
         return _run(model, sequences, shape, runtime, options, with_rationale=with_rationale, coefficients=None)
 
 
 def scores_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime: Runtime) -> Scores:
     """The engine's own ln w as the step's table: one all-reduce over replicas, no forward pass."""
-    whole = torch.zeros(*shape, 3, dtype=torch.float64, device=runtime.device)
+    flat, whole = _empty_table(shape, runtime)
     for r in rollouts:
         if r.valid:
             assert r.log_w is not None, "the engine was not given y*"
             whole[r.prompt_slot, r.rationale_slot, 1:] = torch.tensor([r.log_w, 1.0], dtype=torch.float64)
-    return _over_replicas(whole, runtime)
+    return _over_replicas(flat, whole, runtime)
 
 
 def train(
@@ -96,7 +99,7 @@ def train(
         count = torch.tensor(len(kept), device=runtime.device)
         begin_balancing(model, runtime.groups.sum_over_replicas(count).item())
     if options.max_tokens is not None:
-        kept = balance(kept, model.config.hidden_size, runtime)
+        kept = balance(kept, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
     shape = tuple(coefficients.answer_BM.shape)
     trained = _run(model, kept, shape, runtime, options, with_rationale=True, coefficients=coefficients)
     if balanced:
@@ -119,6 +122,7 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
         micro_batch_size=options.micro_batch_size,
         max_tokens=options.max_tokens,
         sequence_multiple=options.sequence_multiple,
+        share_prompts=options.share_prompts,
     )
     batches = in_step_with_expert_peers(batches, runtime)
     if len(model.chunks) > 1:  # the interleaved schedule works in rounds of as many micro-batches as there are stages
@@ -137,6 +141,7 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
             tempered_answers=options.tempered_answers,
             row_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
             sequence_multiple=options.sequence_multiple,
+            share_prompts=options.share_prompts,
         )
 
     def forward_step(iterator, stage_model):
@@ -164,23 +169,45 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
             micro_batch_size=1,
             forward_only=coefficients is None,
         )
-    return _complete(tables, [sequence for batch in batches for sequence in batch], shape, runtime)
+    row_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    tokens = [row_tokens(batch, options, row_multiple, share_prompts=options.share_prompts) for batch in batches]
+    unshared = [row_tokens(batch, options, row_multiple, share_prompts=False) for batch in batches]
+    counts = (sum(tokens), sum(unshared) - sum(tokens))
+    return _complete(tables, [sequence for batch in batches for sequence in batch], shape, counts, runtime)
 
 
-def _complete(tables: list[torch.Tensor], sequences: list[Sequence], shape, runtime: Runtime) -> Scores:
+def row_tokens(batch: list[Sequence], options: BatchOptions, row_multiple: int, *, share_prompts: bool) -> int:
+    """Tokens of a micro-batch's row, as pack_sequences lays it out."""
+    groups = prompt_groups(batch, share_prompts=share_prompts)
+    total = sum(Unit(tuple(batch[n] for n in group), options.sequence_multiple).tokens for group in groups)
+    return -(-total // row_multiple) * row_multiple or row_multiple
+
+
+def _complete(tables: list[torch.Tensor], sequences: list[Sequence], shape, counts, runtime: Runtime) -> Scores:
     """The whole [B, M] table on every rank: one broadcast over stages, one all-reduce over replicas."""
-    whole = torch.zeros(*shape, 3, dtype=torch.float64, device=runtime.device)  # ln p(z|x), ln p(y|x,z), is here
+    flat, whole = _empty_table(shape, runtime)
     if sequences and runtime.groups.is_last_stage:
         prompt = torch.tensor([s.prompt_slot for s in sequences], device=runtime.device)
         rationale = torch.tensor([s.rationale_slot for s in sequences], device=runtime.device)
         whole[prompt, rationale, :2] = torch.cat(tables).double()
         whole[prompt, rationale, 2] = 1.0
-    return _over_replicas(runtime.groups.from_last_stage(whole), runtime)
+    flat[-2:] = torch.tensor(counts, dtype=torch.float64)
+    runtime.groups.from_last_stage(flat)
+    return _over_replicas(flat, whole, runtime)
 
 
-def _over_replicas(whole: torch.Tensor, runtime: Runtime) -> Scores:
-    runtime.groups.sum_over_replicas(whole)
+def _empty_table(shape: tuple[int, int], runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ranks exchange in one message, and its view as the table [B, M, (ln p(z|x), ln p(y|x,z), is here)]. Behind
+    the table: tokens computed, tokens saved.
+    """
+    flat = torch.zeros(shape[0] * shape[1] * 3 + 2, dtype=torch.float64, device=runtime.device)
+    return flat, flat[:-2].view(*shape, 3)
+
+
+def _over_replicas(flat: torch.Tensor, whole: torch.Tensor, runtime: Runtime) -> Scores:
+    runtime.groups.sum_over_replicas(flat)
     present_BM = whole[..., 2] > 0
     assert not (whole[..., 2] > 1).any(), "a slot was scored by two replicas"
+    computed, saved = (int(count) for count in flat[-2:].tolist())
     whole = whole.masked_fill(~present_BM[..., None], float("nan"))
-    return Scores(whole[..., 0].cpu(), whole[..., 1].cpu(), present_BM.cpu())
+    return Scores(whole[..., 0].cpu(), whole[..., 1].cpu(), present_BM.cpu(), computed, saved)

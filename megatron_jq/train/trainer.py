@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron_jq.checkpoint.folder import TOKENIZER
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived, derive
+from megatron_jq.data.answers import rule_of
 from megatron_jq.data.sampler import PromptSampler
-from megatron_jq.evaluate import Evaluation, answer_matches, evaluate
+from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, answer_matches, evaluate
 from megatron_jq.model.build import BuildOptions, build_policies, kernels, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel import runtime as runtime_module
@@ -38,9 +39,6 @@ from megatron_jq.train.setup import (
     together,
 )
 from megatron_jq.train.stopping import StopRequest
-
-#: Evaluation draws from streams of its own, away from those of training steps.
-_EVALUATION_SEED_OFFSET = 1_000_003
 
 
 def run_training(config: Config) -> int:
@@ -105,6 +103,7 @@ class Trainer:
             temperature=r.temperature,
             top_p=r.top_p,
             sequence_multiple=c.pad_sequences_to_multiple_of,
+            share_prompts=c.share_prompts == "auto",
         )
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
         self.recorder: Recorder | None = None  # rank 0's, while it runs
@@ -129,7 +128,13 @@ class Trainer:
             for step in range(beginning.step, t.train_iters):
                 metrics = self.step(step)
                 if self.data.heldout and self._evaluation_due(step):
-                    metrics = replace(metrics, eval_exact_match=self.evaluate(step).exact_match)
+                    found = self.evaluate(step)
+                    metrics = replace(
+                        metrics,
+                        eval_exact_match=found.exact_match,
+                        eval_pass_at_k=found.pass_at_k,
+                        eval_maj_at_k=found.maj_at_k,
+                    )
                 if self.recorder is not None:
                     self.recorder.record(metrics)
                 self.phase.enter(step, "checkpoint")
@@ -175,7 +180,7 @@ class Trainer:
         if self._samples_due(step) and self.recorder is not None:
             self._show_sample(step, prompts, rollouts, log_w_BM)
         rewards = reward_BM if self.estimator.samples_answers else None
-        tables = Tables(log_w_BM, valid_BM, rewards, coefficients, trained)
+        tables = Tables(log_w_BM, valid_BM, rewards, coefficients, scores, trained)
         return step_metrics(
             step, q, self.estimator, tables, rollouts, sequences, self.runtime,
             log_w_mismatch=mismatch, grad_norm=grad_norm, lr=learning_rate(self.optimizer),
@@ -183,7 +188,7 @@ class Trainer:
         )  # fmt: skip
 
     def evaluate(self, step: int) -> Evaluation:
-        """Exact match on the held-out examples with the current weights."""
+        """Accuracy on the held-out examples with the current weights."""
         self.phase.enter(step, "evaluation")
         t = self.config.training
         options = replace(
@@ -191,10 +196,17 @@ class Trainer:
             answer_budget=self.data.answer_budget,
             temperature=t.eval_temperature,
             top_p=1.0,
-            seed=t.seed + _EVALUATION_SEED_OFFSET,
+            seed=t.seed + EVALUATION_SEED_OFFSET,
         )
+        judge = Judge(t.match, rule_of(t.normalise, self.config.data.data_format))
         return evaluate(
-            self.engine, list(self.data.heldout), self.data.tokenizer, self.runtime, options, num_samples=t.eval_samples
+            self.engine,
+            self.data.heldout,
+            self.data.tokenizer,
+            self.runtime,
+            options,
+            num_samples=t.eval_samples,
+            judge=judge,
         )
 
     def _score(

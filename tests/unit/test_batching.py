@@ -4,7 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_jq.records import Sequence
-from megatron_jq.train.batching import _decode, cost, micro_batches
+from megatron_jq.train.batching import Unit, _decode, micro_batches, units
+
+
+def branch(prompt: int, slot: int, length: int, prompt_tokens: int) -> Sequence:
+    return Sequence(prompt, slot, (1,) * prompt_tokens, (2,) * length, length, (3, 4))
 
 
 def sequence(slot: int, length: int) -> Sequence:
@@ -44,7 +48,7 @@ def test_a_sequence_above_the_budget_gets_a_row_of_its_own():
 
 
 def test_cost_grows_from_linear_to_quadratic():
-    short, long = cost(sequence(0, 7), 1000), cost(sequence(0, 59_997), 1000)
+    short, long = (Unit((sequence(0, length),)).cost(1000) for length in (7, 59_997))
     assert short == 10 + 100 / 6000
     assert long == 60_000 + 60_000**2 / 6000
 
@@ -56,3 +60,32 @@ def test_sequences_survive_the_exchange_between_replicas():
         ids = (s.prompt_ids, s.rationale_ids, s.answer_ids)
         numbers += [s.prompt_slot, s.rationale_slot, s.num_sampled, *map(len, ids), *ids[0], *ids[1], *ids[2]]
     assert _decode(numbers) == sequences
+
+
+prompts = st.lists(st.tuples(st.integers(1, 60), st.lists(st.integers(0, 20), min_size=1, max_size=8)), max_size=6)
+
+
+@given(prompts, st.integers(90, 200), st.sampled_from([1, 4]))
+def test_budgeted_rows_of_shared_prompts_hold_every_branch_once_within_the_budget(prompts, budget, multiple):
+    sequences = [
+        branch(b, m, length, prompt) for b, (prompt, lengths) in enumerate(prompts) for m, length in enumerate(lengths)
+    ]
+    rows = micro_batches(
+        sequences, micro_batch_size=1, max_tokens=budget, sequence_multiple=multiple, share_prompts=True
+    )
+    found = [(s.prompt_slot, s.rationale_slot) for row in rows for s in row]
+    assert sorted(found) == sorted((s.prompt_slot, s.rationale_slot) for s in sequences)
+    for row in rows:
+        assert sum(unit.tokens for unit in units(row, share_prompts=True, multiple=multiple)) <= budget
+        slots = [s.prompt_slot for s in row]
+        assert [a for a, b in zip(slots, slots[1:], strict=False) if a != b].count(slots[0] if slots else 0) <= 1
+    alone = micro_batches(sequences, micro_batch_size=1, max_tokens=budget, sequence_multiple=multiple)
+    assert len(rows) <= len(alone)
+
+
+def test_a_shared_prompt_costs_its_tokens_once_and_its_branches_keys_each_time():
+    shared = Unit(tuple(branch(0, m, 8, 100) for m in range(4)))
+    assert shared.tokens == 100 + 4 * 10
+    assert shared.cost(1000) == 140 + (100**2 / 2 + 100 * 40 + 4 * 10**2 / 2) / 3000
+    assert [len(piece.sequences) for piece in shared.pieces(3)] == [2, 2]
+    assert Unit((branch(0, 0, 8, 100),)).tokens == 110
