@@ -90,8 +90,12 @@ def _gradients(runtime, layout: Layout, dtype: torch.dtype):
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def alone(request):
-    """(dtype, results of one process in that dtype); float32 layouts are held against float64 all the same."""
-    [result] = run_ranks(_gradients, Layout(), torch.float64)
+    """(dtype, results of one process in float64 that computes every sequence with a prompt of its own).
+
+    All layouts share prompts.
+    """
+    unshared = Layout(batch=BatchOptions(micro_batch_size=2, share_prompts=False))
+    [result] = run_ranks(_gradients, unshared, torch.float64)
     return request.param, result
 
 

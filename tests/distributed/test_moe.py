@@ -196,7 +196,7 @@ def _exact(runtime, settings, options):
 
 @pytest.fixture(scope="module")
 def exact_alone():
-    return run_ranks(_exact, {}, BatchOptions(9))[0]
+    return run_ranks(_exact, {}, BatchOptions(9, share_prompts=False))[0]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
