@@ -81,7 +81,7 @@ def prompt_groups(sequences: list[Sequence], *, share_prompts: bool) -> list[lis
     numbers = range(len(sequences))
     if not share_prompts:
         return [[n] for n in numbers]
-    return [list(group) for _, group in itertools.groupby(numbers, key=lambda n: sequences[n].prompt_slot)]
+    return [list(group) for _, group in itertools.groupby(numbers, key=lambda n: sequences[n].prompt)]
 
 
 def pack_sequences(
@@ -103,7 +103,7 @@ def pack_sequences(
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
     were sampled as the rationales were, so temperature and top_p hold for them too. row_multiple: the row's
     length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
-    sequence's, or branch's. share_prompts: neighbours with one prompt slot are laid out as a tree.
+    sequence's, or branch's. share_prompts: neighbours with one prompt are laid out as a tree.
     """
     row, before, start, attention = _lay_out(sequences, row_multiple, sequence_multiple, share_prompts, device)
     where, targets, cells = [], [], []

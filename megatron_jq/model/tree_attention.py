@@ -92,7 +92,7 @@ class TreeSegments(AttentionPlan):
         trunk, branch = 0, self.trunk_tokens
         for tree in trees:
             grown = sum(tree.branches)
-            if grown:
+            if grown and tree.trunk:  # the kernels divide by the number of keys
                 self.dense.append((slice(branch, branch + grown), slice(trunk, trunk + tree.trunk)))
             trunk, branch = trunk + tree.trunk, branch + grown
 

@@ -67,6 +67,20 @@ def maxrl_coefficients(
     return advantage_BM, advantage_BM.clone()
 
 
+def star_coefficients(
+    reward_BM: torch.Tensor, valid_BM: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """STaR: imitate accepted samples alone, r_m / mean r (Zelikman et al. 2022, arXiv:2203.14465), binary rewards.
+
+    Each prompt that succeeds has weight 1, shared by its accepted samples: PAFT at q = 1 with binary w, averaged over its
+    draws. Prompts without success get zeros.
+    """
+    reward_BM, valid_BM, count_B1 = _masked_rewards(reward_BM, valid_BM)
+    mean_B1 = reward_BM.sum(dim=1, keepdim=True) / count_B1.clamp(min=1.0)
+    accepted_BM = torch.where(mean_B1 != 0, reward_BM / mean_B1, 0.0)
+    return accepted_BM, accepted_BM.clone()
+
+
 def sft_coefficients(valid_BM: torch.Tensor, *, rationale_given: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """SFT: answer 1 for the given answer; rationale 1 where z is annotated, 0 where the policy sampled it.
 

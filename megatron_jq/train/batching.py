@@ -62,7 +62,7 @@ def units(sequences: list[Sequence], *, share_prompts: bool, multiple: int = 1) 
     ordered = sorted(sequences, key=_slot)
     if not share_prompts:
         return [Unit((s,), multiple) for s in ordered]
-    return [Unit(tuple(group), multiple) for _, group in itertools.groupby(ordered, key=lambda s: s.prompt_slot)]
+    return [Unit(tuple(group), multiple) for _, group in itertools.groupby(ordered, key=lambda s: s.prompt)]
 
 
 def _slot(sequence: Sequence) -> tuple[int, int]:

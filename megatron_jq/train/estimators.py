@@ -5,13 +5,23 @@ from dataclasses import dataclass
 import torch
 
 from megatron_jq.config_validate import LEAVE_ONE_OUT, SAMPLES_ANSWERS
-from megatron_jq.objective.baselines import grpo_coefficients, maxrl_coefficients, rloo_coefficients
+from megatron_jq.objective.baselines import (
+    grpo_coefficients,
+    maxrl_coefficients,
+    rloo_coefficients,
+    star_coefficients,
+)
 from megatron_jq.objective.garl import effective_reward_max, garl_coefficients
 from megatron_jq.objective.paft import paft_coefficients
 from megatron_jq.objective.tsallis import prompt_mean_scale
 from megatron_jq.records import Coefficients
 
-_BASELINES = {"grpo": grpo_coefficients, "rloo": rloo_coefficients, "maxrl": maxrl_coefficients}
+_BASELINES = {
+    "grpo": grpo_coefficients,
+    "rloo": rloo_coefficients,
+    "maxrl": maxrl_coefficients,
+    "star": star_coefficients,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Estimator:
 
     @property
     def samples_answers(self) -> bool:
-        """Whether the trained answer is a sampled one with a reward (GRPO, RLOO, MaxRL) rather than the gold one."""
+        """Whether the trained answer is a sampled one with a reward (GRPO, RLOO, MaxRL, STaR) rather than the gold one."""
         return self.name in SAMPLES_ANSWERS
 
     @property
@@ -43,7 +53,7 @@ class Estimator:
         """Constants divided by B and M_b (or K), a pure function of its arguments, so alike on every rank.
 
         log_w_BM: ln p(y*|x,z), [B, M], nats, the whole step's table. reward_BM: 1 where the sampled answer matches;
-        read by GRPO, RLOO and MaxRL alone. PAFT draws from a generator seeded by (seed, step).
+        read by GRPO, RLOO, MaxRL and STaR alone. PAFT draws from a generator seeded by (seed, step).
         """
         resamples = self.num_resamples if self.name == "paft" else None
         scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]

@@ -8,12 +8,12 @@ import typing
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_jq.architecture import PRESETS, architecture_to_toml
 from megatron_jq.cli.main import main
-from megatron_jq.config import SETTINGS, Config, load_toml, parse_args, to_argv, to_toml
+from megatron_jq.config import ALIASES, SETTINGS, Config, load_toml, parse_args, to_argv, to_toml
 from megatron_jq.config_validate import AT_LEAST, derive, validate
 from megatron_jq.errors import UserError
 
@@ -82,7 +82,9 @@ def configs(draw) -> Config:
     for group in dataclasses.fields(Config):
         changed = draw(st.sets(st.sampled_from([f.name for f in dataclasses.fields(group.type)])))
         groups[group.name] = group.type(**{name: draw(_values(SETTINGS[name][1])) for name in sorted(changed)})
-    return Config(**groups)
+    config = Config(**groups)
+    assume(config.objective.estimator not in ALIASES)
+    return config
 
 
 @given(configs())
@@ -204,6 +206,8 @@ TP2 = "--tensor-model-parallel-size 2"
         ("--optimizer sgd --use-distributed-optimizer", 1, "--use-distributed-optimizer is Megatron-core's for"),
         ("--finetune", 1, "--finetune needs --load"),
         ("--keep-best p_mean", 1, "--keep-best needs --keep-last"),
+        ("--keep-best eval_maj_at_k --keep-last 1 --save-interval 4", 1, "--keep-best eval_maj_at_k is known after"),
+        ("--keep-best eval_pass_at_k --keep-last 1 --save-interval 4 --eval-interval 3", 1, "a multiple of it"),
         ("--keep-last 0", 1, "--keep-last must be at least 1"),
         ("--rationale-budget 0", 1, "--rationale-budget must be at least 1"),
         ("--answer-budget 0", 1, "--answer-budget must be at least 1"),
@@ -334,3 +338,10 @@ def test_the_command_line_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
     assert "--q must lie between 0 and 1" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "estimator", "q"), [(n, *pair) for n, pair in ALIASES.items()])
+def test_a_published_name_is_an_estimator_at_a_q(name, estimator, q):
+    assert parse_args(["--estimator", name]) == parse_args(["--estimator", estimator, "--q", str(q)])
+    with pytest.raises(UserError, match=f"--estimator {name} is {estimator} at q = {q:g}"):
+        parse_args(["--estimator", name, "--q", "0.5"])

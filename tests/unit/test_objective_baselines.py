@@ -12,7 +12,10 @@ from megatron_jq.objective.baselines import (
     maxrl_coefficients,
     rloo_coefficients,
     sft_coefficients,
+    star_coefficients,
 )
+from megatron_jq.objective.garl import garl_coefficients
+from megatron_jq.objective.paft import paft_coefficients
 
 ESTIMATORS = (rloo_coefficients, grpo_coefficients, maxrl_coefficients)
 
@@ -110,3 +113,49 @@ def test_sft_weighs_the_given_answer_and_a_rationale_only_where_it_is_annotated(
     assert torch.equal(answer, valid.double()) and torch.equal(rationale, torch.zeros(2, 2, dtype=torch.float64))
     rationale, answer = sft_coefficients(valid, rationale_given=True)
     assert torch.equal(answer, valid.double()) and torch.equal(rationale, valid.double())
+
+
+BINARY = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0], [0.0] * 5])
+
+
+def test_star_imitates_accepted_samples_with_weight_one_a_prompt():
+    got = both_equal(star_coefficients(BINARY))
+    assert got.tolist() == [[2.5, 0, 0, 2.5, 0], [0, 0, 5, 0, 0], [0] * 5]
+    masked = both_equal(star_coefficients(BINARY, torch.tensor([[True, True, True, False, True]] * 3)))
+    assert masked[0].tolist() == [4.0, 0, 0, 0, 0] and masked[2].tolist() == [0] * 5
+
+
+def test_star_is_the_mean_of_paft_at_q_one_with_binary_weights():
+    draws, resamples = 400, 50
+    generator = torch.Generator().manual_seed(2)
+    log_w = BINARY[:2].log()
+    mean = (
+        sum(paft_coefficients(log_w, 1.0, resamples, generator=generator, normalize=False) for _ in range(draws))
+        / draws
+    )
+    # PAFT's sums are divided by K, STaR's by M_b
+    torch.testing.assert_close(mean / resamples, star_coefficients(BINARY[:2])[0] / 5, rtol=0.02, atol=1e-12)
+
+
+def test_maxrl_is_garl_at_q_one_with_binary_weights():
+    rationale, _ = garl_coefficients(BINARY[:2].log(), 1.0, normalize=False)
+    torch.testing.assert_close(rationale, both_equal(maxrl_coefficients(BINARY[:2])))
+
+
+def test_verifree_is_garl_at_q_zero():
+    """w_m - mean of the others' w for the rationale, w_m for the answer (arXiv:2505.21493, eq. 6)."""
+    weight = torch.tensor([[0.5, 0.125, 0.25, 0.0625]], dtype=torch.float64)
+    rationale, answer = garl_coefficients(weight.log(), 0.0)
+    others = [[statistics.fmean(row[:m] + row[m + 1 :]) for m in range(4)] for row in weight.tolist()]
+    torch.testing.assert_close(rationale, weight - torch.tensor(others, dtype=torch.float64))
+    torch.testing.assert_close(answer, weight)
+
+
+def test_iwae_is_garl_at_q_one():
+    """Normalised weights for both log-likelihoods (Burda et al. 2015, eq. 14), M_b times as the loss divides by M_b,
+    and 1 less for the rationale: the leave-one-out baseline.
+    """
+    log_w = torch.tensor([[-3.0, -700.0, -2.0, -2.5]], dtype=torch.float64)
+    rationale, answer = garl_coefficients(log_w, 1.0, normalize=False)
+    torch.testing.assert_close(answer, 4 * torch.softmax(log_w, dim=1))
+    torch.testing.assert_close(rationale, 4 * torch.softmax(log_w, dim=1) - 1)

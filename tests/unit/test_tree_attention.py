@@ -16,6 +16,7 @@ TREES = {
     "several, ragged": [Tree(7, (3, 5, 1)), Tree(1, (2,)), Tree(12, (1, 9, 8, 2)), Tree(5)],
     "no branches": [Tree(6), Tree(6), Tree(2)],
     "empty branches": [Tree(4, (0, 3, 0)), Tree(3, (0,))],
+    "empty trunk": [Tree(0, (2, 3)), Tree(4, (1, 1))],
     "sixteen": [Tree(20, tuple(range(1, 17)))],
 }
 
