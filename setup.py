@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_jq", "megatron_jq.*"]),
+    package_data={"megatron_jq.data": ["templates/*.toml"]},
     python_requires=">=3.10",
     install_requires=[
         "megatron-core>=0.16,<0.17",
@@ -28,6 +29,7 @@ setup(
         "tqdm",  # the progress bar; Megatron-core imports it too, without requiring it
         "tensorboard",
         "matplotlib>=3.8",
+        "jinja2>=3.1",  # chat templates; torch requires it too
         "psutil",  # Megatron-core's dist_checkpointing, which does not require it
         'tomli>=2; python_version < "3.11"',
     ],
@@ -35,6 +37,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["safetensors>=0.4", "tokenizers", "transformers"],
+        "datasets": ["datasets>=4"],  # --train-data hub:NAME; before 4 it could run a data set's own code
         "nemo": ["nemo-run", "leptonai==0.27.3"],  # nemo-run imports leptonai; later ones lack what it imports
         "test": ["hypothesis>=6.100", "mpmath", "pytest>=8", "safetensors", "tokenizers", "transformers>=5,<6"],
     },

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from megatron_jq.errors import UserError
-from megatron_jq.toml_files import did_you_mean, format_table, read_toml
+from megatron_jq.toml_files import did_you_mean, format_table, read_toml, tomllib
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class ParallelConfig:
 class ObjectiveConfig:
     """The loss l_q = (1 - P^(1-q)) / (1-q) and how its gradient is estimated."""
 
-    estimator: Literal["garl", "paft", "grpo", "rloo", "maxrl"] = "garl"  # grpo, rloo, maxrl: baselines on exact match
+    # grpo, rloo, maxrl, star: baselines on exact match. The last four are names of garl or paft at a q: ALIASES
+    estimator: Literal["garl", "paft", "grpo", "rloo", "maxrl", "star", "rb-rloo", "verifree", "iwae", "trice"] = "garl"
     q: float = 0.75  # commitment: 0 is RL on expected success, 1 is log marginal likelihood (GARL, PAFT)
     q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
     q_final: float | None = None  # q at the schedule's end
@@ -100,11 +101,17 @@ class RolloutConfig:
 class DataConfig:
     """Prompts and gold answers, and their tokens."""
 
-    train_data: str = "builtin:recall"  # builtin:KIND, or a JSON-lines file
+    train_data: str = "builtin:recall"  # builtin:KIND, a file of JSON records, a prepared folder, or hub:NAME
     eval_data: str | None = None  # the same, held out
-    data_format: Literal["auto", "jsonl", "gsm8k"] = "auto"  # auto: GSM8K where the fields are its own
+    data_format: Literal["auto", "jsonl", "gsm8k", "finqa", "hotpotqa", "musique"] = "auto"  # auto: by the fields
     prompt_field: str = "prompt"  # of a JSON-lines file
-    answer_field: str = "answer"  # of a JSON-lines file
+    answer_field: str = "answer"  # of a JSON-lines file; a list is the gold answer and others that count as right
+    id_field: str | None = None  # of a JSON-lines file: refuse records whose value stood there before
+    finqa_answer: Literal["exe_ans", "answer"] = "exe_ans"  # FinQA's gold: the program's result, or as annotated
+    bad_records: Literal["error", "drop"] = "error"  # records without answer, of another form, …: refuse or leave out
+    prompt_style: Literal["plain", "cold", "warm"] = "plain"  # cold: the input alone; warm: task, format, chat template
+    prompt_template: str | None = None  # TOML file with the words of cold and warm; None: the data set's own
+    show_example: int | None = None  # print training example N (from 0) as the model sees it, and end
     train_examples: int = 1024  # examples that a builtin task makes for training
     eval_examples: int = 64  # held-out examples to evaluate on
     max_prompt_tokens: int | None = None  # longer prompts are overlong; None: what the context leaves
@@ -139,6 +146,7 @@ class TrainingConfig:
     train_iters: int = 100  # optimizer steps
     micro_batch_size: int = 16  # sequences a forward-backward pass
     max_tokens_per_micro_batch: int | None = None  # bound its tokens instead; replicas then share sequences by cost
+    share_prompts: Literal["auto", "off"] = "auto"  # compute a prompt once for all its rationales in a micro-batch
     pad_sequences_to_multiple_of: int = 1  # pad a micro-batch's length up to a multiple
     seed: int = 1234  # of weights, data order and sampling
     run_dir: str = "runs/default"  # metrics, checkpoints, tokenizer; must not hold another run (see resume)
@@ -146,7 +154,9 @@ class TrainingConfig:
     sample_interval: int = 10  # steps between printed samples; 0: never
     eval_interval: int = 0  # steps between evaluations; 0: only at the end, where there is evaluation data
     eval_temperature: float = 0.0  # 0: greedy
-    eval_samples: int = 1  # samples a held-out prompt
+    eval_samples: int = 1  # samples a held-out prompt; `evaluate`: 16
+    match: Literal["exact", "substring"] = "exact"  # evaluated answers are right if equal to, or if they hold, the gold
+    normalise: Literal["auto", "none", "text", "squad", "number"] = "auto"  # rule for both texts; auto: data-format's
     tensorboard: bool = True  # also write TensorBoard events
 
 
@@ -159,7 +169,9 @@ class CheckpointConfig:
     async_save: bool = False  # write while training goes on, from a copy in host memory
     keep_last: int | None = None  # newest checkpoints to keep; None: all
     # with keep-last: the checkpoint with the highest value of this metric stays too
-    keep_best: Literal["eval_exact_match", "log_p_mean", "p_mean", "reward_mean"] | None = None
+    keep_best: (
+        Literal["eval_exact_match", "eval_pass_at_k", "eval_maj_at_k", "log_p_mean", "p_mean", "reward_mean"] | None
+    ) = None
     resume: bool = False  # go on with run-dir's newest whole checkpoint; where it has none, begin (from load)
     load: str | None = None  # begin from another run's (or a converted) checkpoint: its folder, or one iter_NNNNNNN
     finetune: bool = False  # of load: take the weights alone, and count steps from 0
@@ -187,12 +199,31 @@ class Config:
 SETTINGS: dict[str, tuple[str, Any]] = {f.name: (g.name, f.type) for g in fields(Config) for f in fields(g.type)}
 
 
-def parse_args(argv: list[str], prog: str = "megatron-jq train") -> Config:
-    """Flags (and the file that `--config` names) → Config. UserError names the flag or key at fault and the fix."""
+#: Published methods that are GARL or PAFT at one q (PAPER.md's poles): --estimator's name → (estimator, q).
+ALIASES = {"rb-rloo": ("garl", 0.0), "verifree": ("garl", 0.0), "iwae": ("garl", 1.0), "trice": ("paft", 1.0)}
+
+
+def without_aliases(config: Config) -> Config:
+    """The same run by the names that the code knows. UserError where another q, or a schedule, was asked for."""
+    o = config.objective
+    if o.estimator not in ALIASES:
+        return config
+    estimator, q = ALIASES[o.estimator]
+    if o.q not in (q, ObjectiveConfig().q) or o.q_schedule != "constant":
+        raise UserError(
+            f"--estimator {o.estimator} is {estimator} at q = {q:g}; for another q give --estimator {estimator}"
+        )
+    return replace(config, objective=replace(o, estimator=estimator, q=q))
+
+
+def parse_args(argv: list[str], prog: str = "megatron-jq train", base: Config = Config()) -> Config:  # noqa: B008 (frozen)
+    """Flags (and the file that `--config` names) on top of `base` → Config. UserError names the flag or key at fault
+    and the fix.
+    """
     config_file, flags = _tokenise(argv)
-    base = Config() if config_file is None else load_toml(config_file)
+    base = base if config_file is None else load_toml(config_file, base)
     try:
-        return _run_tyro(flags, base, prog)
+        return without_aliases(_run_tyro(flags, base, prog))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help was printed
             raise
@@ -248,10 +279,22 @@ def _tokenise(argv: list[str]) -> tuple[str | None, list[str]]:
     return config_file, flags
 
 
-def load_toml(path: str | Path) -> Config:
-    """The defaults with a TOML file's keys on top. UserError for unknown or misplaced keys and for wrong types."""
+def load_toml(path: str | Path, base: Config = Config()) -> Config:  # noqa: B008 (frozen)
+    """`base` with a TOML file's keys on top. UserError for unknown or misplaced keys and for wrong types."""
+    return _with_tables(base, read_toml(path), path)
+
+
+def settings_of_text(text: str, path: str | Path) -> Config:
+    """The defaults with the keys of a TOML text (to_toml's) on top; path: where it was found. UserError as above."""
+    try:
+        return _with_tables(Config(), tomllib.loads(text), path)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} are not valid TOML: {error}") from error
+
+
+def _with_tables(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
     groups: dict[str, dict[str, Any]] = {g.name: {} for g in fields(Config)}
-    for key, value in read_toml(path).items():
+    for key, value in tables.items():
         table = value if isinstance(value, dict) else {key: value}
         if isinstance(value, dict) and key not in groups:
             raise UserError(f"{path}: unknown table [{key}]; {did_you_mean(key, groups, f'valid: {list(groups)}')}")
@@ -265,7 +308,6 @@ def load_toml(path: str | Path) -> Config:
             if name in groups[group]:
                 raise UserError(f"{path}: {name} is given twice")
             groups[group][name] = _typed(setting, kind, f"{path}: {name}")
-    base = Config()
     return replace(base, **{name: replace(getattr(base, name), **values) for name, values in groups.items()})
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from megatron_jq.architecture import Architecture, architecture_problems, load_architecture, with_overrides
@@ -12,7 +13,7 @@ from megatron_jq.errors import UserError
 # Estimators that need another rationale of the same prompt, for a baseline or a group mean
 LEAVE_ONE_OUT = ("garl", "grpo", "rloo", "maxrl")
 # Estimators whose reward is the exact match of an answer that was sampled; GARL and PAFT score y* itself
-SAMPLES_ANSWERS = ("grpo", "rloo", "maxrl")
+SAMPLES_ANSWERS = ("grpo", "rloo", "maxrl", "star")
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ def derive(config: Config, world_size: int) -> Derived:
     )
 
 
-def validate(config: Config, world_size: int | None) -> None:
+def validate(config: Config, world_size: int | None, architecture: Architecture | None = None) -> None:
     """Raise one UserError that lists every problem, a line each, with the flag and the fix.
 
-    world_size None: not known yet; only then the checks that need it are left out.
+    world_size None: not known yet; only then the checks that need it are left out. architecture None: the settings'.
     """
-    architecture = resolve_architecture(config)
+    architecture = architecture or resolve_architecture(config)
     problems = [
         *_range_problems(config),
         *_objective_problems(config),
@@ -103,7 +104,7 @@ AT_LEAST = {
     0: (
         "q", "q_final", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "sgd_momentum",
         "clip_grad", "sample_interval", "eval_interval", "score_check_interval", "save_interval",
-        "score_mismatch_alarm", "eval_temperature", "seed",
+        "score_mismatch_alarm", "eval_temperature", "seed", "show_example",
     ),
 }  # fmt: skip
 AT_MOST_ONE = ("q", "q_final", "top_p")
@@ -132,6 +133,8 @@ def _range_problems(config: Config) -> list[str]:
         "train_data",
         "prompt_field",
         "answer_field",
+        "id_field",
+        "prompt_template",
         "run_dir",
         "eval_data",
         "tokenizer_model",
@@ -167,6 +170,12 @@ def _checkpoint_problems(config: Config) -> list[str]:
         problems.append("--finetune needs --load: the checkpoint whose weights to begin from")
     if c.keep_best is not None and c.keep_last is None:
         problems.append("--keep-best needs --keep-last: without it every checkpoint stays")
+    every, evaluated = c.save_interval, config.training.eval_interval
+    if (c.keep_best or "").startswith("eval_") and every > 0 and (evaluated == 0 or every % evaluated):
+        problems.append(
+            f"--keep-best {c.keep_best} is known after evaluations alone: give --eval-interval, and a --save-interval "
+            f"({every}) that is a multiple of it"
+        )
     return problems
 
 
@@ -294,6 +303,8 @@ def _schedule_problems(config: Config) -> list[str]:
         problems.append(f"--lr-warmup-iters ({o.lr_warmup_iters}) must be below --lr-decay-iters ({decay_iters})")
     if t.eval_samples > 1 and t.eval_temperature == 0:
         problems.append("--eval-samples above 1 needs --eval-temperature above 0: greedy samples are all the same")
-    if t.eval_interval > 0 and config.data.eval_data is None and not config.data.train_data.startswith("builtin:"):
+    source = config.data.train_data
+    brings_its_own = source.startswith("builtin:") or (Path(source) / "validation.jsonl").is_file()  # a prepared set
+    if t.eval_interval > 0 and config.data.eval_data is None and not brings_its_own:
         problems.append("--eval-interval needs --eval-data")
     return problems

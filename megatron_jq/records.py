@@ -14,7 +14,8 @@ class Example:
     """One supervised pair (x, y*) as token ids.
 
     prompt_ids end where the rationale begins; answer_ids hold y* tokenised on its own, its terminator included,
-    because a string's probability needs its end (PAPER.md, consequence 2).
+    because a string's probability needs its end (PAPER.md, consequence 2). aliases: texts that count as right beside
+    answer_text when a sampled answer is judged; P is that of answer_ids alone.
     """
 
     index: int  # row in its data set, 0-based
@@ -22,6 +23,7 @@ class Example:
     answer_text: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.rationale_ids) + len(self.answer_ids)
 
+    @property
+    def prompt(self) -> tuple[int, tuple[int, ...]]:
+        """Equal for sequences that can share their prompt's pass."""
+        return self.prompt_slot, self.prompt_ids
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -97,8 +104,12 @@ class StepMetrics:
     seconds_score: float
     seconds_train: float
     peak_memory_bytes: int
+    tokens_computed: int = 0  # through the layers in scoring and training, padding included
+    tokens_saved: int = 0  # that shared prompts took away from them
     log_prob_mismatch_max: float | None = None  # max |ln p(z|x) rollout - trainer|, nats per sequence
     log_w_mismatch_max: float | None = None  # max |ln w rollout - trainer| in nats, on steps that compare them
     reward_mean: float | None = None  # exact-match rate of sampled answers, where the estimator samples them
     expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P; 1 where experts are used evenly
-    eval_exact_match: float | None = None
+    eval_exact_match: float | None = None  # share of held-out samples that are the gold answer as it is
+    eval_pass_at_k: float | None = None  # --match, --normalise: held-out prompts that one of --eval-samples solved
+    eval_maj_at_k: float | None = None  # and prompts whose majority vote over them is right (the paper's m@16)

@@ -33,7 +33,8 @@ def attended(plan, tokens: int) -> torch.Tensor:
     """[T, T] bool: whether query i's output depends on value j."""
     torch.manual_seed(0)
     q, k = torch.randn(2, tokens, 1, tokens)
-    weight = plan.attend(1, q, k, torch.eye(tokens)[:, None], tokens**-0.5)  # values are unit vectors: outputs are weights
+    units = torch.eye(tokens)[:, None]  # as values they make outputs of the weights
+    weight = plan.attend(1, q, k, units, tokens**-0.5)
     return weight[:, 0] > 0
 
 

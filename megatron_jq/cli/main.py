@@ -10,6 +10,7 @@ import warnings
 
 from megatron_jq import __version__
 from megatron_jq.cli.convert import run_convert
+from megatron_jq.cli.evaluate import run_evaluate
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate
 from megatron_jq.errors import PeerFailure, RunFailure, UserError
@@ -17,11 +18,13 @@ from megatron_jq.toml_files import did_you_mean
 
 USAGE = """\
 usage: megatron-jq train [--config FILE] [--name value ...]
+       megatron-jq evaluate --load DIR | --hf DIR | --rescore FILE [--name value ...]
        megatron-jq convert hf-to-megatron | megatron-to-hf | reshard | inspect [--name value ...]
        megatron-jq --version
 
 commands:
   train    train a policy with GARL, PAFT or a baseline; `megatron-jq train --help` lists the settings
+  evaluate pass@k, maj@k and ln P̂ of a checkpoint on held-out prompts; `evaluate --help`
   convert  checkpoints from and to Hugging Face folders, cut for another layout, or described; `convert --help`
 """
 
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv:
-        raise UserError("a command must follow: train, convert (megatron-jq --help)")
+        raise UserError("a command must follow: train, evaluate, convert (megatron-jq --help)")
     command, *rest = argv
     if command in ("-h", "--help"):
         print(USAGE, end="")
@@ -57,14 +60,20 @@ def _run(argv: list[str]) -> int:
         return 0
     if command == "convert":
         return run_convert(rest, _silence_known_warnings)
+    if command == "evaluate":
+        return run_evaluate(rest, _silence_known_warnings)
     if command != "train":
-        hint = did_you_mean(command, ["train", "convert"], "there are: train, convert")
+        hint = did_you_mean(command, ["train", "evaluate", "convert"], "there are: train, evaluate, convert")
         raise UserError(f"unknown command {command}; {hint}")
     config = parse_args(rest)
     # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.
     world_size = os.environ.get("WORLD_SIZE")
     validate(config, None if world_size is None else int(world_size))
     _silence_known_warnings()
+    if config.data.show_example is not None:
+        from megatron_jq.train.setup import show_example
+
+        return show_example(config)
     from megatron_jq.train.trainer import run_training
 
     return run_training(config)

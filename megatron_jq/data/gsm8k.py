@@ -7,19 +7,25 @@ latent here.
 import re
 from pathlib import Path
 
-from megatron_jq.data.jsonl import read_jsonl
+from megatron_jq.data.faults import BadRecords, RecordError
+from megatron_jq.data.jsonl import read_records, text_field
 from megatron_jq.data.pair import Pair
-from megatron_jq.errors import UserError
 
 GOLD_MARK = "####"
 
 
 def read_gsm8k(path: str | Path, *, flag: str = "--train-data") -> list[Pair]:
     """(question, gold) for every line. UserError as in read_jsonl, and for an answer without its mark or gold."""
-    return [
-        Pair(p.prompt, gold_answer(p.answer, p.where), p.where)
-        for p in read_jsonl(path, "question", "answer", flag=flag)
-    ]
+    bad = BadRecords()
+    pairs = bad.sieve(read_records(path, flag=flag), lambda record: gsm8k_pair(*record))
+    bad.settle(f"{flag} {path}", len(pairs))
+    return pairs
+
+
+def gsm8k_pair(where: str, record: dict) -> Pair:
+    """RecordError: no question, no answer, or an answer without its mark or gold."""
+    question, solution = (text_field(record, field, where) for field in ("question", "answer"))
+    return Pair(question, gold_answer(solution, where), where)
 
 
 def gold_answer(solution: str, where: str) -> str:
@@ -28,7 +34,8 @@ def gold_answer(solution: str, where: str) -> str:
     gold = re.sub(r"(?<=\d),(?=\d)", "", gold.strip())
     if not mark or not gold:
         fault = f"nothing follows {GOLD_MARK!r}" if mark else f"the answer has no {GOLD_MARK!r} before its gold"
-        raise UserError(f"{where}: {fault}; mend the line, or use --data-format jsonl to take the answer as it stands")
+        cure = "mend the line, or use --data-format jsonl to take the answer as it stands"
+        raise RecordError(where, "no answer", f"{fault}; {cure}")
     return gold
 
 

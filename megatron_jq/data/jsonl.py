@@ -1,83 +1,189 @@
-"""F2: pairs from a JSON-lines file with named prompt and answer fields. Every fault names its file and line."""
+"""F2: JSON records of a file, one a line or in one list, and their fields as text. Faults name the file and line."""
 
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from megatron_jq.data.faults import BadRecords, RecordError
 from megatron_jq.data.pair import Pair
 from megatron_jq.errors import UserError
 from megatron_jq.toml_files import did_you_mean
 
+#: A longer record is none: some million tokens, or a file without line ends.
+MAX_RECORD_BYTES = 4 * 2**20
 
-class _NumberText(str):
+#: "path:line" and the object there, or what is wrong with it.
+Record = tuple[str, dict]
+
+
+class NumberText(str):
     """A JSON number as it stands in the file: 0.10 stays "0.10", 1e3 stays "1e3", no digit is rounded away."""
 
 
 def read_jsonl(path: str | Path, prompt_field: str, answer_field: str, *, flag: str = "--train-data") -> list[Pair]:
     """Every pair of the file in order; `where` is "path:line", 1-based. Blank lines are passed over.
 
-    A value is a non-empty string, or a number, which is taken as its text in the file. `flag` is the option that named
-    the file. UserError: no such file, nothing in it, not UTF-8, not JSON, not an object, a field that is missing, empty
-    or of another kind.
+    `flag` is the option that named the file. UserError: no such file, nothing in it, or a bad record (see pair_of).
     """
-    pairs = []
-    for where, record in read_records(path, flag=flag):
-        prompt = text_field(record, prompt_field, where, "--prompt-field")
-        answer = text_field(record, answer_field, where, "--answer-field")
-        pairs.append(Pair(prompt, answer, where))
+    bad = BadRecords()
+    pairs = bad.sieve(read_records(path, flag=flag), lambda record: pair_of(*record, prompt_field, answer_field))
+    bad.settle(f"{flag} {path}", len(pairs))
     return pairs
 
 
-def read_records(path: str | Path, *, flag: str = "--train-data", limit: int | None = None) -> list[tuple[str, dict]]:
-    """("path:line", object) for each of the file's first `limit` lines that are not blank; all where limit is None."""
+def pair_of(where: str, record: dict, prompt_field: str, answer_field: str) -> Pair:
+    """A value is a non-empty string, or a number, which is taken as its text in the file. A list of answers is the gold
+    one and others that count as right. RecordError: a field that is missing, empty or of another kind.
+    """
+    prompt = text_field(record, prompt_field, where, "--prompt-field")
+    if isinstance(record.get(answer_field), list):
+        gold, *aliases = text_list(record, answer_field, where, "--answer-field")
+        return Pair(prompt, gold, where, distinct_aliases(gold, aliases))
+    return Pair(prompt, text_field(record, answer_field, where, "--answer-field"), where)
+
+
+def read_records(path: str | Path, *, flag: str = "--train-data") -> Iterator[Record | RecordError]:
+    """The objects of a file in order, faults among them: one object a line, or one JSON list over any lines.
+
+    UserError: no such file, nothing in it, a list that breaks off.
+    """
     try:
-        data = Path(path).read_bytes()
+        file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; give a JSON-lines file that can be read") from error
-    records = []
-    # Only \n ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            records.append((where, _parse(line, where)))
-            if len(records) == limit:
-                break
-    if not records:
+    found = False
+    with file:
+        try:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            records = _list_items(file.read(), path) if start.startswith(b"[") else _lines(file, path)
+            for record in records:
+                found = True
+                yield record
+        except OSError as error:
+            raise UserError(f"{flag} {path}: {error.strerror}; give a JSON-lines file that can be read") from error
+    if not found:
         raise UserError(f"{flag} {path} is empty; give a file with one JSON object a line")
-    return records
 
 
-def text_field(record: dict, field: str, where: str, flag: str) -> str:
-    """The field's text. `flag` is the option that names the field."""
+def text_field(record: dict, field: str, where: str, flag: str | None = None) -> str:
+    """The field's text. `flag` is the option that names the field, where one does."""
     if field not in record:
         hint = did_you_mean(field, record, f"the line has {', '.join(sorted(record)) or 'no field at all'}")
-        raise UserError(f"{where}: no field {field!r}; {hint} ({flag} names the field)")
-    value = record[field]
+        named = f" ({flag} names the field)" if flag else ""
+        raise RecordError(where, f"no {field}", f"no field {field!r}; {hint}{named}")
+    return as_text(record[field], f"field {field!r}", where, kind=f"no {field}")
+
+
+def as_text(value: object, what: str, where: str, *, kind: str, empty_allowed: bool = False) -> str:
+    """A string or a number as text. RecordError: of another type, empty, not UTF-8."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = repr(value)  # from the hub; a file's numbers are NumberText
     if not isinstance(value, str):
-        kind = {type(None): "null", bool: "a boolean", list: "a list", dict: "an object"}[type(value)]
-        raise UserError(f"{where}: field {field!r} is {kind}; write a string or a number")
-    if not value.strip():
-        raise UserError(f"{where}: field {field!r} is empty; fill it or remove the line")
+        names = {type(None): "null", bool: "a boolean", list: "a list", dict: "an object"}
+        raise RecordError(where, kind, f"{what} is {names.get(type(value), type(value))}; write a string or a number")
+    if not value.strip() and not empty_allowed:
+        raise RecordError(where, kind, f"{what} is empty; fill it or remove the record")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise UserError(f"{where}: field {field!r} holds half a surrogate pair, which is no character; mend it")
+        detail = f"{what} holds half a surrogate pair, which is no character, or bytes that are not UTF-8; mend it"
+        raise RecordError(where, "not UTF-8", detail)
     return str(value)
 
 
-def _parse(line: bytes, where: str) -> dict:
+def text_list(record: dict, field: str, where: str, flag: str | None = None) -> list[str]:
+    """The field's list of at least one text. RecordError as for text_field."""
+    values = record.get(field)
+    if not isinstance(values, list) or not values:
+        named = f" ({flag} names the field)" if flag else ""
+        raise RecordError(where, f"no {field}", f"field {field!r} is not a list with something in it{named}")
+    return [as_text(value, f"an item of {field!r}", where, kind=f"no {field}") for value in values]
+
+
+def distinct_aliases(gold: str, aliases: list[str]) -> tuple[str, ...]:
+    """The aliases in order, without blank ones, repetitions and the gold answer itself."""
+    return tuple(dict.fromkeys(alias for alias in aliases if alias.strip() and alias.strip() != gold.strip()))
+
+
+def _lines(file: BinaryIO, path: str | Path) -> Iterator[Record | RecordError]:
+    # Only \n ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
+    for number in itertools.count(1):
+        line = file.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        where = f"{path}:{number}"
+        if len(line) > MAX_RECORD_BYTES:
+            size = len(line)
+            while not line.endswith(b"\n") and (line := file.readline(MAX_RECORD_BYTES + 1)):
+                size += len(line)
+            yield _too_large(where, size)
+            continue
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield _parse(line, where)
+
+
+def _parse(line: bytes, where: str) -> Record | RecordError:
     try:
-        text = line.decode("utf-8")
+        return where, _object(_DECODER.decode(line.decode("utf-8").rstrip("\n")), where)
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from error
-    try:
-        record = json.loads(text, parse_int=_NumberText, parse_float=_NumberText, parse_constant=_refuse_constant)
+        detail = f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
+        return RecordError(where, "not UTF-8", detail)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON at column {error.colno} ({error.msg}); write one object a line") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: JSON nested too deeply; write one flat object a line") from error
+        detail = f"not JSON at column {error.colno} ({error.msg}); write one object a line"
+        return RecordError(where, "not JSON", detail)
+    except RecursionError:
+        return RecordError(where, "not JSON", "JSON nested too deeply; write one flat object a line")
     except _NotANumberError as error:
-        raise UserError(f"{where}: {error} is not a JSON number; write a string or a finite number") from error
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: not a JSON object; write one object a line, like {{"prompt": …, "answer": …}}')
-    return record
+        detail = f"{error} is not a JSON number; write a string or a finite number"
+        return RecordError(where, "not JSON", detail)
+    except RecordError as error:
+        return error
+
+
+def _list_items(data: bytes, path: str | Path) -> Iterator[Record | RecordError]:
+    """The items of one JSON list, each with the line on which it begins. Bytes that are not UTF-8 become halves of
+    surrogate pairs, which as_text refuses where a field that is read holds one.
+    """
+    text = data.decode("utf-8-sig", errors="surrogateescape")
+    del data  # such files are large
+    at, line = _SPACE.match(text, text.index("[") + 1).end(), 1
+    counted = 0
+    while not text.startswith("]", at):
+        line += text.count("\n", counted, at)
+        counted, where = at, f"{path}:{line}"
+        try:
+            value, end = _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            where = f"{path}:{error.lineno}"
+            raise UserError(f"{where}: the JSON list breaks off at column {error.colno} ({error.msg})") from error
+        except (RecursionError, _NotANumberError) as error:
+            raise UserError(f"{where}: the JSON list cannot be read on from this item ({error})") from error
+        try:
+            yield (where, _object(value, where)) if end - at <= MAX_RECORD_BYTES else _too_large(where, end - at)
+        except RecordError as error:
+            yield error
+        at = _SPACE.match(text, end).end()
+        if text.startswith(",", at):
+            at = _SPACE.match(text, at + 1).end()
+        elif not text.startswith("]", at):
+            line += text.count("\n", counted, at)
+            raise UserError(f"{path}:{line}: the JSON list breaks off: a comma or ] is missing")
+
+
+def _object(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        detail = 'not a JSON object; write one object a line, like {"prompt": …, "answer": …}'
+        raise RecordError(where, "not an object", detail)
+    return value
+
+
+def _too_large(where: str, size: int) -> RecordError:
+    limit = MAX_RECORD_BYTES // 2**20
+    detail = f"{size / 2**20:.1f} MiB in one record, more than {limit} MiB; cut it, or end its lines"
+    return RecordError(where, f"over {limit} MiB", detail)
 
 
 class _NotANumberError(Exception):
@@ -86,3 +192,7 @@ class _NotANumberError(Exception):
 
 def _refuse_constant(name: str) -> None:
     raise _NotANumberError(name)
+
+
+_DECODER = json.JSONDecoder(parse_int=NumberText, parse_float=NumberText, parse_constant=_refuse_constant)
+_SPACE = re.compile(r"[ \t\r\n]*")

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pair:
-    """One (x*, y*) and where it came from, for error messages: "train.jsonl:17" or "builtin:recall[3]"."""
+    """One (x*, y*) and where it came from, for error messages: "train.jsonl:17" or "builtin:recall[3]".
+
+    aliases: further answers that count as right. parts: the prompt's pieces by name, for templates: ("question", …),
+    ("context", …); empty where the prompt is one piece.
+    """
 
     prompt: str
     answer: str
     where: str
+    aliases: tuple[str, ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()

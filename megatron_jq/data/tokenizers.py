@@ -4,6 +4,7 @@ Those two, the end of text and the padding have ids of their own, which `encode`
 "</think>" is ordinary characters to the policy, so that data cannot open or close a rationale.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -16,10 +17,11 @@ from typing import Protocol
 
 import sentencepiece
 
+from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN, chat_frame
 from megatron_jq.errors import UserError
 from megatron_jq.toml_files import did_you_mean
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_KINDS = ("sentencepiece", "huggingface")
 
 
@@ -28,6 +30,9 @@ class Tokenizer(Protocol):
 
     Ids are below vocab_size; a model's embedding may have further, unused rows. `encode` adds no token of its own
     (neither a beginning nor an end) and never gives one of the four control ids below. `decode` leaves control ids out.
+    `piece` shows one id, a control id too. `chat_frame` is the fixed ids before, between and after the contents of the
+    messages of a conversation (a system message, if asked for, and the user's), up to where `<think>` follows.
+    Two tokenizers of one fingerprint give the same ids.
     """
 
     @property
@@ -42,6 +47,9 @@ class Tokenizer(Protocol):
     def think_close_id(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
+    def piece(self, token: int) -> str: ...
+    def chat_frame(self, *, system: bool) -> tuple[list[int], ...]: ...
+    def fingerprint(self) -> str: ...
     def save(self, path: str | Path) -> None: ...
 
 
@@ -90,6 +98,19 @@ class SentencePieceTokenizer:
         """An id beyond vocab_size, which a model with more rows than pieces may sample, reads as the unknown piece."""
         unknown = self._processor.unk_id()
         return self._processor.decode([int(token) if token < self.vocab_size else unknown for token in ids])
+
+    def piece(self, token: int) -> str:
+        return self._processor.id_to_piece(token).replace("\u2581", " ")
+
+    def chat_frame(self, *, system: bool) -> tuple[list[int], ...]:
+        """UserError: there is none."""
+        raise UserError(
+            "a sentencepiece tokenizer has no chat template; give a --prompt-template with chat = false, "
+            "or --tokenizer-type huggingface"
+        )
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._model).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """The model file, byte for byte."""
@@ -165,8 +186,8 @@ class HuggingFaceTokenizer:
     """A local Hugging Face folder (tokenizer.json, tokenizer_config.json) through the `tokenizers` library.
 
     Nothing is downloaded and no code of the folder is run. `<think>` and `</think>` must be added tokens of it, as in
-    Qwen3's. The library would match added tokens in any text; a control token's literal is cut after its first
-    character before encoding, so that it is spelled out instead.
+    Qwen3's. The library would match added tokens in any text; the literal of a control token, or of another that the
+    folder marks as special, is cut after its first character before encoding, so that it is spelled out instead.
     """
 
     def __init__(self, path: str | Path):
@@ -179,14 +200,18 @@ class HuggingFaceTokenizer:
             name: _read(Path(path) / name, "--tokenizer-model") for name in ("tokenizer.json", "tokenizer_config.json")
         }
         try:
-            settings = dict(json.loads(self._files["tokenizer_config.json"]))
+            self._settings = settings = dict(json.loads(self._files["tokenizer_config.json"]))
             self._tokenizer = FastTokenizer.from_buffer(self._files["tokenizer.json"])
         except (ValueError, TypeError) as error:
             raise UserError(f"--tokenizer-model {path} does not hold a Hugging Face tokenizer: {error}") from error
+        self._origin, template = f"--tokenizer-model {path}", Path(path) / CHAT_TEMPLATE
+        if template.is_file():
+            self._files[CHAT_TEMPLATE] = _read(template, "--tokenizer-model")
         self._tokenizer.no_truncation()  # a folder may have been saved with either
         self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        added = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        decoder = self._tokenizer.get_added_tokens_decoder()
+        added = {token.content: number for number, token in decoder.items()}
         names = [_token_name(settings, "eos_token"), THINK_OPEN, THINK_CLOSE]
         names.insert(1, _token_name(settings, "pad_token") or names[0])  # padding is never scored: any id serves
         for name in names:
@@ -195,28 +220,63 @@ class HuggingFaceTokenizer:
                 raise UserError(f"--tokenizer-model {path} has no added token for {what}; add it to its files")
         self.eos_id, self.pad_id, self.think_open_id, self.think_close_id = (added[name] for name in names)
         self._control_ids = frozenset(added[name] for name in names)
-        self._literal = re.compile(f"(?=({'|'.join(re.escape(name) for name in names)}))")
+        guarded = {*names, *(token.content for token in decoder.values() if token.special)}
+        self._guarded_ids = frozenset(added[name] for name in guarded)
+        self._literal = re.compile(f"(?=({'|'.join(re.escape(name) for name in sorted(guarded))}))")
 
     def encode(self, text: str) -> list[int]:
         """UserError: the tokenizer reads a control token out of the text all the same."""
         cuts = [0, *(match.start() + 1 for match in self._literal.finditer(text)), len(text)]
         parts = (text[start:end] for start, end in itertools.pairwise(cuts))
         ids = [token for part in parts for token in self._tokenizer.encode(part, add_special_tokens=False).ids]
-        if not self._control_ids.isdisjoint(ids):
+        if not self._guarded_ids.isdisjoint(ids):
             raise UserError(f"the tokenizer reads a control token out of {text[:80]!r}; remove it from the data")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids without a token, which a model with more rows than tokens may sample, read as U+FFFD at the end.
+        """Ids without a token, which a model with more rows than tokens may sample, read as U+FFFD at the end, and
+        special tokens other than the control ids as they are written.
 
-        The library would drop them, and a wrong answer could pass for a right one.
+        The library would drop both, and a wrong answer could pass for a right one.
         """
         ids = [int(i) for i in ids if i not in self._control_ids]
         unknown = sum(self._tokenizer.id_to_token(i) is None for i in ids)
-        return self._tokenizer.decode(ids, skip_special_tokens=True) + "\ufffd" * unknown
+        return self._tokenizer.decode(ids, skip_special_tokens=False) + "\ufffd" * unknown
+
+    def piece(self, token: int) -> str:
+        """Its text, or the library's name for it where it is part of a character alone."""
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        name = self._tokenizer.id_to_token(token)
+        return (name or "\ufffd") if not text or "\ufffd" in text else text
+
+    def chat_frame(self, *, system: bool) -> tuple[list[int], ...]:
+        """UserError: the folder has no chat template, or one that cannot be used."""
+        template = self._chat_template()
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: token for name in names if (token := _token_name(self._settings, name)) is not None}
+        frame = chat_frame(template, special, system=system, origin=self._origin)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids for text in frame)
+
+    def _chat_template(self) -> str:
+        if CHAT_TEMPLATE in self._files:
+            return self._files[CHAT_TEMPLATE].decode("utf-8", errors="replace")
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((one["template"] for one in template if one.get("name") == "default"), None)
+        if not isinstance(template, str):
+            raise UserError(
+                f"{self._origin} has no chat template; add {CHAT_TEMPLATE}, "
+                "or give a --prompt-template with chat = false"
+            )
+        return template
+
+    def fingerprint(self) -> str:
+        """Of tokenizer.json and the control ids: tokenizer_config.json may be written in many ways."""
+        control = f"{self.eos_id} {self.pad_id} {self.think_open_id} {self.think_close_id}\n"
+        return hashlib.sha256(control.encode() + self._files["tokenizer.json"]).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """A folder with both files, byte for byte."""
+        """A folder with its files, byte for byte."""
         for name, content in self._files.items():
             _write_atomically(Path(path) / name, content)
 

@@ -57,8 +57,8 @@ def norm_saved(plan: Plan, width: float) -> float:
 
 
 def layer_saved(plan: Plan, *, padded: float | None = None) -> float:
-    """Bytes a token and layer that autograd keeps. padded: where sequences differ in length, tokens of the attention's
-    padded buckets for a token of the row (model/attention.py); None: sequences are equally long.
+    """Bytes a token and layer that autograd keeps. padded: where sequences differ in length and none share a prompt,
+    tokens of the attention's padded buckets for a token of the row (model/attention.py); None: otherwise.
     """
     w, e = widths(plan), plan.element
     attention_norm = norm_saved(plan, w.hidden) + STATISTIC / plan.split + e * w.hidden
@@ -83,7 +83,7 @@ def attention_saved(plan: Plan, w: Widths, padded: float | None) -> float:
     recomputed = plan.config.parallel.recompute_granularity == "selective"
     statistics = 0 if recomputed else STATISTIC * w.heads
     if padded is None:
-        return total + e * (2 * w.query + w.key) + statistics  # queries, keys, output
+        return total + e * (2 * w.query + w.key) + statistics  # queries, keys, output: over trees of any lengths too
     kept = e * (2 * w.query + 2 * w.key) + STATISTIC * w.heads  # copies by bucket
     return total + padded * kept + e * w.query
 
@@ -190,4 +190,6 @@ def backward_working(plan: Plan, chunk: Chunk, tokens: int) -> float:
     down = row + tokens * e * w.block + matrix
     up = 2 * row - tokens * e * 3 * w.block + 2 * matrix
     norm = tokens * w.hidden * (2 * e if plan.on_cuda else 6 * 4) if chunk.heads else 0
-    return max(product, down, up, norm)
+    # gradients of queries, keys and values, of a part and of the whole, and of the output; the block's share is freed
+    attention = tokens * (e * (3 * w.query + 4 * w.key) - block_saved(plan, w))
+    return max(product, down, up, norm, attention)

@@ -1,14 +1,16 @@
 """F4: tokens and FLOPs of a step by phase: of the whole step, and of one process of each pipeline stage.
 
 A matrix product of a token with a parameter is 2 FLOPs forward and 4 backward. Attention of a token to n keys is
-4·n·(query channels): causal, so a sequence of L tokens has n from 1 to L; backward twice that, and half of it again
-because flash kernels make the scores anew. Norms, activations and the optimizer are left out.
+4·n·(query channels): a prompt's tokens attend causally, a branch's to the prompt and causally to the branch; backward
+twice that, and half of it again because flash kernels make the scores anew. Norms, activations and the optimizer are
+left out.
 """
 
 from dataclasses import dataclass
 
 from megatron_jq.estimate.parameters import matrix_parameters
 from megatron_jq.estimate.plan import Plan
+from megatron_jq.estimate.rows import causal
 
 PHASES = ("rollout", "score", "train")
 
@@ -22,7 +24,7 @@ class Work:
 
     phase: str
     tokens: int  # through the layers, padding included
-    tokens_shared: int  # the same if each prompt were computed once for all its rationales, without padding
+    tokens_unshared: int  # the same if every rationale brought a prompt of its own
     head_rows: int  # that meet the vocabulary
     keys: int  # pairs of a token and a key it attends to
     passes: int  # of the busiest replica: forward passes, one behind the other
@@ -41,10 +43,6 @@ class StageFlops:
         return self.rollout + self.score + self.train
 
 
-def _causal(tokens: int) -> int:
-    return tokens * (tokens + 1) // 2
-
-
 def step_work(plan: Plan, replicas: list[int] | None = None) -> list[Work]:
     """PHASES' work. replicas: counted ones; None: all."""
     replicas = list(range(plan.dp)) if replicas is None else replicas
@@ -60,25 +58,20 @@ def _rollout(plan: Plan, replicas: list[int]) -> Work:
     drawn = lengths.rationale + (lengths.answer if plan.derived.samples_answers else 0)
     head_rows = prompts + rationales * (drawn - 1) + (rationales * lengths.answer if tail else 0)
     busiest = len(plan.busiest_waves) * (1 + fed + (tail > 0))
-    keys = prompts * _causal(lengths.prompt) + rationales * generated
-    unique = -(-rationales // plan.config.rollout.num_rationales)
-    shared = unique * lengths.prompt + rationales * (fed + tail)
-    return Work("rollout", tokens, shared, head_rows, keys, busiest)
+    keys = prompts * causal(lengths.prompt) + rationales * generated
+    unshared = rationales * (lengths.prompt + fed + tail)
+    return Work("rollout", tokens, unshared, head_rows, keys, busiest)
 
 
 def _passes(plan: Plan, replicas: list[int]) -> list[Work]:
-    lengths, length = plan.lengths, plan.padded_sequence
-    rationales = sum(len(plan.replica_share(replica)) for replica in replicas)
-    tokens = sum(
-        plan.row_tokens(count) for replica in replicas for count in plan.micro_batches(len(plan.replica_share(replica)))
-    )
-    unique = -(-rationales // plan.config.rollout.num_rationales)
-    shared = unique * lengths.prompt + rationales * (lengths.sequence - lengths.prompt)
-    keys, passes = rationales * _causal(length), len(plan.micro_batches(plan.replica_rationales))
-    train = Work("train", tokens, shared, rationales * (lengths.rationale + lengths.answer), keys, passes)
+    lengths, rows = plan.lengths, [row for replica in replicas for row in plan.rows[replica]]
+    rationales, passes = sum(row.sequences for row in rows), len(plan.busiest_rows)
+    counts = sum(row.tokens for row in rows), sum(row.tokens_unshared for row in rows)
+    pairs = sum(row.pairs for row in rows)
+    train = Work("train", *counts, rationales * (lengths.rationale + lengths.answer), pairs, passes)
     if plan.scores_in_rollout:
         return [Work("score", 0, 0, 0, 0, 0), train]
-    return [Work("score", tokens, shared, rationales * lengths.answer, keys, passes), train]
+    return [Work("score", *counts, rationales * lengths.answer, pairs, passes), train]
 
 
 def stage_flops(plan: Plan, stage: int, replicas: list[int]) -> StageFlops:

@@ -12,6 +12,7 @@ from functools import cached_property
 from megatron_jq.architecture import Architecture, padded_vocab_size
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived, derive
+from megatron_jq.estimate.rows import Layout, Row
 
 
 @dataclass(frozen=True)
@@ -126,44 +127,52 @@ class Plan:
         """Of the step, B·M."""
         return self.derived.rationales_per_step
 
-    @property
-    def replica_rationales(self) -> int:
-        """Of the busiest replica."""
-        return -(-self.rationales // self.dp)
-
     def replica_share(self, replica: int) -> range:
         """Slots of the step's [B, M] table that a replica draws (rollout/engine.py: share_of_replica)."""
         return range(self.rationales * replica // self.dp, self.rationales * (replica + 1) // self.dp)
 
     @property
-    def padded_sequence(self) -> int:
-        """Tokens of a sequence as the trainer lays it out."""
-        multiple = self.config.training.pad_sequences_to_multiple_of
-        return -(-self.lengths.sequence // multiple) * multiple
+    def layout(self) -> Layout:
+        """How the trainer lays sequences out."""
+        t, lengths = self.config.training, self.lengths
+        return Layout(
+            prompt=lengths.prompt,
+            branch=lengths.sequence - lengths.prompt,
+            num_rationales=self.config.rollout.num_rationales,
+            share_prompts=t.share_prompts == "auto",
+            sequence_multiple=t.pad_sequences_to_multiple_of,
+            row_multiple=self.split,
+        )
 
-    def micro_batches(self, rationales: int) -> list[int]:
-        """Sequences of each micro-batch of a replica with this many rationales; 0: one of padding."""
-        t = self.config.training
-        most = t.micro_batch_size
-        if t.max_tokens_per_micro_batch is not None:
-            most = max(1, t.max_tokens_per_micro_batch // self.padded_sequence)
-        counts = [most] * (rationales // most) + [rationales % most] * (rationales % most > 0) or [0]
+    @cached_property
+    def rows(self) -> tuple[tuple[Row, ...], ...]:
+        """Micro-batches of each replica; those without a sequence are padding."""
+        t, layout = self.config.training, self.layout
+        if t.max_tokens_per_micro_batch is None:
+            shares = [list(self.replica_share(replica)) for replica in range(self.dp)]
+            found = [layout.rows_by_count(share, t.micro_batch_size) for share in shares]
+        else:
+            shares = [list(range(self.rationales))]
+            if self.dp > 1:
+                shares = layout.balanced(self.rationales, self.dp, self.architecture.hidden_size)
+            found = [layout.rows_by_tokens(share, t.max_tokens_per_micro_batch) for share in shares]
         if self.config.parallel.num_virtual_stages_per_pipeline_rank > 1:  # rounds of as many as there are stages
-            counts += [0] * (-len(counts) % self.pp)
-        return counts
-
-    def row_tokens(self, sequences: int) -> int:
-        """Tokens of a micro-batch's row: sequence parallelism rounds it up, and an empty one holds one padding."""
-        return -(-sequences * self.padded_sequence // self.split) * self.split or self.split
+            found = [[*rows, *[layout.row([])] * (-len(rows) % self.pp)] for rows in found]
+        return tuple(map(tuple, found))
 
     @property
+    def busiest_rows(self) -> tuple[Row, ...]:
+        return self.rows[self.busiest_replica]
+
+    @cached_property
     def largest_micro_batch(self) -> int:
-        return max(self.micro_batches(self.replica_rationales))
+        """Sequences of the micro-batch that has most of them, on any replica."""
+        return max(row.sequences for rows in self.rows for row in rows)
 
-    @property
+    @cached_property
     def largest_row(self) -> int:
-        """Tokens of the largest micro-batch."""
-        return self.row_tokens(self.largest_micro_batch)
+        """Tokens of the longest row on any replica."""
+        return max(row.tokens for rows in self.rows for row in rows)
 
     def waves(self, replica: int) -> list[tuple[int, int]]:
         """(rationales, distinct prompts) of each wave that a replica decodes (rollout/megatron.py: _waves)."""
@@ -174,12 +183,22 @@ class Plan:
 
     @cached_property
     def busiest_replica(self) -> int:
-        """That of the most rationales and, among these, of the most prompts."""
-        return max(range(self.dp), key=lambda r: (len(self.replica_share(r)), sum(p for _, p in self.waves(r))))
+        """That of the most tokens to train on; among these, of the most rationales and then prompts to decode."""
+
+        def work(replica: int) -> tuple[int, int, int]:
+            trained = sum(row.tokens for row in self.rows[replica])
+            return trained, len(self.replica_share(replica)), sum(prompts for _, prompts in self.waves(replica))
+
+        return max(range(self.dp), key=work)
 
     @property
     def busiest_waves(self) -> list[tuple[int, int]]:
         return self.waves(self.busiest_replica)
+
+    @cached_property
+    def fullest_wave(self) -> tuple[int, int]:
+        """(rationales, distinct prompts) of the largest wave on any replica."""
+        return max(wave for replica in range(self.dp) for wave in self.waves(replica))
 
     @property
     def scores_in_rollout(self) -> bool:

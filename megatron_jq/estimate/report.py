@@ -80,7 +80,8 @@ class Estimate:
     rationale_tokens: int
     answer_tokens: int
     vocab_size: int
-    busiest_replica_rationales: int
+    share_prompts: str
+    busiest_replica_rationales: int  # that it trains on
     idle_replicas: int  # without a rationale
     micro_batches: int  # of the busiest replica
     micro_batch_tokens: int  # of the largest one
@@ -94,8 +95,8 @@ class Estimate:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Positions of the step over all replicas: (computed, with each prompt computed once)."""
-        return sum(work.tokens for work in self.work), sum(work.tokens_shared for work in self.work)
+        """Positions of the step over all replicas: (computed, if every rationale brought a prompt of its own)."""
+        return sum(work.tokens for work in self.work), sum(work.tokens_unshared for work in self.work)
 
     def as_json(self) -> dict:
         return asdict(self)
@@ -153,9 +154,10 @@ def estimate(plan: Plan) -> Estimate:
         rationale_tokens=plan.lengths.rationale,
         answer_tokens=plan.lengths.answer,
         vocab_size=plan.vocab_size,
-        busiest_replica_rationales=plan.replica_rationales,
+        share_prompts=c.training.share_prompts,
+        busiest_replica_rationales=sum(row.sequences for row in plan.busiest_rows),
         idle_replicas=max(0, plan.dp - plan.rationales),
-        micro_batches=len(plan.micro_batches(plan.replica_rationales)),
+        micro_batches=len(plan.busiest_rows),
         micro_batch_tokens=plan.largest_row,
         work=step_work(plan),
         flops=StageFlops(
@@ -183,7 +185,7 @@ def text(found: Estimate) -> str:
 def _heading(e: Estimate) -> str:
     expert = f" EP {e.expert_model_parallel_size}" if e.expert_model_parallel_size > 1 else ""
     sequence = ", sequence parallel" if e.sequence_parallel else ""
-    computed, shared = e.tokens
+    computed, unshared = e.tokens
     idle = f"; {e.idle_replicas} replicas have none" if e.idle_replicas else ""
     return "\n".join(
         (
@@ -194,7 +196,7 @@ def _heading(e: Estimate) -> str:
             f"rationale {e.rationale_tokens} and its close token, answer {e.answer_tokens}",
             f"busiest replica: {e.busiest_replica_rationales} rationales in {e.micro_batches} micro-batches of at most "
             f"{e.micro_batch_tokens} tokens{idle}",
-            f"tokens through the layers: {computed}; {shared} if each prompt were computed once for its rationales",
+            f"tokens through the layers: {computed}; {unshared} if every rationale brought a prompt of its own",
         )
     )
 
@@ -223,7 +225,7 @@ def _work_table(e: Estimate) -> str:
         [
             work.phase,
             str(work.tokens),
-            str(work.tokens_shared),
+            str(work.tokens_unshared),
             str(work.head_rows),
             str(work.passes),
             f"{getattr(e.flops, work.phase) / 1e12:.3f}",
@@ -231,11 +233,11 @@ def _work_table(e: Estimate) -> str:
         ]
         for work in e.work
     ]
-    computed, shared = e.tokens
+    computed, unshared = e.tokens
     totals = [sum(getattr(work, name) for work in e.work) for name in ("head_rows", "passes")]
     flops = [f"{figures.step / 1e12:.3f}" for figures in (e.flops, busiest.flops)]
-    rows.append(["step", str(computed), str(shared), *map(str, totals), *flops])
-    headings = ["phase", "tokens", "shared", "head rows", "passes", "TFLOP", "TFLOP of busiest process"]
+    rows.append(["step", str(computed), str(unshared), *map(str, totals), *flops])
+    headings = ["phase", "tokens", "unshared", "head rows", "passes", "TFLOP", "TFLOP of busiest process"]
     return _table(headings, rows)
 
 

@@ -168,8 +168,8 @@ def _rollout(plan: Plan, stage: int) -> list[Message]:
 
 
 def _passes(plan: Plan, stage: int) -> list[Message]:
-    counts, found = plan.micro_batches(plan.replica_rationales), []
-    rows = [plan.row_tokens(count) for count in counts]
+    found: list[Message] = []
+    counts, rows = [row.sequences for row in plan.busiest_rows], [row.tokens for row in plan.busiest_rows]
     table = FLOAT64 * (3 * plan.rationales + 2)
     for phase in ("score", "train"):
         found.append(Message(phase, "dp", "all-reduce", "table of log-likelihoods", 1, table, plan.dp))

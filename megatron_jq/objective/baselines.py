@@ -72,8 +72,8 @@ def star_coefficients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """STaR: imitate accepted samples alone, r_m / mean r (Zelikman et al. 2022, arXiv:2203.14465), binary rewards.
 
-    Each prompt that succeeds has weight 1, shared by its accepted samples: PAFT at q = 1 with binary w, averaged over its
-    draws. Prompts without success get zeros.
+    Each prompt that succeeds has weight 1, shared by its accepted samples: PAFT at q = 1 with binary w, averaged over
+    its draws. Prompts without success get zeros.
     """
     reward_BM, valid_BM, count_B1 = _masked_rewards(reward_BM, valid_BM)
     mean_B1 = reward_BM.sum(dim=1, keepdim=True) / count_B1.clamp(min=1.0)

@@ -55,3 +55,25 @@ def effective_sample_size(log_w_BM: torch.Tensor, valid_BM: torch.Tensor | None 
     weight_BM = torch.exp(relative_BM)  # the largest is 1: what underflows does not count
     size_B = weight_BM.sum(dim=1).square() / weight_BM.square().sum(dim=1)
     return torch.where(has_mass(relative_BM)[:, 0], size_B, 0.0)
+
+
+def bootstrap_interval(
+    values_B: torch.Tensor, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over prompts (Efron 1979), the same for the same seed.
+
+    values_B: one value a prompt; prompts are drawn with replacement. One prompt has an interval of no width, which says
+    nothing of how sure it is. Raises UserError unless B >= 1, resamples >= 1 and 0 < confidence < 1.
+    """
+    if len(values_B) == 0:
+        raise UserError("an interval needs at least one prompt, got none")
+    if resamples < 1 or not 0 < confidence < 1:
+        raise UserError(f"an interval needs resamples >= 1 and 0 < confidence < 1, got {resamples} and {confidence}")
+    values_B = values_B.double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        values_B[torch.randint(len(values_B), values_B.shape, generator=generator)].mean() for _ in range(resamples)
+    ]
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = torch.quantile(torch.stack(drawn), tails).tolist()
+    return low, high

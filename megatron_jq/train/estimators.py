@@ -35,7 +35,7 @@ class Estimator:
 
     @property
     def samples_answers(self) -> bool:
-        """Whether the trained answer is a sampled one with a reward (GRPO, RLOO, MaxRL, STaR) rather than the gold one."""
+        """Whether the trained answer is a sampled one with a reward (GRPO, RLOO, MaxRL, STaR), not the gold one."""
         return self.name in SAMPLES_ANSWERS
 
     @property

@@ -1,21 +1,23 @@
 """F4: everything that must be right before the first step: run directory, tokenizer, data. Ranks fail together."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.config import Config, to_toml
-from megatron_jq.data.dataset import is_builtin, load_pairs, train_tokenizer
+from megatron_jq.config_validate import resolve_architecture
+from megatron_jq.data.dataset import is_builtin, train_tokenizer
+from megatron_jq.data.faults import summary_of
 from megatron_jq.data.pair import Pair
-from megatron_jq.data.prompts import EncodedExamples, encode_examples
+from megatron_jq.data.prompts import EncodedExamples, fingerprint, select_fitting
+from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
+from megatron_jq.data.show import described
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.parallel.runtime import Runtime, agree
@@ -34,19 +36,20 @@ class DataSets:
     dropped: int
     answer_budget: int
     tokenizer_path: Path
+    train_where: tuple[str, ...] = ()  # "file:line" of each training example
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the training examples' token ids, in order: a run that is taken up again must find the same."""
-        digest = hashlib.sha256()
-        for example in self.train:
-            for ids in (example.prompt_ids, example.answer_ids):
-                digest.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
-        return digest.hexdigest()
+        """Of the training examples, in order: a run that is taken up again must find the same."""
+        return fingerprint(self.train)
 
 
-def together(runtime: Runtime, work: Callable[[], T], *, main_only: bool = False) -> T | None:
-    """Do `work` on every rank (or rank 0 alone), and raise a rank's UserError on all of them."""
+def together(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool = False) -> T | None:
+    """Do `work` on every rank (or rank 0 alone), and raise a rank's UserError on all of them. runtime None: no other
+    ranks.
+    """
+    if runtime is None:
+        return work()
     result, error = None, None
     if runtime.is_main or not main_only:
         try:
@@ -108,28 +111,80 @@ def _taken(run_dir: Path) -> UserError:
 
 
 def prepare_data(
-    config: Config, architecture: Architecture, runtime: Runtime, run_dir: Path, *, carried: Path | None = None
+    config: Config,
+    architecture: Architecture,
+    runtime: Runtime | None,
+    run_dir: Path,
+    *,
+    carried: Path | None = None,
 ) -> DataSets:
     """Read both sources, train the tokenizer on first use (rank 0, into the run directory), tokenise.
 
     carried: the tokenizer folder of the checkpoint that the run begins from, used where --tokenizer-model names none.
+    A prepared set brings its own tokenizer.
     """
     d = config.data
-    pairs = together(runtime, lambda: _read(config, d.train_data, d.train_examples, "train", "--train-data"))
-    heldout_pairs: list[Pair] = []
-    # A built-in task brings a held-out split of its own.
-    eval_source = d.eval_data or (d.train_data if is_builtin(d.train_data) else None)
-    if eval_source is not None:
-        read = lambda: _read(config, eval_source, d.eval_examples, "heldout", "--eval-data")  # noqa: E731
-        heldout_pairs = together(runtime, read)
-    path = Path(d.tokenizer_model) if d.tokenizer_model else run_dir / "tokenizer.model"
-    if d.tokenizer_model is None:
+    count = d.train_examples if is_builtin(d.train_data) else None
+    train = together(runtime, lambda: read_source(config, d.train_data, "train", "--train-data", count=count))
+    heldout, source = None, heldout_source(config)
+    if source is not None:
+        read = lambda: read_source(config, source, "heldout", "--eval-data", count=d.eval_examples)  # noqa: E731
+        heldout = together(runtime, read)
+    kind, path = d.tokenizer_type, run_dir / "tokenizer.model"
+    if d.tokenizer_model is not None:
+        path = Path(d.tokenizer_model)
+    elif train.prepared is not None:
+        kind, path = train.prepared.tokenizer_type, train.prepared.tokenizer_path
+        together(runtime, lambda: _check_carried(train, carried))
+    else:
+        pairs = train.source.pairs
         together(runtime, lambda: _own_tokenizer(config, pairs, path, carried), main_only=True)
-    tokenizer = together(runtime, lambda: load_tokenizer(d.tokenizer_type, path))
-    return together(runtime, lambda: _tokenise(config, architecture, tokenizer, path, pairs, heldout_pairs))
+    tokenizer = together(runtime, lambda: load_tokenizer(kind, path))
+    sources = [train] if heldout is None else [train, heldout]
+    encoded = together(runtime, lambda: [encode_reading(config, one, tokenizer) for one in sources])
+    if runtime is None or runtime.is_main:
+        for one, made in zip(sources, encoded, strict=True):
+            if made.bad:
+                print(f"warning: {one.named}: {summary_of(made.bad)}", flush=True)
+    return together(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
 
 
-def _own_tokenizer(config: Config, pairs: list[Pair], path: Path, carried: Path | None) -> None:
+def show_example(config: Config) -> int:
+    """Print --show-example's training example as the model sees it: one process, nothing built, nothing kept.
+
+    Returns the exit code. UserError: bad input, or no such example.
+    """
+    number, architecture = config.data.show_example, resolve_architecture(config)
+    if config.checkpoint.load is not None and config.data.tokenizer_model is None:
+        raise UserError("--show-example does not open checkpoints; name the tokenizer with --tokenizer-model")
+    with tempfile.TemporaryDirectory() as scratch:
+        data = prepare_data(config, architecture, None, Path(scratch))
+    if number >= len(data.train):
+        raise UserError(f"--show-example {number}: there are {len(data.train)} training examples, counted from 0")
+    if os.environ.get("RANK", "0") == "0":
+        text = described(
+            data.train[number],
+            data.train_where[number],
+            data.tokenizer,
+            rationale_budget=config.rollout.rationale_budget,
+            answer_budget=data.answer_budget,
+            estimator=config.objective.estimator,
+        )
+        print(f"training example {number} of {len(data.train)}, {text}")
+    return 0
+
+
+def _check_carried(train: Reading, carried: Path | None) -> None:
+    """A checkpoint's weights belong to its tokenizer: a prepared set's must be the same."""
+    if carried is None or not carried.is_dir():
+        return
+    model = carried / "tokenizer.model"
+    own = load_tokenizer("sentencepiece", model) if model.is_file() else load_tokenizer("huggingface", carried)
+    if own.fingerprint() != train.prepared.tokenizer:
+        raise UserError(f"{train.named} was prepared with another tokenizer than the checkpoint's, {carried}")
+
+
+def _own_tokenizer(config: Config, pairs: Sequence[Pair], path: Path, carried: Path | None) -> None:
     """The run directory's tokenizer: there already where the run is taken up again, else the checkpoint's, else new."""
     if config.checkpoint.resume and path.exists() and (path.parent / "config.toml").exists():
         return
@@ -144,21 +199,10 @@ def _own_tokenizer(config: Config, pairs: list[Pair], path: Path, carried: Path 
         train_tokenizer(config.data.train_data, pairs, path, vocab_size=config.data.tokenizer_vocab_size)
 
 
-def _read(config: Config, source: str, count: int, split: str, flag: str) -> list[Pair]:
-    d = config.data
-    return load_pairs(
-        source,
-        prompt_field=d.prompt_field,
-        answer_field=d.answer_field,
-        data_format=d.data_format,
-        count=count if is_builtin(source) or split == "heldout" else None,
-        seed=config.training.seed,
-        split=split,
-        flag=flag,
-    )
-
-
-def _tokenise(config, architecture, tokenizer, tokenizer_path, pairs, heldout_pairs) -> DataSets:
+def _fitted(
+    config: Config, architecture: Architecture, tokenizer: Tokenizer, tokenizer_path: Path, encoded: list[Encoded]
+) -> DataSets:
+    """The examples that the context holds. encoded: of the training data, and of the held-out data if there is any."""
     d, r = config.data, config.rollout
     if architecture.vocab_size is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
@@ -168,8 +212,7 @@ def _tokenise(config, architecture, tokenizer, tokenizer_path, pairs, heldout_pa
     # A micro-batch holds at least one whole sequence.
     context = architecture.max_position_embeddings
     context = min(context, config.training.max_tokens_per_micro_batch or context)
-    longest_answer = max(len(tokenizer.encode(pair.answer)) + 1 for pair in [*pairs, *heldout_pairs])
-    answer_budget = r.answer_budget or longest_answer
+    answer_budget = r.answer_budget or max(len(one.example.answer_ids) for made in encoded for one in made.placed)
     # Prompt, rationale, a forced close token and the answer share the context.
     room = context - r.rationale_budget - 1 - answer_budget
     if room < 1:
@@ -179,22 +222,21 @@ def _tokenise(config, architecture, tokenizer, tokenizer_path, pairs, heldout_pa
             "--answer-budget, or raise --max-position-embeddings or --max-tokens-per-micro-batch"
         )
 
-    def encode(some: list[Pair]) -> EncodedExamples:
-        return encode_examples(
-            some,
-            tokenizer,
+    def fit(made: Encoded) -> EncodedExamples:
+        return select_fitting(
+            made.placed,
             max_prompt_tokens=min(room, d.max_prompt_tokens or room),
             answer_budget=answer_budget,
             overlong=d.overlong_prompts,
         )
 
-    train = encode(pairs)
-    heldout = encode(heldout_pairs) if heldout_pairs else None
+    train, *heldout = [fit(made) for made in encoded]
     return DataSets(
         tokenizer,
         train.examples,
-        heldout.examples if heldout else (),
-        train.overlong.count + (heldout.overlong.count if heldout else 0),
+        heldout[0].examples if heldout else (),
+        train.overlong.count + sum(made.overlong.count for made in heldout),
         answer_budget,
         tokenizer_path,
+        train.where,
     )

@@ -4,9 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import derive
@@ -14,6 +19,12 @@ from megatron_jq.errors import UserError
 from megatron_jq.estimate.memory import in_flight, stage_memory
 from megatron_jq.estimate.plan import Lengths, make_plan
 from megatron_jq.estimate.report import GIB, estimate
+from megatron_jq.estimate.rows import Layout
+from megatron_jq.model.rows import pack_sequences
+from megatron_jq.records import Sequence
+from megatron_jq.train import batching
+from megatron_jq.train.batching import micro_batches
+from megatron_jq.train.step import BatchOptions, row_tokens
 from tools import estimate as tool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,24 +56,106 @@ def rows_of(text: str) -> list[dict[str, str]]:
     return found
 
 
-def test_flops_and_tokens_are_those_counted_by_hand():
-    e = estimated("--model small")
+@pytest.mark.parametrize(
+    ("flag", "tokens", "pairs"),
+    [
+        ("auto", 4 * 10 + 32 * 27, 4 * sum(range(1, 11)) + 32 * sum(range(11, 38))),
+        ("off", 32 * 37, 32 * sum(range(1, 38))),
+    ],
+)
+def test_flops_and_tokens_are_those_counted_by_hand(flag, tokens, pairs):
+    e = estimated(f"--model small --share-prompts {flag}")
     layers = 6 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)
     head = 1024 * 512
-    rationales, length = 32, 10 + 20 + 1 + 6
+    rationales = 32
     rollout = 4 * 10 + rationales * 19  # the last token drawn is never fed
-    assert [work.tokens for work in e.work] == [rollout, rationales * length, rationales * length]
-    assert [work.tokens_shared for work in e.work] == [rollout, *[4 * 10 + rationales * 27] * 2]
+    assert [work.tokens for work in e.work] == [rollout, *[tokens] * 2]
+    assert [work.tokens_unshared for work in e.work] == [rationales * 29, *[rationales * 37] * 2]
     assert [work.head_rows for work in e.work] == [4 + rationales * 19, rationales * 6, rationales * 26]
     key = 4 * 8 * 64 * 6  # FLOP of a token and a key: scores and mixing, heads and layers
-    generated = sum(range(11, 30))
-    keys = [4 * 55 + rationales * generated, *[rationales * length * (length + 1) // 2] * 2]
+    keys = [4 * 55 + rationales * sum(range(11, 30)), *[pairs] * 2]
     factors = [(2, 2, 1), (2, 2, 1), (6, 6, 3.5)]
-    for phase, work, pairs, (matrix, logits, attention) in zip(
+    for phase, work, attended, (matrix, logits, attention) in zip(
         ("rollout", "score", "train"), e.work, keys, factors, strict=True
     ):
-        flop = matrix * layers * work.tokens + logits * head * work.head_rows + attention * key * pairs
+        flop = matrix * layers * work.tokens + logits * head * work.head_rows + attention * key * attended
         assert getattr(e.flops, phase) == pytest.approx(flop)
+
+
+def sequences_of(slots, layout: Layout) -> list[Sequence]:
+    answer = (3,) * 2
+    rationale = (2,) * (layout.branch - len(answer))
+    m = layout.num_rationales
+    return [Sequence(s // m, s % m, (1,) * layout.prompt, rationale, len(rationale) - 1, answer) for s in slots]
+
+
+LAYOUTS = st.builds(
+    Layout,
+    prompt=st.integers(1, 40),
+    branch=st.integers(3, 20),
+    num_rationales=st.integers(1, 6),
+    share_prompts=st.booleans(),
+    sequence_multiple=st.sampled_from([1, 4]),
+    row_multiple=st.sampled_from([1, 2]),
+)
+
+
+@given(LAYOUTS, st.integers(0, 20), st.integers(1, 20), st.one_of(st.integers(1, 9), st.integers(20, 200)))
+def test_rows_are_those_of_the_trainer(layout, first, count, bound):
+    """bound: up to 9 sequences of a micro-batch, or tokens."""
+    by_tokens, slots = bound > 9, list(range(first, first + count))
+    found = layout.rows_by_tokens(slots, bound) if by_tokens else layout.rows_by_count(slots, bound)
+    batches = micro_batches(
+        sequences_of(slots, layout),
+        micro_batch_size=bound,
+        max_tokens=bound if by_tokens else None,
+        sequence_multiple=layout.sequence_multiple,
+        share_prompts=layout.share_prompts,
+    )
+    options = BatchOptions(bound, sequence_multiple=layout.sequence_multiple)
+    assert [row.sequences for row in found] == [len(batch) for batch in batches]
+    for row, batch in zip(found, batches, strict=True):
+        shared, unshared = (
+            row_tokens(batch, options, layout.row_multiple, share_prompts=share)
+            for share in (layout.share_prompts, False)
+        )
+        assert (row.tokens, row.tokens_unshared) == (shared, unshared)
+
+
+@given(LAYOUTS, st.integers(1, 9), st.integers(1, 8))
+def test_pairs_are_those_of_the_attention_mask(layout, count, first):
+    """A token attends to what belongs to all of its own sequences and stands no later; padding to none here."""
+    layout = replace(layout, sequence_multiple=1, row_multiple=1)
+    slots = list(range(first, first + count))
+    (row,) = layout.rows_by_count(slots, count)
+    packed = pack_sequences(
+        sequences_of(slots, layout),
+        device=torch.device("cpu"),
+        with_rationale=True,
+        share_prompts=layout.share_prompts,
+    )
+    low, high = packed.owners_T2.unbind(dim=1)
+    of_all = (low[None] <= low[:, None]) & (high[None] >= high[:, None])
+    attends = of_all & (packed.position_T[None] <= packed.position_T[:, None])
+    assert (row.tokens, row.pairs) == (len(packed.token_T), int(attends.sum()))
+    if set(row.units) == {count} and count > 1:
+        assert packed.attention.attended == row.pairs
+
+
+@given(LAYOUTS, st.integers(1, 6), st.integers(2, 5))
+def test_replicas_shares_are_those_of_the_trainers_balance(layout, prompts, replicas):
+    total, found = prompts * layout.num_rationales, []
+    sequences, gathered = sequences_of(range(total), layout), batching._all_gather
+    batching._all_gather = lambda *_: [sequences]
+    try:
+        for rank in range(replicas):
+            dp = SimpleNamespace(size=lambda: replicas, rank=lambda rank=rank: rank)
+            runtime = SimpleNamespace(groups=SimpleNamespace(dp=dp))
+            mine = batching.balance([], 64, runtime, share_prompts=layout.share_prompts)
+            found.append([s.prompt_slot * layout.num_rationales + s.rationale_slot for s in mine])
+    finally:
+        batching._all_gather = gathered
+    assert layout.balanced(total, replicas, 64) == found
 
 
 @pytest.mark.parametrize(
@@ -154,9 +247,9 @@ def test_tables_and_json_hold_the_same_figures(tmp_path, capsys):
         assert row["in"] == memory["peak_phase"]
     phases = {row["phase"]: row for row in rows if "TFLOP" in row}
     for work in figures["work"]:
-        assert (int(phases[work["phase"]]["tokens"]), int(phases[work["phase"]]["shared"])) == (
+        assert (int(phases[work["phase"]]["tokens"]), int(phases[work["phase"]]["unshared"])) == (
             work["tokens"],
-            work["tokens_shared"],
+            work["tokens_unshared"],
         )
     messages = [row for row in rows if "calls" in row]
     sent = [sum(message["bytes"] for message in stage["messages"]) for stage in figures["stages"]]

@@ -42,6 +42,7 @@ SAME_FLOOR = {
     "config_validate": {"architecture", "config"},
     "rollout": {"model"},
     "train": {"checkpoint", "evaluate"},
+    "evaluate": {"checkpoint"},
     "bench": {"train"},
     "__main__": {"cli"},
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_jq.errors import UserError
-from megatron_jq.objective.metrics import effective_sample_size, majority_at_k, pass_at_k
+from megatron_jq.objective.metrics import bootstrap_interval, effective_sample_size, majority_at_k, pass_at_k
 
 INF = float("inf")
 
@@ -78,3 +78,29 @@ def test_effective_sample_size_runs_from_1_to_the_number_of_valid_rationales():
     valid = torch.tensor([[True] * 4, [True] * 4, [True, True, True, False], [True] * 4])
     assert effective_sample_size(log_w, valid).tolist() == [4.0, 1.0, 3.0, 0.0]
     assert effective_sample_size(log_w, torch.zeros(4, 4, dtype=torch.bool)).tolist() == [0.0] * 4
+
+
+def test_the_bootstrap_interval_is_the_quantile_of_means_over_resampled_prompts():
+    values = torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    low, high = bootstrap_interval(values, resamples=20_000, confidence=0.9, seed=3)
+    # by the central limit theorem: mean ± 1.645 standard errors
+    error = values.std(unbiased=False).item() / 40**0.5
+    assert low == pytest.approx(values.mean().item() - 1.645 * error, abs=0.06 * error)
+    assert high == pytest.approx(values.mean().item() + 1.645 * error, abs=0.06 * error)
+    assert (
+        bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    )
+
+
+def test_the_bootstrap_interval_of_two_prompts_by_all_resamples():
+    # Means of two draws from {0, 1}: 0, 1/2, 1/2, 1. The middle half lies at 1/2, the middle 90 % reach the ends.
+    values = torch.tensor([0.0, 1.0])
+    assert bootstrap_interval(values, resamples=4000, confidence=0.4) == (0.5, 0.5)
+    assert bootstrap_interval(values, resamples=4000, confidence=0.9) == (0.0, 1.0)
+    assert bootstrap_interval(torch.tensor([0.25]), resamples=10) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(("count", "settings"), ((0, {}), (2, {"resamples": 0}), (2, {"confidence": 1.0})))
+def test_the_bootstrap_refuses_what_has_no_interval(count, settings):
+    with pytest.raises(UserError):
+        bootstrap_interval(torch.zeros(count), **settings)

@@ -1,0 +1,45 @@
+"""F2: FinQA's official record: text around a table of a financial report, a question, and its answer.
+
+Chen et al. 2021, "FinQA: A Dataset of Numerical Reasoning over Financial Data". The program and the gold evidence are
+not read: the rationale is latent here.
+"""
+
+from megatron_jq.data.faults import RecordError
+from megatron_jq.data.jsonl import as_text, text_field
+from megatron_jq.data.linearise import blocks, table_text
+from megatron_jq.data.pair import Pair
+
+FINQA_ANSWERS = ("exe_ans", "answer")
+
+
+def is_finqa(record: dict) -> bool:
+    """Whether a parsed record has FinQA's form."""
+    return "table" in record and "pre_text" in record and ("qa" in record or "question" in record)
+
+
+def finqa_pair(where: str, record: dict, gold_field: str = "exe_ans") -> Pair:
+    """Text before, table, text after, question; the gold is the program's result "exe_ans" or the annotator's "answer",
+    as the file writes it. Where the fields of "qa" stand at the top level, as on the hub, they are taken from there.
+
+    RecordError: no question, no gold, a ragged table, neither text nor table.
+    """
+    qa = record.get("qa", record)
+    if not isinstance(qa, dict):
+        raise RecordError(where, "no question", "field 'qa' is not an object")
+    question = text_field(qa, "question", where)
+    gold = text_field(qa, gold_field, where, "--finqa-answer").strip()
+    before, after = (_sentences(record, field, where) for field in ("pre_text", "post_text"))
+    table = table_text(record.get("table", []), where)
+    context = blocks(before, table, after)
+    if not context.strip():
+        raise RecordError(where, "empty context", "text and table are empty; there is nothing to reckon on")
+    parts = {"pre_text": before, "table": table, "post_text": after, "context": context, "question": question}
+    return Pair(blocks(context, question), gold, where, parts=tuple(parts.items()))
+
+
+def _sentences(record: dict, field: str, where: str) -> str:
+    sentences = record.get(field, [])
+    if not isinstance(sentences, list):
+        raise RecordError(where, "no context", f"field {field!r} is not a list of sentences")
+    texts = (as_text(s, f"a sentence of {field!r}", where, kind="no context", empty_allowed=True) for s in sentences)
+    return " ".join(text.strip() for text in texts if text.strip())

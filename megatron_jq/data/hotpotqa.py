@@ -1,0 +1,46 @@
+"""F2: HotPotQA's official record of the distractor setting: ten titled paragraphs, a question, a short answer.
+
+Yang et al. 2018, "HotpotQA: A Dataset for Diverse, Explainable Multi-hop Question Answering". The supporting facts are
+not read.
+"""
+
+from megatron_jq.data.faults import RecordError
+from megatron_jq.data.jsonl import as_text, text_field
+from megatron_jq.data.linearise import blocks, passages_text
+from megatron_jq.data.pair import Pair
+
+
+def is_hotpotqa(record: dict) -> bool:
+    """Whether a parsed record has HotPotQA's form."""
+    return "question" in record and "supporting_facts" in record and isinstance(record.get("context"), list | dict)
+
+
+def hotpotqa_pair(where: str, record: dict) -> Pair:
+    """Paragraphs as "Title: text", then the question. RecordError: no question, no answer, an empty context."""
+    question = text_field(record, "question", where)
+    answer = text_field(record, "answer", where).strip()
+    context = passages_text(_paragraphs(record.get("context"), where), where)
+    parts = {"context": context, "question": question}
+    return Pair(blocks(context, question), answer, where, parts=tuple(parts.items()))
+
+
+def _paragraphs(context: object, where: str) -> list[tuple[str, str]]:
+    """[[title, [sentence, …]], …] of the official file, or {"title": […], "sentences": [[…], …]} of the hub."""
+    malformed = RecordError(where, "no context", "field 'context' is not a list of [title, sentences]")
+    if isinstance(context, dict):
+        titles, texts = context.get("title"), context.get("sentences")
+        if not isinstance(titles, list) or not isinstance(texts, list) or len(titles) != len(texts):
+            raise malformed
+        context = [list(both) for both in zip(titles, texts, strict=True)]
+    if not isinstance(context, list):
+        raise malformed
+    found = []
+    for paragraph in context:
+        if not (isinstance(paragraph, list) and len(paragraph) == 2 and isinstance(paragraph[1], list)):
+            raise malformed
+        title, *sentences = (
+            as_text(text, "a text of 'context'", where, kind="no context", empty_allowed=True)
+            for text in (paragraph[0], *paragraph[1])
+        )
+        found.append((title, "".join(sentences)))  # sentences begin with the blank that separates them
+    return found

@@ -1,0 +1,44 @@
+"""F2: MuSiQue's official record (the answerable set): paragraphs, a question of several hops, an answer, its aliases.
+
+Trivedi et al. 2022, "MuSiQue: Multihop Questions via Single-hop Question Composition". The decomposition is not read.
+"""
+
+from megatron_jq.data.faults import RecordError
+from megatron_jq.data.jsonl import as_text, distinct_aliases, text_field
+from megatron_jq.data.linearise import blocks, passages_text
+from megatron_jq.data.pair import Pair
+
+
+def is_musique(record: dict) -> bool:
+    """Whether a parsed record has MuSiQue's form."""
+    return "question" in record and isinstance(record.get("paragraphs"), list)
+
+
+def musique_pair(where: str, record: dict) -> Pair:
+    """Paragraphs as "Title: text", then the question. RecordError: as for HotPotQA, and for a question that the set
+    itself marks as not answerable.
+    """
+    if record.get("answerable") is False:
+        raise RecordError(where, "not answerable", "answerable is false; take the answerable set (musique_ans)")
+    question = text_field(record, "question", where)
+    answer = text_field(record, "answer", where).strip()
+    aliases = record.get("answer_aliases", [])
+    if not isinstance(aliases, list):
+        raise RecordError(where, "no aliases", "field 'answer_aliases' is not a list")
+    aliases = [as_text(a, "an alias", where, kind="no aliases", empty_allowed=True).strip() for a in aliases]
+    context = passages_text(_paragraphs(record.get("paragraphs"), where), where)
+    parts = {"context": context, "question": question}
+    prompt = blocks(context, question)
+    return Pair(prompt, answer, where, distinct_aliases(answer, aliases), tuple(parts.items()))
+
+
+def _paragraphs(paragraphs: object, where: str) -> list[tuple[str, str]]:
+    if not isinstance(paragraphs, list) or not all(isinstance(paragraph, dict) for paragraph in paragraphs):
+        raise RecordError(where, "no context", "field 'paragraphs' is not a list of objects")
+    return [
+        tuple(
+            as_text(paragraph.get(field), f"{field!r} of a paragraph", where, kind="no context", empty_allowed=True)
+            for field in ("title", "paragraph_text")
+        )
+        for paragraph in paragraphs
+    ]

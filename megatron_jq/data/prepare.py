@@ -1,0 +1,297 @@
+"""F2: data sources → one prepared set on disk, with a report. One process; the same input gives the same bytes."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_jq.config import Config
+from megatron_jq.data.dataset import is_builtin, train_tokenizer
+from megatron_jq.data.faults import RecordError
+from megatron_jq.data.lengths import Budgets, Lengths, plot_lengths, quantiles
+from megatron_jq.data.prepared import (
+    FORMAT,
+    SPLITS,
+    Manifest,
+    content_hash,
+    tokenizer_path,
+    write_manifest,
+    write_split,
+)
+from megatron_jq.data.prompts import Placed, select_fitting
+from megatron_jq.data.reading import Reading, encode_reading, read_source
+from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
+from megatron_jq.data.template import PromptTemplate, template_of
+from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_jq.errors import UserError
+
+_READ_AS = {"train": "train", "validation": "heldout", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was written. report: its text, Markdown."""
+
+    folder: Path
+    content: str
+    report: str
+
+
+@dataclass(frozen=True)
+class _Usable:
+    """One source's examples that fit, and what else became of its records."""
+
+    named: str
+    lengths: Lengths  # of all examples, those that do not fit among them
+    placed: tuple[Placed, ...]
+    too_long: tuple[Placed, ...]
+    dropped: tuple[RecordError, ...]
+
+
+def prepare(
+    config: Config, output: Path, *, test_data: str | None, split_sizes: str | None, context: int | None
+) -> Prepared:
+    """Read --train-data, --eval-data (validation) and test_data, tokenise, drop or refuse, split, write, report.
+
+    split_sizes: "paper", or "train=N,validation=N,test=rest"; a split without a source of its own is cut from the
+    source before it. None: every source is one split, whole. context: the model's, for the report. The folder appears
+    whole or not at all. UserError: bad input, `output` exists, fewer examples than asked for.
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists; name a new folder, or remove it")
+    named = _sources(config, test_data)
+    readings = {split: _read(config, split, source, flag) for split, (flag, source) in named.items()}
+    template = template_of(readings["train"].source.data_format, config.data.prompt_template)
+    sizes = _sizes(split_sizes, template, readings)
+    groups = _groups(sizes, readings)
+    budgets = _budgets(config, template, context)
+    with _made_whole(output) as partial:
+        tokenizer = _tokenizer(config, readings["train"], partial)
+        usable = {split: _usable(config, readings[split], tokenizer, budgets) for split in readings}
+        splits = cut({names: usable[split].placed for split, names in groups.items()}, sizes, config.training.seed)
+        manifest = _write(config, partial, template, readings["train"], tokenizer, splits)
+        lengths = [_lengths(name, placed) for name, placed in splits.items()]
+        too_long = _lengths("left out: too long", [one for some in usable.values() for one in some.too_long])
+        plot_lengths(lengths, too_long, budgets, partial / "lengths.png")
+        text = report(config, manifest, template, budgets, list(usable.values()), lengths, shared_prompts(splits))
+        (partial / "report.md").write_text(text, encoding="utf-8")
+        _write_dropped(partial / "dropped.jsonl", [fault for one in usable.values() for fault in one.dropped])
+    return Prepared(output, manifest.content, text)
+
+
+@contextlib.contextmanager
+def _made_whole(output: Path) -> Iterator[Path]:
+    """A folder to fill, which stands at `output` once all of it is on disk, and nowhere if something fails."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+            partial = Path(scratch) / "set"
+            partial.mkdir()
+            yield partial
+            for path in [*sorted(partial.rglob("*")), partial]:
+                _sync(path)
+            os.rename(partial, output)
+            _sync(output.parent)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}; name another folder") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sources(config: Config, test_data: str | None) -> dict[str, tuple[str, str]]:
+    """Split → its flag and source. A built-in task brings a validation split."""
+    d = config.data
+    named = {"train": ("--train-data", d.train_data)}
+    validation = d.eval_data or (d.train_data if is_builtin(d.train_data) else None)
+    if validation is not None:
+        named["validation"] = ("--eval-data", validation)
+    if test_data is not None:
+        named["test"] = ("--test-data", test_data)
+    return named
+
+
+def _read(config: Config, split: str, source: str, flag: str) -> Reading:
+    d, count = config.data, None
+    if is_builtin(source):
+        if split == "test":
+            raise UserError(f"{flag} {source}: built-in tasks have no third split; give a file")
+        count = d.train_examples if split == "train" else d.eval_examples
+    reading = read_source(config, source, _READ_AS[split], flag, count=count)
+    if reading.prepared is not None:
+        raise UserError(f"{reading.named} is a prepared set already; give the files it was made of")
+    return reading
+
+
+def _sizes(text: str | None, template: PromptTemplate, readings: dict[str, Reading]) -> dict[str, int | None]:
+    if text is None:
+        return dict.fromkeys(readings)
+    if text != "paper":
+        sizes = parse_sizes(text)
+    elif template.paper is None:
+        raise UserError("--split-sizes paper: the paper has none for this data; give train=N,validation=N,test=N")
+    else:
+        sizes = template.paper.split_sizes
+    if "train" not in sizes:
+        raise UserError(f"--split-sizes {text} lacks train; a set without it trains nothing")
+    if unused := [split for split in readings if split not in sizes]:
+        raise UserError(f"--split-sizes {text} lacks {', '.join(unused)}, for which data is given; add it")
+    return sizes
+
+
+def _groups(sizes: dict[str, int | None], readings: dict[str, Reading]) -> dict[str, tuple[str, ...]]:
+    """The split that a source was given for → the splits that are cut from it."""
+    groups: dict[str, tuple[str, ...]] = {}
+    owner = "train"
+    for split in (name for name in SPLITS if name in sizes):
+        owner = split if split in readings else owner
+        groups[owner] = (*groups.get(owner, ()), split)
+    return groups
+
+
+def _budgets(config: Config, template: PromptTemplate, context: int | None) -> Budgets:
+    """What the settings say; where they say nothing, the paper's numbers for the data set."""
+    r, paper = config.rollout, template.paper
+    untouched = r.rationale_budget == type(r)().rationale_budget
+    return Budgets(
+        config.data.max_prompt_tokens,
+        paper.rationale_budget if paper and untouched else r.rationale_budget,
+        paper.answer_budget if paper and r.answer_budget is None else r.answer_budget,
+        context,
+    )
+
+
+def _tokenizer(config: Config, train: Reading, folder: Path) -> Tokenizer:
+    """--tokenizer-model copied into the folder, or one trained on the training source's text there."""
+    d = config.data
+    path = tokenizer_path(folder, d.tokenizer_type)
+    if d.tokenizer_model is None:
+        if d.tokenizer_type != "sentencepiece":
+            raise UserError(f"--tokenizer-type {d.tokenizer_type} needs --tokenizer-model")
+        return train_tokenizer(d.train_data, train.source.pairs, path, vocab_size=d.tokenizer_vocab_size)
+    tokenizer = load_tokenizer(d.tokenizer_type, d.tokenizer_model)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Budgets) -> _Usable:
+    encoded = encode_reading(config, reading, tokenizer)
+    fitting = select_fitting(
+        encoded.placed,
+        max_prompt_tokens=budgets.max_prompt_tokens,
+        answer_budget=budgets.answer_budget,
+        overlong=config.data.overlong_prompts,
+    )
+    placed, kept = tuple(map(Placed, fitting.examples, fitting.where)), set(fitting.where)
+    too_long = tuple(one for one in encoded.placed if one.where not in kept)
+    dropped = (*encoded.bad, *fitting.misfits)
+    return _Usable(reading.named, _lengths(reading.named, encoded.placed), placed, too_long, dropped)
+
+
+def _lengths(name: str, placed: Sequence[Placed]) -> Lengths:
+    examples = [one.example for one in placed]
+    return Lengths(name, tuple(len(e.prompt_ids) for e in examples), tuple(len(e.answer_ids) for e in examples))
+
+
+def _write(config, folder: Path, template: PromptTemplate, train: Reading, tokenizer: Tokenizer, splits) -> Manifest:
+    d = config.data
+    entries = {name: write_split(folder, name, placed) for name, placed in splits.items()}
+    manifest = Manifest(
+        format=FORMAT,
+        content=content_hash(tokenizer.fingerprint(), entries),
+        data_format=train.source.data_format,
+        prompt_style=d.prompt_style,
+        template_sha256=template.digest,
+        tokenizer_type=d.tokenizer_type,
+        tokenizer=tokenizer.fingerprint(),
+        splits=entries,
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_dropped(path: Path, dropped: Sequence[RecordError]) -> None:
+    rows = ({"where": fault.where, "kind": fault.kind, "detail": fault.detail} for fault in dropped)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def report(
+    config: Config,
+    manifest: Manifest,
+    template: PromptTemplate,
+    budgets: Budgets,
+    sources: Sequence[_Usable],
+    splits: Sequence[Lengths],
+    shared: int,
+) -> str:
+    """The report as Markdown."""
+    d = config.data
+    lines = [
+        f"# {manifest.data_format}, prompts {d.prompt_style}",
+        "",
+        f"content {manifest.content}",
+        "",
+        f"tokenizer: {manifest.tokenizer_type}, {d.tokenizer_model or 'trained on the training data'}",
+        "",
+        "## Splits",
+        "",
+        "Tokens: smallest / median / 95th percentile / largest.",
+        "",
+        "| split | examples | prompt tokens, with `<think>` | answer tokens, with the end |",
+        "|---|--:|--:|--:|",
+    ]
+    for split in splits:
+        prompts, answers = (" / ".join(map(str, quantiles(some))) for some in (split.prompts, split.answers))
+        lines.append(f"| {split.name} | {len(split.prompts)} | {prompts} | {answers} |")
+    lines += ["", f"Prompts in more than one split: {shared}.", "", "![lengths](lengths.png)", ""]
+    lines += [*_fits(budgets, sources), *_paper(template), *_losses(sources)]
+    return "\n".join(lines) + "\n"
+
+
+def _fits(budgets: Budgets, sources: Sequence[_Usable]) -> list[str]:
+    def limit(value: int | None) -> str:
+        return "of any length" if value is None else f"at most {value} tokens"
+
+    lines = [
+        "## What fits the budgets",
+        "",
+        f"Of all good records, before any is left out. Prompts: {limit(budgets.max_prompt_tokens)}; answers: "
+        f"{limit(budgets.answer_budget)}; whole rows, with {budgets.rationale_budget} for the rationale, 1 to close it "
+        f"and the answer budget: {limit(budgets.context)}.",
+        "",
+        "| source | records | prompts that fit | answers that fit | rows that fit |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for one in sources:
+        fits = " | ".join(str(number) for number in one.lengths.within(budgets))
+        lines.append(f"| {one.named} | {len(one.lengths.prompts)} | {fits} |")
+    return [*lines, ""]
+
+
+def _paper(template: PromptTemplate) -> list[str]:
+    paper = template.paper
+    if paper is None:
+        return []
+    return [
+        f"The paper's setting: --rationale-budget {paper.rationale_budget} --answer-budget {paper.answer_budget}; "
+        f"{paper.train} / {paper.validation} / {paper.test} examples to train, validate and test.",
+        "",
+    ]
+
+
+def _losses(sources: Sequence[_Usable]) -> list[str]:
+    lines = ["## Left out", ""]
+    for one in sources:
+        kinds = Counter(fault.kind for fault in one.dropped)
+        counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())) or "none"
+        lines.append(f"- {one.named}: {counted}")
+    return [*lines, "", "dropped.jsonl names each by file and line, with its reason."]

@@ -1,0 +1,72 @@
+"""F2: a run's settings → what its sources hold, as token ids once there is a tokenizer."""
+
+from dataclasses import dataclass
+
+from megatron_jq.config import Config
+from megatron_jq.data.dataset import ReadOptions, Source, is_builtin, load_source
+from megatron_jq.data.faults import BadRecords, RecordError
+from megatron_jq.data.prepared import PreparedSplit, has_split, is_prepared, read_prepared
+from megatron_jq.data.prompts import Placed, PromptWriter, encode_pairs
+from megatron_jq.data.template import template_of
+from megatron_jq.data.tokenizers import Tokenizer
+from megatron_jq.errors import UserError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One source that was read: pairs of text, or a prepared split with its ids. named: the flag and its value."""
+
+    named: str
+    source: Source | None
+    prepared: PreparedSplit | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A source's examples, and the records that gave none."""
+
+    placed: tuple[Placed, ...]
+    bad: tuple[RecordError, ...]
+
+
+def heldout_source(config: Config) -> str | None:
+    """--eval-data; without it, the held-out split that a built-in task or a prepared set brings."""
+    d = config.data
+    brings_its_own = is_builtin(d.train_data) or has_split(d.train_data, "validation")
+    return d.eval_data or (d.train_data if brings_its_own else None)
+
+
+def read_source(config: Config, source: str, split: str, flag: str, *, count: int | None = None) -> Reading:
+    """split: "train", "heldout" or "test". UserError: see load_source and read_prepared."""
+    d, named = config.data, f"{flag} {source}"
+    if is_prepared(source):
+        name = "validation" if split == "heldout" else split
+        prepared = read_prepared(source, name, count=count, flag=flag)
+        if d.prompt_style not in ("plain", prepared.prompt_style) or d.prompt_template is not None:
+            raise UserError(
+                f"{named} was prepared with --prompt-style {prepared.prompt_style}; "
+                "leave --prompt-style and --prompt-template out, or prepare the set again"
+            )
+        return Reading(named, None, prepared)
+    options = ReadOptions(d.data_format, d.prompt_field, d.answer_field, d.id_field, d.finqa_answer, d.bad_records)
+    seed = config.training.seed
+    return Reading(named, load_source(source, options, count=count, seed=seed, split=split, flag=flag), None)
+
+
+def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> Encoded:
+    """Token ids. UserError: a prepared set of another tokenizer, a template that does not fit, bad records that are
+    not to be dropped.
+    """
+    if reading.prepared is not None:
+        if reading.prepared.tokenizer != tokenizer.fingerprint():
+            own = reading.prepared.tokenizer_path
+            raise UserError(
+                f"{reading.named} was prepared with another tokenizer; use its own, --tokenizer-model {own}"
+            )
+        return Encoded(reading.prepared.placed, ())
+    d, source = config.data, reading.source
+    style = template_of(source.data_format, d.prompt_template).style(d.prompt_style)
+    bad = BadRecords(d.bad_records)
+    placed = encode_pairs(source.pairs, PromptWriter(style, tokenizer), bad)
+    bad.settle(reading.named, len(placed))
+    return Encoded(tuple(placed), (*source.bad, *bad.faults))

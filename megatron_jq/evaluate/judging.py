@@ -1,0 +1,144 @@
+"""F4: from sampled answers to figures: which are right, pass@k, maj@k, ln P̂, and how sure they are. No model."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_jq.data.answers import matches, normalise
+from megatron_jq.errors import UserError
+from megatron_jq.objective.metrics import bootstrap_interval, majority_at_k, pass_at_k
+from megatron_jq.objective.tsallis import log_mean_weight
+from megatron_jq.toml_files import did_you_mean
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer's text. ended: it came to its end by itself. A control token inside reads as U+FFFD."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What an answer is counted as. counts: it may be right at all."""
+
+    key: str
+    counts: bool
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How answers are compared: match, "exact" or "substring", on texts normalised by a rule of data/answers.py.
+
+    Under exact match an answer that was cut off is wrong. Under substring match, the paper's, its text counts.
+    """
+
+    match: str = "exact"
+    rule: str = "none"
+
+    def vote(self, answer: Answer) -> Vote:
+        return Vote(normalise(answer.text, self.rule), answer.ended or self.match == "substring")
+
+    def keys(self, golds: Sequence[str]) -> tuple[str, ...]:
+        return tuple(normalise(gold, self.rule) for gold in golds)
+
+    def accepts(self, vote: Vote, keys: tuple[str, ...]) -> bool:
+        """keys: of the gold answers."""
+        return vote.counts and matches(vote.key, keys, self.match, self.rule)
+
+    def is_right(self, answer: Answer, golds: Sequence[str]) -> bool:
+        return self.accepts(self.vote(answer), self.keys(golds))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """ "pass" or "maj" at k samples."""
+
+    kind: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.k}"
+
+
+def read_metrics(names: str | None, num_samples: int) -> tuple[Metric, ...]:
+    """ "pass@1,maj@16" → metrics. None: pass@1, and pass@n and maj@n where n > 1. UserError: unknown, or k > n."""
+    if names is None:
+        many = (Metric("pass", num_samples), Metric("maj", num_samples)) if num_samples > 1 else ()
+        return (Metric("pass", 1), *many)
+    metrics = []
+    for name in names.split(","):
+        found = re.fullmatch(r"(pass|maj)@(\d{1,9})", name.strip())
+        if found is None:
+            known = [f"{kind}@{k}" for kind in ("pass", "maj") for k in sorted({1, num_samples})]
+            hint = did_you_mean(name.strip(), known, "there are pass@K and maj@K, with K a number")
+            raise UserError(f"--metrics {name.strip()!r} is not known; {hint}")
+        metric = Metric(found[1], int(found[2]))
+        if not 1 <= metric.k <= num_samples:
+            raise UserError(
+                f"--metrics {metric}: K must lie between 1 and the {num_samples} sample(s) a prompt (--eval-samples)"
+            )
+        metrics.append(metric)
+    return tuple(dict.fromkeys(metrics))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One prompt's votes in the order they were drawn, and which are right by its gold answers' keys."""
+
+    votes: tuple[Vote, ...]
+    right: tuple[bool, ...]
+    keys: tuple[str, ...]
+    judge: Judge
+
+    def value(self, metric: Metric) -> float:
+        """pass@k over all samples (unbiased), or maj@k of the first k; a tie goes to the answer drawn first."""
+        if metric.kind == "pass":
+            return pass_at_k(len(self.right), sum(self.right), metric.k)
+        return float(majority_at_k(self.votes, self.keys, metric.k, is_correct=self.judge.accepts))
+
+
+def judge_prompt(answers: Sequence[Answer], golds: Sequence[str], judge: Judge) -> Judged:
+    votes, keys = tuple(judge.vote(answer) for answer in answers), judge.keys(golds)
+    return Judged(votes, tuple(judge.accepts(vote, keys) for vote in votes), keys, judge)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How sure the figures are: a percentile bootstrap over prompts, the same for the same seed."""
+
+    resamples: int = 2000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def check(self) -> None:
+        """UserError for values that no interval has."""
+        if self.resamples < 1:
+            raise UserError(f"--bootstrap-resamples must be at least 1, not {self.resamples}")
+        if not 0 < self.confidence < 1:
+            raise UserError(f"--confidence must lie between 0 and 1, not {self.confidence}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over prompts and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_over_prompts(values: Sequence[float], interval: Interval) -> Figure:
+    values_B = torch.tensor(values, dtype=torch.float64)
+    low, high = bootstrap_interval(
+        values_B, resamples=interval.resamples, confidence=interval.confidence, seed=interval.seed
+    )
+    return Figure(values_B.mean().item(), low, high)
+
+
+def log_p_of_prompts(log_w: Sequence[Sequence[float]]) -> list[float]:
+    """ln P̂ = ln w̄ of each prompt, in nats."""
+    return log_mean_weight(torch.tensor(log_w, dtype=torch.float64)).tolist()

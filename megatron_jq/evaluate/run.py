@@ -1,0 +1,204 @@
+"""F4: `megatron-jq evaluate` from the process group to the results."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from megatron_jq.architecture import Architecture
+from megatron_jq.checkpoint.convert import architecture_of
+from megatron_jq.checkpoint.store import Found, load_weights
+from megatron_jq.config import Config
+from megatron_jq.config_validate import validate
+from megatron_jq.data.answers import rule_of
+from megatron_jq.data.prompts import fingerprint
+from megatron_jq.data.tokenizers import Tokenizer
+from megatron_jq.errors import UserError
+from megatron_jq.evaluate.drawing import EVALUATION_SEED_OFFSET
+from megatron_jq.evaluate.judging import Interval, read_metrics
+from megatron_jq.evaluate.loop import fill
+from megatron_jq.evaluate.report import conclude, make_folder
+from megatron_jq.evaluate.samples import Header, SampleFile, read_samples
+from megatron_jq.evaluate.subject import (
+    HeldOut,
+    at_first_sight,
+    checkpoint_to_evaluate,
+    digest_of,
+    heldout_examples,
+    settings_of,
+    tokenizer_of,
+)
+from megatron_jq.model.build import BuildOptions, build_policies
+from megatron_jq.parallel import runtime as runtime_module
+from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.rollout.engine import SamplingOptions
+from megatron_jq.rollout.megatron import MegatronEngine
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command's own flags say. metrics None: pass@1, pass@n, maj@n."""
+
+    load: Path | None
+    hf: Path | None
+    output: Path
+    metrics: str | None
+    resamples: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything of an evaluation that every rank knows before weights are loaded."""
+
+    config: Config
+    architecture: Architecture
+    tokenizer: Tokenizer
+    heldout: HeldOut
+    header: Header
+
+
+def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Callable[[str], None]) -> None:
+    """Evaluate a checkpoint or Hugging Face folder at this job's layout; all ranks call it.
+
+    settle: puts the flags on top of the checkpoint's settings. enter: told what this process does. UserError on every
+    rank for bad input.
+    """
+    # Before there is a process group, so that a layout that cannot be is refused by its flag.
+    base, architecture = at_first_sight(order.load, order.hf)
+    config = settle(base)
+    validate(config, runtime_module.world_size_from_environment(), architecture)
+    p = config.parallel
+    runtime = runtime_module.start(
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        expert_model_parallel_size=p.expert_model_parallel_size,
+        expert_tensor_parallel_size=p.expert_tensor_parallel_size,
+        timeout=timedelta(minutes=p.distributed_timeout_minutes),
+        seed=config.training.seed,
+        device=p.device,
+        virtual_stages=p.num_virtual_stages_per_pipeline_rank,
+    )
+    _on_every_rank(runtime, lambda: make_folder(order.output) if runtime.is_main else None)
+    with checkpoint_to_evaluate(order.load, order.hf, order.output, runtime) as found:
+        subject = _on_every_rank(runtime, lambda: _subject(order, found, settle, runtime))
+        # Before the weights: a folder that holds another evaluation is refused in a second.
+        file = _on_every_rank(runtime, lambda: _open(order.output / SAMPLES, subject) if runtime.is_main else None)
+        enter("loading weights")
+        engine = _engine(subject, found, runtime)
+    _generate(file, engine, subject, runtime, enter)
+    enter("results")
+    _on_every_rank(runtime, lambda: _conclude(order, subject) if runtime.is_main else None)
+    runtime_module.stop()
+
+
+def _on_every_rank(runtime: Runtime, work):
+    """work() on this rank; its UserError on every rank."""
+    result, fault = None, None
+    try:
+        result = work()
+    except UserError as error:
+        fault = str(error)
+    agree(runtime, fault)
+    return result
+
+
+def _subject(order: Order, found: Found, settle: Callable[[Config], Config], runtime: Runtime) -> Subject:
+    config, architecture = settle(settings_of(found)), architecture_of(found.manifest)
+    validate(config, runtime.world_size, architecture)
+    read_metrics(order.metrics, config.training.eval_samples)
+    Interval(order.resamples, order.confidence, config.training.seed).check()
+    tokenizer = tokenizer_of(config, found, architecture)
+    heldout = heldout_examples(config, found, tokenizer, architecture)
+    if heldout.warning and runtime.is_main:
+        print(heldout.warning, flush=True)
+    t = config.training
+    header = Header(
+        source=str(order.hf or found.folder),
+        data_source=heldout.source,
+        data_format=heldout.data_format,
+        weights=digest_of(found.manifest),
+        data=fingerprint(heldout.examples),
+        checkpoint_step=found.manifest.step,
+        dtype=config.model.params_dtype,
+        num_prompts=len(heldout.examples),
+        num_samples=t.eval_samples,
+        temperature=t.eval_temperature,
+        seed=t.seed,
+        rationale_budget=config.rollout.rationale_budget,
+        answer_budget=heldout.answer_budget,
+        match=t.match,
+        rule=rule_of(t.normalise, heldout.data_format),
+    )
+    return Subject(config, architecture, tokenizer, heldout, header)
+
+
+def _open(path: Path, subject: Subject) -> SampleFile:
+    try:
+        return SampleFile(path, subject.header)
+    except OSError as fault:
+        raise UserError(f"--output: {path} cannot be written: {fault.strerror}; name another folder") from fault
+
+
+def _engine(subject: Subject, found: Found, runtime: Runtime) -> MegatronEngine:
+    config, bf16 = subject.config, subject.config.model.bf16
+    options = BuildOptions(
+        vocab_size=subject.architecture.vocab_size,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        sequence_parallel=config.parallel.sequence_parallel,
+        virtual_stages=config.parallel.num_virtual_stages_per_pipeline_rank,
+        pipeline_layout=config.parallel.pipeline_model_parallel_layout,
+        transformer_impl=config.parallel.transformer_impl,
+    )
+    policies = build_policies(subject.architecture, options, runtime)
+    if bf16:
+        policies = [policy.bfloat16() for policy in policies]  # as Megatron-core's mixed-precision wrapper does
+    load_weights(found, policies, runtime)
+    return MegatronEngine(policies, runtime, max_rows=config.rollout.rollout_batch_size)
+
+
+def _generate(
+    file: SampleFile | None,
+    engine: MegatronEngine,
+    subject: Subject,
+    runtime: Runtime,
+    enter: Callable[[str], None],
+) -> None:
+    config, header, tokenizer = subject.config, subject.header, subject.tokenizer
+    options = SamplingOptions(
+        rationale_budget=header.rationale_budget,
+        answer_budget=header.answer_budget,
+        temperature=header.temperature,
+        top_p=1.0,
+        close_id=tokenizer.think_close_id,
+        eos_id=tokenizer.eos_id,
+        # The run that wrote the checkpoint evaluated it with these: the same samples come again.
+        seed=header.seed + EVALUATION_SEED_OFFSET,
+        step=max(0, header.checkpoint_step - 1),
+    )
+    fill(
+        file,
+        engine,
+        subject.heldout.examples,
+        tokenizer,
+        runtime,
+        options,
+        num_samples=header.num_samples,
+        judge=header.judge,
+        rows=config.rollout.rollout_batch_size,
+        enter=enter,
+    )
+    if file is not None:
+        file.close()
+
+
+def _conclude(order: Order, subject: Subject) -> None:
+    interval = Interval(order.resamples, order.confidence, subject.header.seed)
+    header, prompts = read_samples(order.output / SAMPLES)
+    conclude(header, prompts, header.judge, order.metrics, interval, order.output)
+    print(f"samples and results: {order.output}")

@@ -1,0 +1,192 @@
+"""F4: what is evaluated: a checkpoint's weights, settings and tokenizer, and the held-out examples."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_jq.architecture import Architecture, read_hugging_face_config
+from megatron_jq.checkpoint.convert import architecture_of, hf_to_megatron
+from megatron_jq.checkpoint.folder import (
+    TOKENIZER,
+    DamagedCheckpoint,
+    Manifest,
+    candidates,
+    none_found,
+    read_manifest,
+)
+from megatron_jq.checkpoint.huggingface import CONFIG as HF_CONFIG
+from megatron_jq.checkpoint.slabs import Cut
+from megatron_jq.checkpoint.store import Found, find_checkpoint
+from megatron_jq.config import Config, settings_of_text
+from megatron_jq.data.faults import summary_of
+from megatron_jq.data.prepared import MANIFEST
+from megatron_jq.data.prepared import read_manifest as read_prepared_manifest
+from megatron_jq.data.prompts import select_fitting
+from megatron_jq.data.reading import Reading, encode_reading, heldout_source, read_source
+from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_jq.errors import UserError
+from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.records import Example
+
+#: Where neither flag nor file says: the paper's number of samples a prompt.
+_SAMPLING = {"eval_samples": 16, "eval_temperature": 1.0}
+#: Where a Hugging Face folder is converted to while it is loaded, inside --output.
+CONVERTED = ".from-hugging-face"
+
+
+def at_first_sight(load: Path | None, hf: Path | None) -> tuple[Config, Architecture]:
+    """Settings and architecture by the newest manifest, or config.json, that can be read; no weights are verified.
+
+    UserError where there is none.
+    """
+    if hf is not None:
+        return Config(training=replace(Config().training, **_SAMPLING)), read_hugging_face_config(hf / HF_CONFIG)
+    damage = []
+    for folder in candidates(load):
+        try:
+            manifest = read_manifest(folder)
+            return settings_of(Found(folder, manifest)), architecture_of(manifest)
+        except DamagedCheckpoint as fault:
+            damage.append(str(fault))
+    raise none_found(load, damage, "--load")
+
+
+@contextlib.contextmanager
+def checkpoint_to_evaluate(load: Path | None, hf: Path | None, output: Path, runtime: Runtime) -> Iterator[Found]:
+    """The newest whole checkpoint in (or at) `load`; or `hf` converted, for as long as the block lasts. All ranks.
+
+    UserError on every rank where there is none.
+    """
+    folder = output / CONVERTED
+    try:
+        if hf is not None:
+            _on_main(runtime, lambda: _convert(hf, folder))
+            load = folder
+        found = find_checkpoint(load, "--load" if hf is None else "--hf", runtime, print)
+        if found is None:
+            raise none_found(load, [], "--load")
+        yield found
+    finally:
+        if runtime.is_main and hf is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _convert(hf: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of an evaluation that was killed
+    hf_to_megatron(hf, folder, Cut(1, 128))
+
+
+def _on_main(runtime: Runtime, work: Callable[[], None]) -> None:
+    fault = None
+    if runtime.is_main:
+        try:
+            work()
+        except UserError as error:
+            fault = str(error)
+    agree(runtime, fault)
+
+
+def settings_of(found: Found) -> Config:
+    """The checkpoint's own settings as far as an evaluation has them: data, budgets, sampling, seed.
+
+    The layout is the job's. The tokenizer is the checkpoint's. Samples are 16 a prompt, at the run's evaluation
+    temperature, or that of its rollouts where the run evaluated greedily.
+    """
+    manifest, default = found.manifest, Config()
+    saved = default
+    if manifest.config is not None:
+        saved = settings_of_text(manifest.config, f"{found.folder}: its settings")
+    t = saved.training
+    return replace(
+        default,
+        model=replace(default.model, bf16=manifest.bf16),
+        objective=saved.objective,
+        rollout=saved.rollout,
+        data=replace(saved.data, tokenizer_model=None, tokenizer_type="sentencepiece", tokenizer_vocab_size=None),
+        training=replace(
+            default.training,
+            seed=t.seed,
+            eval_samples=_SAMPLING["eval_samples"],
+            eval_temperature=t.eval_temperature or saved.rollout.temperature,
+            match=t.match,
+            normalise=t.normalise,
+            max_tokens_per_micro_batch=t.max_tokens_per_micro_batch,
+        ),
+    )
+
+
+def digest_of(manifest: Manifest) -> str:
+    """Of the checkpoint's tensor files."""
+    files = {name: entry["sha256"] for name, entry in manifest.files.items() if name.endswith(".distcp")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_of(config: Config, found: Found, architecture: Architecture) -> Tokenizer:
+    """--tokenizer-model's, or else the checkpoint's own. UserError where it is missing, or too large for the model."""
+    carried = found.folder / TOKENIZER
+    if config.data.tokenizer_model is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    elif (carried / "tokenizer.model").is_file():
+        tokenizer = load_tokenizer("sentencepiece", carried / "tokenizer.model")
+    elif (carried / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer("huggingface", carried)
+    else:
+        raise UserError(f"{found.folder} holds no tokenizer; give --tokenizer-model")
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, more than the model's vocabulary of "
+            f"{architecture.vocab_size}; give the model's own with --tokenizer-model"
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The examples to evaluate on. warning: what was left out of them, or nothing."""
+
+    source: str
+    data_format: str
+    examples: tuple[Example, ...]
+    answer_budget: int
+    warning: str
+
+
+def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, architecture: Architecture) -> HeldOut:
+    """UserError: no source, one that cannot be read or holds nothing that fits."""
+    d, r = config.data, config.rollout
+    # A conversion's manifest knows no data, and the default is a task that its policy never saw.
+    source = heldout_source(config) if found.manifest.config is not None else d.eval_data
+    if source is None:
+        raise UserError("--eval-data is missing: name the prompts and answers to evaluate on")
+    reading = read_source(config, source, "heldout", "--eval-data", count=d.eval_examples)
+    encoded = encode_reading(config, reading, tokenizer)
+    answer_budget = r.answer_budget or max(len(one.example.answer_ids) for one in encoded.placed)
+    context = architecture.max_position_embeddings
+    room = context - r.rationale_budget - 1 - answer_budget
+    if room < 1:
+        raise UserError(
+            f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt in "
+            f"the model's context of {context} tokens; lower --rationale-budget or --answer-budget"
+        )
+    fitting = select_fitting(
+        encoded.placed,
+        max_prompt_tokens=min(room, d.max_prompt_tokens or room),
+        answer_budget=answer_budget,
+        overlong=d.overlong_prompts,
+    )
+    left_out = [summary_of(encoded.bad)] if encoded.bad else []
+    if fitting.overlong.count:
+        left_out.append(f"{fitting.overlong.count} overlong examples left out")
+    warning = f"warning: {reading.named}: {'; '.join(left_out)}" if left_out else ""
+    return HeldOut(source, _format_of(reading, source), fitting.examples, answer_budget, warning)
+
+
+def _format_of(reading: Reading, source: str) -> str:
+    if reading.source is not None:
+        return reading.source.data_format
+    path = Path(source)
+    return read_prepared_manifest(path if (path / MANIFEST).is_file() else path.parent, "--eval-data").data_format

@@ -1,0 +1,141 @@
+"""Answers are the same or not: hand-made cases for each rule; rules are fast on hostile text."""
+
+import time
+
+import pytest
+
+from megatron_jq.data.answers import RULES, matches, normalise, rule_of, without_unit
+from megatron_jq.errors import UserError
+
+#: (answer, gold, the rules under which it is an exact match)
+CASES = (
+    # blanks and casing
+    (" 42\n", "42", "none text squad number"),
+    ("Paris", "paris", "text squad number"),
+    ("New  York\tCity", "New York City", "text squad number"),
+    ("STRASSE", "straße", "text squad number"),
+    ("Paris.", "Paris", "text squad number"),
+    ("Paris", "London", ""),
+    # Unicode: composed and decomposed, full width, no-break space, dashes, quotes, ligature, Kelvin
+    ("Cafe\u0301", "Caf\u00e9", "text squad number"),
+    ("１２", "12", "text squad number"),
+    ("New\u00a0York", "New York", "text squad number"),
+    ("\u22125", "-5", "text squad number"),
+    ("O’Hara", "O'Hara", "text squad number"),
+    ("o\ufb03ce", "office", "text squad number"),
+    ("Café", "Cafe", ""),
+    # what NFKC would run together
+    ("10²", "102", ""),
+    ("3½", "31/2", ""),
+    ("½", "1/2", "text squad number"),
+    # articles and punctuation
+    ("The Beatles!", "Beatles", "squad"),
+    ("an apple", "apple", "squad"),
+    ("U.S.", "US", "squad"),
+    ("theme", "me", ""),
+    # thousands separators
+    ("1,080", "1080", "squad number"),
+    ("1,234,567.00", "1234567", "number"),
+    ("1 080", "1080", "number"),
+    ("1\u202f080", "1080", "number"),
+    ("1,08", "108", "squad"),
+    ("1,0800", "10800", "squad"),
+    # zeros and signs that say nothing
+    ("0.50", "0.5", "number"),
+    ("42.0", "42", "number"),
+    (".5", "0.5", "number"),
+    ("+5", "5", "squad number"),
+    ("-0.0", "0", "number"),
+    ("007", "7", "number"),
+    ("-5", "5", "squad"),
+    ("12.34567890123456789012345678901234567890", "12.34567890123456789012345678901234567891", ""),
+    # percent
+    ("12%", "12", "squad number"),
+    ("12.5 percent", "12.5%", "number"),
+    ("12 per cent", "12 %", "number"),
+    ("12%", "0.12", ""),
+    ("12%", "12 kg", ""),
+    # currencies
+    ("$1,080.50", "1080.5", "number"),
+    ("-$5", "$-5", "squad number"),
+    ("5 dollars", "$5", "number"),
+    ("USD 5", "US$5", "number"),
+    ("$5", "€5", ""),
+    ("$12 million", "12 million dollars", "number"),
+    # units: passed over where one answer has none, told apart where both have one
+    ("5 kg", "5", "number"),
+    ("5", "5kg", "number"),
+    ("5 apples.", "5", "number"),
+    ("30 °C", "30", "number"),
+    ("5 km/h", "5", "number"),
+    ("5 kg", "5 g", ""),
+    ("12 million", "12", ""),
+    ("12 million", "12 thousand", ""),
+    ("5th", "5", ""),
+    ("3 of 5", "3", ""),
+    ("2 or three", "2", ""),
+    # no quantities
+    ("1999-2000", "1999", ""),
+    ("10:30", "10", ""),
+    ("1/2", "1", ""),
+    ("v1.20", "v1.2", ""),
+    ("1e3", "1", ""),
+    ("yes", "Yes", "text squad number"),
+)
+
+
+@pytest.mark.parametrize(("answer", "gold", "rules"), CASES, ids=[f"{a!r} {g!r}" for a, g, _ in CASES])
+def test_exact_match_by_every_rule(answer, gold, rules):
+    found = [rule for rule in RULES if matches(normalise(answer, rule), [normalise(gold, rule)], "exact", rule)]
+    assert found == rules.split()
+
+
+#: (answer, gold, rule, whether the gold one is part of it)
+PARTS = (
+    ("the answer is 42 .", "42", "none", True),
+    ("the answer is Forty", "forty", "none", False),
+    ("the answer is Forty", "forty", "text", True),
+    ("it was The Beatles, of course", "Beatles", "squad", True),
+    ("it came to $1,080.50 in all", "1080.5", "number", True),
+    ("that is 12.50 percent more", "12.5%", "number", True),
+    ("that is 12.5 more", "13.5", "number", False),
+    ("42", "421", "none", False),
+    ("5 kg", "5", "number", True),
+)
+
+
+@pytest.mark.parametrize(("answer", "gold", "rule", "expected"), PARTS)
+def test_substring_match(answer, gold, rule, expected):
+    assert matches(normalise(answer, rule), [normalise(gold, rule)], "substring", rule) == expected
+
+
+def test_any_of_several_gold_answers_will_do_and_an_empty_one_is_no_part_of_all():
+    assert matches("b", ["a", "b"], "exact", "none") and not matches("c", ["a", "b"], "exact", "none")
+    assert not matches("anything", [""], "substring", "none") and matches("", [""], "substring", "none")
+    for rule in RULES:
+        assert normalise(" The ", rule) and normalise("%", rule)  # something to compare is left
+
+
+def test_the_rule_follows_the_data_set_unless_it_is_named():
+    found = [rule_of("auto", kind) for kind in ("finqa", "gsm8k", "hotpotqa", "musique", "jsonl", "builtin", "auto")]
+    assert found == ["number", "number", "squad", "squad", "none", "none", "none"]
+    assert rule_of("text", "gsm8k") == "text"
+    with pytest.raises(UserError, match="--normalise numbers is not known; did you mean number"):
+        rule_of("numbers", "gsm8k")
+
+
+def test_a_normalised_answer_is_normal():
+    for text in {text for answer, gold, _ in CASES for text in (answer, gold)}:
+        for rule in RULES:
+            once = normalise(text, rule)
+            assert normalise(once, rule) == once, (text, rule)
+
+
+@pytest.mark.parametrize(
+    "text", ["1," * 20_000, "1 " * 20_000, "$" * 20_000, "9" * 20_000, "a b" * 10_000, "1,000" * 5_000]
+)
+def test_hostile_text_takes_no_longer_than_its_length(text):
+    began = time.monotonic()
+    for rule in RULES:
+        without_unit(normalise(text, rule))
+    assert time.monotonic() - began < 2

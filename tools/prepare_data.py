@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Tokenise and check data once, write it as a folder that `--train-data` takes, and say what is in it.
+
+    python tools/prepare_data.py --train-data train.json --eval-data dev.json --test-data test.json \\
+        --output data/finqa --split-sizes paper --prompt-style warm \\
+        --tokenizer-type huggingface --tokenizer-model Qwen3-0.6B \\
+        --bad-records drop --overlong-prompts drop --max-prompt-tokens 4096
+
+Beside the flags below, every setting of `megatron-jq train` is taken, `--config FILE` included; those of data,
+tokenizer, budgets, seed and model are read. docs/data.md says what the folder holds.
+
+Exit codes: 0; 2 on bad input.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_jq.config import Config, ModelConfig, parse_args
+from megatron_jq.config_validate import resolve_architecture
+from megatron_jq.data.prepare import prepare
+from megatron_jq.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Own flags, and the settings. UserError on bad input."""
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        prog="prepare_data",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist")
+    parser.add_argument(
+        "--test-data", metavar="SOURCE", help="of the test split; --eval-data is the validation split's"
+    )
+    parser.add_argument(
+        "--split-sizes",
+        metavar="SIZES",
+        help="paper, or train=N,validation=N,test=N (rest for one N); a split without a source of its own is cut from "
+        "the one before it (default: each source whole)",
+    )
+    args, rest = parser.parse_known_args(argv)
+    return args, parse_args(rest, prog="prepare_data")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    try:
+        args, config = parse(sys.argv[1:] if argv is None else argv)
+        # The default model is nobody's choice: its context would say nothing.
+        chosen = config.model != ModelConfig()
+        context = resolve_architecture(config).max_position_embeddings if chosen else None
+        done = prepare(config, args.output, test_data=args.test_data, split_sizes=args.split_sizes, context=context)
+    except UserError as error:
+        sys.stderr.write("".join(f"prepare_data: error: {line}\n" for line in str(error).splitlines()))
+        return 2
+    print(done.report)
+    print(done.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
