@@ -49,7 +49,7 @@ def _render(template: str, special_tokens: dict[str, str], messages: list[dict],
         return environment.from_string(template).render(
             messages=messages, add_generation_prompt=True, enable_thinking=True, tools=None, **special_tokens
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"the chat template of {origin} cannot be used: {error}") from error
 
 

@@ -32,7 +32,7 @@ def read_hub(source: str, default_split: str, *, flag: str = "--train-data") -> 
         raise UserError(f"{flag} {source}: write hub:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or default_split, revision=revision or None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{flag} {source} cannot be loaded: {reason}") from error
     if len(rows) == 0:

@@ -190,6 +190,5 @@ def backward_working(plan: Plan, chunk: Chunk, tokens: int) -> float:
     down = row + tokens * e * w.block + matrix
     up = 2 * row - tokens * e * 3 * w.block + 2 * matrix
     norm = tokens * w.hidden * (2 * e if plan.on_cuda else 6 * 4) if chunk.heads else 0
-    # gradients of queries, keys and values, of a part and of the whole, and of the output; the block's share is freed
-    attention = tokens * (e * (3 * w.query + 4 * w.key) - block_saved(plan, w))
-    return max(product, down, up, norm, attention)
+    # attention's gradients, over trees too, come when the block's share is freed, and are fewer
+    return max(product, down, up, norm)

@@ -12,9 +12,8 @@ from megatron_jq.estimate.plan import Chunk, Plan
 BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 410_000_000, 520_000_000, 1_500_000_000
 
 #: glibc keeps freed blocks below HEAP_BLOCK, and what comes next does not fill them without gaps: its heap grows to
-#: this much for what is alive in it at most, where a step has one micro-batch, and where it has several; under a token
-#: budget these come about longest first and fit where the one before was, as one does. Measured (docs/estimate.md).
-#: Larger blocks go back to the system at once, and all do under MALLOC_MMAP_THRESHOLD_=65536.
+#: this much for what is alive in it at most, where a step has one micro-batch, and where it has several. Measured
+#: (docs/estimate.md). Larger blocks go back to the system at once, and all do under MALLOC_MMAP_THRESHOLD_=65536.
 HEAP_BLOCK, HEAP_OF_ONE, HEAP_OF_SEVERAL = 32 << 20, 1.4, 1.9
 
 #: Elements of a chunk of logits (parallel/logprob.py) and of the sampler's float64 rows (rollout/sampling.py).
@@ -116,7 +115,7 @@ def _baseline(plan: Plan) -> float:
 def stage_memory(plan: Plan, stage: int, *, keeps_freed: bool = True) -> StageMemory:
     """keeps_freed False: what is alive alone, which CPU processes take under MALLOC_MMAP_THRESHOLD_=65536."""
     count = stage_parameters(plan, stage)
-    several = len(plan.busiest_rows) > 1 and plan.config.training.max_tokens_per_micro_batch is None
+    several = len(plan.busiest_rows) > 1
     growth = HEAP_OF_SEVERAL if several else HEAP_OF_ONE
     phases = [_rollout(plan, stage), _score(plan, stage), _train(plan, stage), _update(plan, count)]
     return StageMemory(

@@ -304,6 +304,7 @@ class FakeHub(types.ModuleType):
     """Stands for the datasets library: keeps what load_dataset was asked for."""
 
     __version__ = "4.1.0"
+    exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
 
     def __init__(self, rows):
         super().__init__("datasets")
@@ -340,9 +341,10 @@ def test_numbers_of_the_hub_are_written_in_full(monkeypatch):
 
 
 def test_faults_of_the_hub_are_told_in_a_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", FakeHub(FileNotFoundError("no such set\nmore")))
-    with pytest.raises(UserError, match="^--eval-data hub:a/b cannot be loaded: no such set$"):
-        load_source("hub:a/b", ReadOptions(), flag="--eval-data")
+    for fault in (FileNotFoundError, ValueError, FakeHub.exceptions.DatasetsError):
+        monkeypatch.setitem(sys.modules, "datasets", FakeHub(fault("no such set\nmore")))
+        with pytest.raises(UserError, match="^--eval-data hub:a/b cannot be loaded: no such set$"):
+            load_source("hub:a/b", ReadOptions(), flag="--eval-data")
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([]))
     with pytest.raises(UserError, match="hub:a/b is empty"):
         load_pairs("hub:a/b")

@@ -218,6 +218,8 @@ def test_a_chat_template_that_opens_the_rationale_itself_opens_it_once(opening):
         ("{{ messages[0].content }}<think>so", "writes a whole rationale of its own"),
         ("{% if %}", "cannot be used"),
         ("{{ raise_exception('system role not supported') }}", "cannot be used: system role not supported"),
+        ("{{ range(10**9) | list }}{{ messages[0].content }}", "cannot be used"),
+        ("{{ 1 // 0 }}{{ messages[0].content }}", "cannot be used"),
         ("{{ messages.append(1) }}{{ messages[0].content }}", "cannot be used"),
         ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "cannot be used"),
     ],
