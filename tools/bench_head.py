@@ -13,7 +13,8 @@ Paths, all from hidden [T, H] and this rank's weight [V/tp, H] to the loss, d hi
 On CUDA also cut-cross-entropy and liger-kernel where they are installed (one rank).
 
 Peak is memory beyond inputs and gradients, from the allocator on CUDA and from resident memory on CPU. Ratios are to
-`megatron`.
+`megatron`: of times the median over turns of the ratio within a turn, in which all paths run one behind the other, so
+that a machine whose speed drifts blurs them less.
 """
 
 import argparse
@@ -52,7 +53,8 @@ class Case:
 @dataclass(frozen=True)
 class Result:
     path: str
-    seconds: float
+    seconds: float  # median over turns
+    of_megatron: float  # median over turns of the time's ratio to megatron's in the same turn
     peak_bytes: int
 
 
@@ -187,11 +189,11 @@ class ResidentPeak:
             self.bytes = self._largest - self._start
 
 
-def measure(case: Case, runtime: Runtime, repeats: int) -> list[Result]:
+def measure(case: Case, runtime: Runtime, repeats: int, chosen: list[str] | None) -> list[Result]:
     """Paths in turn, `repeats` rounds after one warm-up round; median seconds of the slowest rank, largest peak."""
     x = Inputs(case, runtime)
     gradients = x.hidden.numel() * x.hidden.element_size()  # d hidden, which every path leaves behind
-    every = paths(x)
+    every = {name: path for name, path in paths(x).items() if name in (chosen or [name]) or name == "megatron"}
     seconds: dict[str, list[float]] = {name: [] for name in every}
     peak = dict.fromkeys(every, 0)
     for turn in range(repeats + 1):
@@ -210,7 +212,11 @@ def measure(case: Case, runtime: Runtime, repeats: int) -> list[Result]:
             if turn:
                 seconds[name].append(slowest[0].item())
             peak[name] = max(peak[name], int(slowest[1].item()))
-    return [Result(name, statistics.median(seconds[name]), max(peak[name], 0)) for name in every]
+    ratios = {name: [a / b for a, b in zip(seconds[name], seconds["megatron"], strict=True)] for name in every}
+    return [
+        Result(name, statistics.median(seconds[name]), statistics.median(ratios[name]), max(peak[name], 0))
+        for name in every
+    ]
 
 
 def table(case: Case, ranks: int, results: list[Result]) -> str:
@@ -222,7 +228,7 @@ def table(case: Case, ranks: int, results: list[Result]) -> str:
     ]
     for r in results:
         memory = r.peak_bytes / plain.peak_bytes if plain.peak_bytes else float("nan")
-        times = f"{r.seconds:>10.3f}{r.seconds / plain.seconds:>13.3f}"
+        times = f"{r.seconds:>10.3f}{r.of_megatron:>13.3f}"
         lines.append(f"{r.path:<18}{times}{r.peak_bytes / 2**20:>10.0f}{memory:>13.3f}")
     return "\n".join(lines)
 
@@ -234,6 +240,7 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, default=151_936)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--counting", nargs="+", type=int, default=[1, 8], help="one row in N counts")
+    parser.add_argument("--paths", nargs="+", help="these alone, and megatron; default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", help="write the same figures here")
@@ -253,7 +260,7 @@ def main() -> int:
     for dtype in args.dtype:
         for counting in args.counting:
             case = Case(tokens, args.hidden_size, args.vocab_size, dtype, counting)
-            results = measure(case, runtime, args.repeats)
+            results = measure(case, runtime, args.repeats, args.paths)
             figures = [asdict(result) for result in results]
             written.append({"case": asdict(case), "tensor_model_parallel_size": ranks, "results": figures})
             if runtime.is_main:

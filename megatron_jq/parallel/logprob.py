@@ -16,12 +16,12 @@ import torch.distributed as dist
 from megatron_jq.parallel.collectives import all_gather_flat
 
 #: Logits that exist at one time, in elements, by device: bounds memory, and is large enough for efficient GEMMs.
-_CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 3 << 24, "cuda": 1 << 27}
 
 
 def default_chunk_tokens(shard: int, device: torch.device) -> int:
-    """Tokens a chunk for a vocabulary shard of this many rows: 128 MB of float32 logits on CPU, 512 MB on CUDA."""
-    return max(32, _CHUNK_ELEMENTS.get(device.type, 1 << 25) // shard)
+    """Tokens a chunk for a vocabulary shard of this many rows: 200 MB of float32 logits on CPU, 512 MB on CUDA."""
+    return max(32, _CHUNK_ELEMENTS.get(device.type, 3 << 24) // shard // 32 * 32)  # GEMMs favour multiples
 
 
 def _rank_size(group) -> tuple[int, int]:
@@ -65,12 +65,25 @@ def _partial_softmax(logits_TV, column_T, here_T) -> torch.Tensor:
 
 
 def _exponentials_(logits_TV, column_T, here_T) -> torch.Tensor:
-    """Replace logits by exp(logit - largest), in place; returns the numbers of _partial_softmax."""
-    largest_T = logits_TV.amax(dim=-1)
+    """Replace logits by exp(logit - largest), in place; returns the numbers of _partial_softmax.
+
+    A few rows at a time on CPU, whose caches hold them between the four operations.
+    """
     target_T = logits_TV.gather(-1, column_T[:, None]).squeeze(-1)
-    shift_T = torch.where(largest_T == float("-inf"), torch.zeros_like(largest_T), largest_T)
-    sum_T = logits_TV.sub_(shift_T[:, None]).exp_().sum(dim=-1)
-    return torch.stack([largest_T, sum_T, target_T.where(here_T, torch.zeros_like(target_T))])
+    largest, total = [], []
+    for rows_RV in logits_TV.split(_cached_rows(logits_TV)):
+        largest_R = rows_RV.amax(dim=-1)
+        shift_R = torch.where(largest_R == float("-inf"), torch.zeros_like(largest_R), largest_R)
+        total.append(rows_RV.sub_(shift_R[:, None]).exp_().sum(dim=-1))
+        largest.append(largest_R)
+    return torch.stack([torch.cat(largest), torch.cat(total), target_T.where(here_T, torch.zeros_like(target_T))])
+
+
+def _cached_rows(logits_TV: torch.Tensor) -> int:
+    """Rows of logits that a CPU's caches hold (4 MB in float32); all of them on CUDA."""
+    if logits_TV.device.type != "cpu":
+        return max(1, len(logits_TV))
+    return max(1, (1 << 20) // max(1, logits_TV.shape[-1]))
 
 
 def _exchange(statistics_3T: torch.Tensor, group) -> tuple[torch.Tensor, dist.Work | None]:
@@ -168,9 +181,31 @@ def _chunks(total: int, chunk: int):
     return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)] or [slice(0, 0)]
 
 
-def _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T):
-    logits = hidden_TH[part] @ weight_VH.t()
-    logits = logits.to(_accumulation_dtype(logits.dtype))
+class _Workspace:
+    """Memory of one chunk's logits, used again by the next: fresh pages cost a tenth of the product on CPU."""
+
+    def __init__(self, weight_VH: torch.Tensor, chunk: int):
+        self.product_TV = weight_VH.new_empty(chunk, len(weight_VH))
+        wide = _accumulation_dtype(weight_VH.dtype)
+        self.logits_TV = self.product_TV if wide == weight_VH.dtype else self.product_TV.new_empty(0, dtype=wide)
+
+    def logits(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        """hidden · weightᵀ in the accumulation dtype."""
+        product = torch.mm(hidden_TH, weight_VH.t(), out=self.product_TV[: len(hidden_TH)])
+        if self.logits_TV is self.product_TV:
+            return product
+        if not len(self.logits_TV):
+            self.logits_TV = torch.empty_like(self.product_TV, dtype=self.logits_TV.dtype)
+        return self.logits_TV[: len(product)].copy_(product)
+
+    def narrow(self, grad_TV: torch.Tensor) -> torch.Tensor:
+        """The gradient of such logits in the weight's dtype."""
+        return grad_TV if self.logits_TV is self.product_TV else self.product_TV[: len(grad_TV)].copy_(grad_TV)
+
+
+def _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T, workspace=None):
+    workspace = workspace or _Workspace(weight_VH, part.stop - part.start)
+    logits = workspace.logits(hidden_TH[part], weight_VH)
     if inverse_temperature_T is not None:
         logits.mul_(inverse_temperature_T[part, None])
     return mask_vocabulary_padding(logits, group, vocab_size)
@@ -215,13 +250,13 @@ class _WeightedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TH)
         log_prob_T = torch.empty_like(targets_T, dtype=_accumulation_dtype(hidden_TH.dtype))
 
-        def begin(part):
+        def begin(part, workspace):
             """GEMM 1 of a chunk, exponentials in the logits' place; its statistics set out for the other ranks."""
-            logits = _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T)
+            logits = _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T, workspace)
             statistics_3T = _exponentials_(logits, column_T[part], here_T[part])
-            return part, logits, statistics_3T[0], _exchange(statistics_3T, group)
+            return part, workspace, logits, statistics_3T[0], _exchange(statistics_3T, group)
 
-        def finish(part, exponentials, largest, exchange):
+        def finish(part, workspace, exponentials, largest, exchange):
             """The chunk's log-probabilities and its share of both gradients: GEMMs 2 and 3."""
             normaliser, target = _merge(*exchange)
             log_prob_T[part] = target - normaliser
@@ -231,7 +266,7 @@ class _WeightedLogProbs(torch.autograd.Function):
             # d/dlogits = coefficient · (onehot - softmax); softmax = exponentials · exp(largest here - normaliser)
             grad = exponentials.mul_((-coefficient * (largest - normaliser).exp())[:, None])
             grad.scatter_add_(-1, column_T[part, None], (coefficient * here_T[part])[:, None])
-            grad = grad.to(hidden_TH.dtype)
+            grad = workspace.narrow(grad)
             torch.mm(grad, weight_VH, out=grad_hidden[part])
             if grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.t(), hidden_TH[part])
@@ -240,9 +275,11 @@ class _WeightedLogProbs(torch.autograd.Function):
 
         # Over several ranks, one chunk's statistics travel while the next chunk's logits are made.
         ahead = 0 if group is None or group.size() == 1 else 1
-        started = deque()
-        for part in _chunks(len(targets_T), chunk):
-            started.append(begin(part))
+        started, parts = deque(), _chunks(len(targets_T), chunk)
+        longest = max(part.stop - part.start for part in parts)
+        workspaces = [_Workspace(weight_VH, longest) for _ in parts[: ahead + 1]]
+        for number, part in enumerate(parts):
+            started.append(begin(part, workspaces[number % len(workspaces)]))
             if len(started) > ahead:
                 finish(*started.popleft())
         while started:
