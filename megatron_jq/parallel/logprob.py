@@ -181,31 +181,9 @@ def _chunks(total: int, chunk: int):
     return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)] or [slice(0, 0)]
 
 
-class _Workspace:
-    """Memory of one chunk's logits, used again by the next: fresh pages cost a tenth of the product on CPU."""
-
-    def __init__(self, weight_VH: torch.Tensor, chunk: int):
-        self.product_TV = weight_VH.new_empty(chunk, len(weight_VH))
-        wide = _accumulation_dtype(weight_VH.dtype)
-        self.logits_TV = self.product_TV if wide == weight_VH.dtype else self.product_TV.new_empty(0, dtype=wide)
-
-    def logits(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
-        """hidden · weightᵀ in the accumulation dtype."""
-        product = torch.mm(hidden_TH, weight_VH.t(), out=self.product_TV[: len(hidden_TH)])
-        if self.logits_TV is self.product_TV:
-            return product
-        if not len(self.logits_TV):
-            self.logits_TV = torch.empty_like(self.product_TV, dtype=self.logits_TV.dtype)
-        return self.logits_TV[: len(product)].copy_(product)
-
-    def narrow(self, grad_TV: torch.Tensor) -> torch.Tensor:
-        """The gradient of such logits in the weight's dtype."""
-        return grad_TV if self.logits_TV is self.product_TV else self.product_TV[: len(grad_TV)].copy_(grad_TV)
-
-
-def _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T, workspace=None):
-    workspace = workspace or _Workspace(weight_VH, part.stop - part.start)
-    logits = workspace.logits(hidden_TH[part], weight_VH)
+def _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T):
+    logits = hidden_TH[part] @ weight_VH.t()
+    logits = logits.to(_accumulation_dtype(logits.dtype))
     if inverse_temperature_T is not None:
         logits.mul_(inverse_temperature_T[part, None])
     return mask_vocabulary_padding(logits, group, vocab_size)
@@ -237,6 +215,42 @@ def linear_log_probs(
     )
 
 
+class _Workspace:
+    """Memory of one chunk's logits, [V, tokens], used again by the next chunk.
+
+    Tokens lie innermost: weight · hiddenᵀ is the faster product on CPU (by a sixth at 320 tokens and 151,936 rows).
+    """
+
+    def __init__(self, weight_VH: torch.Tensor, chunk: int):
+        self._weight_VH = weight_VH
+        self._product = weight_VH.new_empty(len(weight_VH) * chunk)
+        wide = _accumulation_dtype(weight_VH.dtype)
+        self._wide = None if wide == weight_VH.dtype else torch.empty_like(self._product, dtype=wide)
+
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """weight · hiddenᵀ in the accumulation dtype."""
+        product_VT = torch.mm(self._weight_VH, hidden_TH.t(), out=self._shaped(self._product, len(hidden_TH)))
+        return product_VT if self._wide is None else self._shaped(self._wide, len(hidden_TH)).copy_(product_VT)
+
+    def narrow(self, grad_VT: torch.Tensor) -> torch.Tensor:
+        """The gradient of such logits in the weight's dtype."""
+        return grad_VT if self._wide is None else self._shaped(self._product, grad_VT.shape[1]).copy_(grad_VT)
+
+    def _shaped(self, memory: torch.Tensor, tokens: int) -> torch.Tensor:
+        return memory[: len(self._weight_VH) * tokens].view(len(self._weight_VH), tokens)
+
+
+def _exponentials_by_columns_(logits_VT, column_T, here_T) -> torch.Tensor:
+    """_exponentials_ where tokens lie innermost."""
+    largest_T = logits_VT.amax(dim=0)
+    target_T = logits_VT.gather(0, column_T[None]).squeeze(0)
+    shift_T = torch.where(largest_T == float("-inf"), torch.zeros_like(largest_T), largest_T)
+    sum_T = torch.zeros_like(largest_T)
+    for rows_RT in logits_VT.split(_cached_rows(logits_VT)):
+        sum_T += rows_RT.sub_(shift_T).exp_().sum(dim=0)
+    return torch.stack([largest_T, sum_T, target_T.where(here_T, torch.zeros_like(target_T))])
+
+
 class _WeightedLogProbs(torch.autograd.Function):
     """sum(coefficient · ln p[target]), its gradient formed during the forward pass, chunk by chunk."""
 
@@ -252,26 +266,29 @@ class _WeightedLogProbs(torch.autograd.Function):
 
         def begin(part, workspace):
             """GEMM 1 of a chunk, exponentials in the logits' place; its statistics set out for the other ranks."""
-            logits = _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T, workspace)
-            statistics_3T = _exponentials_(logits, column_T[part], here_T[part])
-            return part, workspace, logits, statistics_3T[0], _exchange(statistics_3T, group)
+            logits_VT = workspace.logits(hidden_TH[part])
+            if inverse_temperature_T is not None:
+                logits_VT.mul_(inverse_temperature_T[part])
+            mask_vocabulary_padding(logits_VT.t(), group, vocab_size)
+            statistics_3T = _exponentials_by_columns_(logits_VT, column_T[part], here_T[part])
+            return part, workspace, logits_VT, statistics_3T[0], _exchange(statistics_3T, group)
 
-        def finish(part, workspace, exponentials, largest, exchange):
+        def finish(part, workspace, exponentials_VT, largest, exchange):
             """The chunk's log-probabilities and its share of both gradients: GEMMs 2 and 3."""
             normaliser, target = _merge(*exchange)
             log_prob_T[part] = target - normaliser
-            coefficient = coefficient_T[part].to(exponentials.dtype)
+            coefficient = coefficient_T[part].to(exponentials_VT.dtype)
             if inverse_temperature_T is not None:
                 coefficient = coefficient * inverse_temperature_T[part]
             # d/dlogits = coefficient · (onehot - softmax); softmax = exponentials · exp(largest here - normaliser)
-            grad = exponentials.mul_((-coefficient * (largest - normaliser).exp())[:, None])
-            grad.scatter_add_(-1, column_T[part, None], (coefficient * here_T[part])[:, None])
-            grad = workspace.narrow(grad)
-            torch.mm(grad, weight_VH, out=grad_hidden[part])
-            if grad_weight.dtype == grad.dtype:
-                grad_weight.addmm_(grad.t(), hidden_TH[part])
+            grad_VT = exponentials_VT.mul_(-coefficient * (largest - normaliser).exp())
+            grad_VT.scatter_add_(0, column_T[None, part], (coefficient * here_T[part])[None])
+            grad_VT = workspace.narrow(grad_VT)
+            torch.mm(grad_VT.t(), weight_VH, out=grad_hidden[part])
+            if grad_weight.dtype == grad_VT.dtype:
+                grad_weight.addmm_(grad_VT, hidden_TH[part])
             else:
-                grad_weight.add_(grad.t() @ hidden_TH[part])
+                grad_weight.add_(grad_VT @ hidden_TH[part])
 
         # Over several ranks, one chunk's statistics travel while the next chunk's logits are made.
         ahead = 0 if group is None or group.size() == 1 else 1
