@@ -288,7 +288,8 @@ class _WeightedLogProbs(torch.autograd.Function):
             if grad_weight.dtype == grad_VT.dtype:
                 grad_weight.addmm_(grad_VT, hidden_TH[part])
             else:
-                grad_weight.add_(grad_VT @ hidden_TH[part])
+                for rows in _chunks(len(weight_VH), 1 << 14):  # the product exists in both formats: a part at a time
+                    grad_weight[rows].add_(grad_VT[rows] @ hidden_TH[part])
 
         # Over several ranks, one chunk's statistics travel while the next chunk's logits are made.
         ahead = 0 if group is None or group.size() == 1 else 1
