@@ -90,12 +90,12 @@ def gemms(x: Inputs) -> None:
     with torch.no_grad():
         for i in range(0, len(hidden), x.chunk):
             part = hidden[i : i + x.chunk]
-            logits = part @ x.weight.t()
-            _ = logits @ x.weight
+            logits = x.weight @ part.t()
+            _ = logits.t() @ x.weight
             if logits.dtype == x.weight.main_grad.dtype:
-                x.weight.main_grad.addmm_(logits.t(), part)
+                x.weight.main_grad.addmm_(logits, part)
             else:
-                x.weight.main_grad.add_(logits.t() @ part)
+                x.weight.main_grad.add_(logits @ part)
 
 
 def megatron(x: Inputs) -> None:
