@@ -23,7 +23,7 @@ from tools import bench_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-PROMPTS, RATIONALES, RATIONALE, ANSWER = 3, 4, 5, 2
+PROMPTS, RATIONALES, RATIONALE, ANSWER, MICRO_BATCH = 3, 4, 5, 2, 5
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def benchmark(tmp_path_factory):
     flags = (
         f"--model tiny --tensor-model-parallel-size 2 --device cpu --prompts-per-step {PROMPTS} "
         f"--num-rationales {RATIONALES} --prompt-tokens 2:9 --rationale-tokens {RATIONALE} --answer-tokens {ANSWER} "
-        f"--micro-batch-size 5 --steps 2 --json {path}"
+        f"--micro-batch-size {MICRO_BATCH} --steps 2 --json {path}"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ended = subprocess.run(
@@ -58,11 +58,14 @@ def test_tokens_are_those_counted_by_hand(benchmark):
     drawn = PROMPTS * RATIONALES * (RATIONALE - 1)
     assert of["rollout"]["tokens_needed"] == of["rollout"]["tokens_processed"] == sum(lengths) + drawn
     behind = PROMPTS * RATIONALES * (RATIONALE + ANSWER)
+    # Rationales of one prompt share it within a micro-batch, and repeat it where the next one begins among them.
+    shared = {(slot // MICRO_BATCH, slot // RATIONALES) for slot in range(PROMPTS * RATIONALES)}
+    trunks = sum(lengths[prompt] for _, prompt in shared)
     for phase in (of["score"], of["train"]):
         assert phase["tokens_needed"] == sum(lengths) + behind
         assert phase["tokens_needed_prompt_repeated"] == RATIONALES * sum(lengths) + behind
-        # Every row holds its prompt, the close token and the answer's last token, and nothing is padded.
-        assert phase["tokens_processed"] == RATIONALES * sum(lengths) + behind + PROMPTS * RATIONALES
+        # Every branch holds the close token and the answer's last token too, and nothing is padded.
+        assert phase["tokens_processed"] == trunks + behind + PROMPTS * RATIONALES
 
 
 def test_no_phase_processes_fewer_tokens_than_it_needs(benchmark):

@@ -140,7 +140,7 @@ def test_a_killed_rank_ends_the_others_at_once_with_step_and_phase(layout, tmp_p
     left = ranks.ended(1)[1]
     assert left.code == 3 and time.monotonic() - began < 10
     pattern = r"\[rank 1\] megatron-jq: error: step \d+, phase (\w+): a peer ended or was cut off: .*\n"
-    assert re.fullmatch(pattern, left.err)[1] in ("rollout", "score", "train", "metrics"), left.err
+    assert re.fullmatch(pattern, left.err)[1] in ("rollout", "score", "train", "metrics", "checkpoint"), left.err
 
 
 def test_a_rank_with_a_fault_of_its_own_shows_it_and_ends_the_others(tmp_path):
