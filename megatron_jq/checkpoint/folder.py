@@ -10,7 +10,6 @@ A folder gets its name when it is whole, so a reader never meets half of one; ch
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jq.errors import UserError
+from megatron_jq.files import sync, write_synced
 
 TRACKER, MANIFEST, TOKENIZER = "latest_checkpointed_iteration.txt", "checkpoint.json", "tokenizer"
 #: What a tokenizer's folder may hold: the rest of such a folder (often a whole model) is not carried along.
@@ -30,7 +30,7 @@ _FORMAT = 1
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
-class DamagedCheckpoint(Exception):
+class DamagedCheckpoint(UserError):
     """A folder does not hold what it promises; the text names the file or the tensor."""
 
 
@@ -83,20 +83,20 @@ def commit(partial: Path, manifest: Manifest, files: Mapping[str, dict[str, Any]
     known = dict(files or {})
     rest = [name for name in _names(partial) if name not in known]
     for name in rest:
-        _sync(partial / name)
+        sync(partial / name)
     manifest = replace(manifest, files={**known, **checksums(partial, rest)})
-    _write_synced(partial / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+    write_synced(partial / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
     for folder in {partial, *(path.parent for path in partial.rglob("*"))}:
-        _sync(folder)
+        sync(folder)
     final, old = partial.parent / folder_name(manifest.step), partial.parent / f".{folder_name(manifest.step)}.old"
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     partial.rename(final)
-    _sync(final.parent)
-    _write_synced(final.parent / f".{TRACKER}", f"{manifest.step}\n")
+    sync(final.parent)
+    write_synced(final.parent / f".{TRACKER}", f"{manifest.step}\n")
     (final.parent / f".{TRACKER}").replace(final.parent / TRACKER)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -223,7 +223,7 @@ def remove_partial(save: Path) -> None:
 def _metric(folder: Path, name: str) -> float | None:
     try:
         return (read_manifest(folder).metrics or {}).get(name)
-    except (DamagedCheckpoint, UserError):
+    except UserError:
         return None
 
 
@@ -236,18 +236,3 @@ def _digest(file) -> "hashlib._Hash":
     while block := file.read(1 << 20):
         digest.update(block)
     return digest
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ here lays out its format itself (8 bytes of header length, the header as JSON, t
 import contextlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_jq.errors import UserError
+from megatron_jq.files import sync
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -171,9 +171,9 @@ def new_folder(target: Path, flag: str) -> Iterator[Path]:
         try:
             yield partial
             for path in [*partial.iterdir(), partial]:
-                _sync(path)
+                sync(path)
             partial.replace(target)
-            _sync(target.absolute().parent)
+            sync(target.absolute().parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -229,11 +229,3 @@ def _write_safetensors(path: Path, signature: Signature, read: Callable[[str], t
             assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{name}: not what was announced"
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
             del tensor
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

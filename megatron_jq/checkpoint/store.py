@@ -35,7 +35,7 @@ from megatron_jq.checkpoint.shards import (
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.policy import Policy
-from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.parallel.runtime import Runtime, agree, together
 
 T = TypeVar("T")
 
@@ -259,7 +259,7 @@ def load_weights(found: Found, policies: list[Policy], runtime: Runtime) -> None
                 shard.data().zero_()
         reader.read_into([_exact(shard, reader) for shard in shards])
 
-    _together(runtime, read)
+    together(runtime, read)
 
 
 def _exact(shard: Shard, reader: ShardReader) -> Shard:
@@ -270,7 +270,7 @@ def _exact(shard: Shard, reader: ShardReader) -> Shard:
 
 def load_optimizer(found: Found, policies: list[Policy], optimizer: MegatronOptimizer, runtime: Runtime) -> None:
     """Fill moments and float32 main weights in place, and the count of updates. UserError on every rank on faults."""
-    _together(runtime, lambda: _read_optimizer(found, policies, optimizer, runtime))
+    together(runtime, lambda: _read_optimizer(found, policies, optimizer, runtime))
 
 
 def load_random_states(found: Found, runtime: Runtime, layout: dict[str, int]) -> None:
@@ -278,7 +278,7 @@ def load_random_states(found: Found, runtime: Runtime, layout: dict[str, int]) -
     if found.manifest.layout != layout:
         return
     shards, states = random_shards(runtime)
-    _together(runtime, lambda: ShardReader(found.folder).read_into(shards))
+    together(runtime, lambda: ShardReader(found.folder).read_into(shards))
     restore_random_states(states, runtime)
 
 
@@ -311,15 +311,6 @@ def _check_tensors(found: Found, reader: ShardReader, shards: list[Shard], flexi
         same = shape[1:] == shard.global_shape[1:] if shard.key in flexible else shape == shard.global_shape
         if not same:
             raise UserError(f"{found.folder}: {shard.key} has shape {shape}, the model's is {shard.global_shape}")
-
-
-def _together(runtime: Runtime, work: Callable[[], None]) -> None:
-    fault = None
-    try:
-        work()
-    except (UserError, DamagedCheckpoint) as error:
-        fault = str(error)
-    agree(runtime, fault)
 
 
 def synchronise_main_weights(optimizer: MegatronOptimizer, runtime: Runtime) -> None:

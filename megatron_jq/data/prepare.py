@@ -28,6 +28,7 @@ from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
 from megatron_jq.data.template import PromptTemplate, template_of
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.files import sync
 
 _READ_AS = {"train": "train", "validation": "heldout", "test": "test"}
 
@@ -93,19 +94,11 @@ def _made_whole(output: Path) -> Iterator[Path]:
             partial.mkdir()
             yield partial
             for path in [*sorted(partial.rglob("*")), partial]:
-                _sync(path)
+                sync(path)
             os.rename(partial, output)
-            _sync(output.parent)
+            sync(output.parent)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}; name another folder") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sources(config: Config, test_data: str | None) -> dict[str, tuple[str, str]]:

@@ -32,7 +32,7 @@ from megatron_jq.evaluate.subject import (
 )
 from megatron_jq.model.build import BuildOptions, build_policies
 from megatron_jq.parallel import runtime as runtime_module
-from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.rollout.engine import SamplingOptions
 from megatron_jq.rollout.megatron import MegatronEngine
 
@@ -83,28 +83,17 @@ def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Cal
         device=p.device,
         virtual_stages=p.num_virtual_stages_per_pipeline_rank,
     )
-    _on_every_rank(runtime, lambda: make_folder(order.output) if runtime.is_main else None)
+    together(runtime, lambda: make_folder(order.output), main_only=True)
     with checkpoint_to_evaluate(order.load, order.hf, order.output, runtime) as found:
-        subject = _on_every_rank(runtime, lambda: _subject(order, found, settle, runtime))
+        subject = together(runtime, lambda: _subject(order, found, settle, runtime))
         # Before the weights: a folder that holds another evaluation is refused in a second.
-        file = _on_every_rank(runtime, lambda: _open(order.output / SAMPLES, subject) if runtime.is_main else None)
+        file = together(runtime, lambda: _open(order.output / SAMPLES, subject), main_only=True)
         enter("loading weights")
         engine = _engine(subject, found, runtime)
     _generate(file, engine, subject, runtime, enter)
     enter("results")
-    _on_every_rank(runtime, lambda: _conclude(order, subject) if runtime.is_main else None)
+    together(runtime, lambda: _conclude(order, subject), main_only=True)
     runtime_module.stop()
-
-
-def _on_every_rank(runtime: Runtime, work):
-    """work() on this rank; its UserError on every rank."""
-    result, fault = None, None
-    try:
-        result = work()
-    except UserError as error:
-        fault = str(error)
-    agree(runtime, fault)
-    return result
 
 
 def _subject(order: Order, found: Found, settle: Callable[[Config], Config], runtime: Runtime) -> Subject:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from megatron_jq.data.prompts import select_fitting
 from megatron_jq.data.reading import Reading, encode_reading, heldout_source, read_source
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
-from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example
 
 #: Where neither flag nor file says: the paper's number of samples a prompt.
@@ -64,7 +64,7 @@ def checkpoint_to_evaluate(load: Path | None, hf: Path | None, output: Path, run
     folder = output / CONVERTED
     try:
         if hf is not None:
-            _on_main(runtime, lambda: _convert(hf, folder))
+            together(runtime, lambda: _convert(hf, folder), main_only=True)
             load = folder
         found = find_checkpoint(load, "--load" if hf is None else "--hf", runtime, print)
         if found is None:
@@ -78,16 +78,6 @@ def checkpoint_to_evaluate(load: Path | None, hf: Path | None, output: Path, run
 def _convert(hf: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of an evaluation that was killed
     hf_to_megatron(hf, folder, Cut(1, 128))
-
-
-def _on_main(runtime: Runtime, work: Callable[[], None]) -> None:
-    fault = None
-    if runtime.is_main:
-        try:
-            work()
-        except UserError as error:
-            fault = str(error)
-    agree(runtime, fault)
 
 
 def settings_of(found: Found) -> Config:

@@ -6,9 +6,11 @@ import random
 import re
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import numpy
 import torch
@@ -18,6 +20,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_jq.errors import UserError
 from megatron_jq.parallel import cpu
 from megatron_jq.parallel.groups import ParallelGroups, build_groups, destroy_groups
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,23 @@ def agree(runtime: Runtime, error: str | None) -> None:
     first = next((message for message in errors if message is not None), None)
     if first is not None:
         raise UserError(first)
+
+
+def together(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool = False) -> T | None:
+    """work() of every rank (or of rank 0 alone, None elsewhere); a rank's UserError is raised on all of them.
+
+    runtime None: there are no other ranks.
+    """
+    if runtime is None:
+        return work()
+    result, error = None, None
+    if runtime.is_main or not main_only:
+        try:
+            result = work()
+        except UserError as fault:
+            error = str(fault)
+    agree(runtime, error)
+    return result
 
 
 def peak_memory_bytes(runtime: Runtime) -> int:

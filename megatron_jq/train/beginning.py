@@ -12,9 +12,8 @@ from megatron_jq.parallel.runtime import Runtime, agree
 #: Settings that a run may change when it is taken up again: they change its speed, its length or what it shows, and
 #: results within rounding at the most. Any other change is a new run, which --load begins.
 _FREE = {
-    "train_iters", "share_prompts", "micro_batch_size",
-    "max_tokens_per_micro_batch", "pad_sequences_to_multiple_of", "run_dir",
-    "log_interval", "sample_interval", "eval_interval", "tensorboard", "score_with", "score_check_interval",
+    "train_iters", "share_prompts", "micro_batch_size", "max_tokens_per_micro_batch", "pad_sequences_to_multiple_of",
+    "run_dir", "log_interval", "sample_interval", "eval_interval", "tensorboard", "score_with", "score_check_interval",
     "score_mismatch_alarm", "rollout_batch_size",
 }  # fmt: skip
 _FREE_GROUPS = ("parallel", "checkpoint")

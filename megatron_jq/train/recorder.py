@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_jq.errors import RunFailure
 from megatron_jq.records import StepMetrics
 
 
@@ -35,14 +36,19 @@ class Recorder:
             self._file.truncate(metrics_bytes)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step) if tensorboard else None
         self._total, self._interval = total_steps, log_interval
+        self.fault: str | None = None  # why a line is not on record; the run must end
         # silent when not a terminal
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
         self._began, self._steps = time.monotonic(), 0
 
     def record(self, metrics: StepMetrics) -> None:
         line = finite_values(metrics)
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
+        try:
+            self._file.write((json.dumps(line) + "\n").encode())
+            self._file.flush()
+        except OSError as fault:
+            self.fault = f"metrics.jsonl could not be written: {fault.strerror}"
+            return
         if self._writer is not None:
             for key, value in line.items():
                 if key != "step" and value is not None:
@@ -53,8 +59,11 @@ class Recorder:
             self.say(self._progress(metrics))
 
     def written(self) -> int:
-        """Bytes of metrics.jsonl, which are on disk from now on."""
-        os.fsync(self._file.fileno())
+        """Bytes of metrics.jsonl, which are on disk from now on. RunFailure where they cannot be."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as fault:
+            raise RunFailure(f"metrics.jsonl could not be written: {fault.strerror}") from fault
         return self._file.tell()
 
     def _progress(self, m: StepMetrics) -> str:
@@ -91,7 +100,8 @@ class Recorder:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        if self.fault is None:
+            self._file.close()  # which writes what is left, and would fail again
         if self._writer is not None:
             self._writer.close()
 

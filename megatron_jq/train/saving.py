@@ -21,7 +21,7 @@ from megatron_jq.checkpoint.store import (
 )
 from megatron_jq.config import Config, to_toml
 from megatron_jq.config_validate import Derived
-from megatron_jq.errors import UserError
+from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.build import TrainingModel
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import StepMetrics
@@ -92,12 +92,19 @@ class Saving:
             )
 
     def between_steps(self, metrics: StepMetrics, recorder: Recorder | None, stop: StopRequest) -> bool:
-        """Save where that is due; whether to stop. One all-reduce of two numbers lets all ranks do the same."""
+        """Save where that is due; whether to stop. One all-reduce of three numbers lets all ranks do the same.
+
+        RunFailure on every rank where a save failed, or where the step is not on record.
+        """
         writer, done = self.writer, metrics.step + 1
-        asked = torch.tensor([stop.number is not None, writer.busy and not writer.done])
+        unrecorded = recorder is not None and recorder.fault is not None
+        asked = torch.tensor([stop.number is not None, writer.busy and not writer.done, unrecorded])
         asked = asked.to(self._runtime.device, torch.int32)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stopping, writing = asked.tolist()
+        stopping, writing, failed = asked.tolist()
+        if failed:
+            reason = recorder.fault if unrecorded else "rank 0 could not write metrics.jsonl"
+            raise RunFailure(f"step {metrics.step}: {reason}; mend this and start again with --resume")
         if writer.busy and not writing:
             writer.wait()  # it has ended everywhere: a fault comes to light now, not at the next save
         interval, last = self._config.checkpoint.save_interval, done == self._config.training.train_iters

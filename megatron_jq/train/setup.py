@@ -4,10 +4,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.config import Config, to_toml
@@ -20,10 +19,8 @@ from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_s
 from megatron_jq.data.show import described
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
-from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,22 +39,6 @@ class DataSets:
     def fingerprint(self) -> str:
         """Of the training examples, in order: a run that is taken up again must find the same."""
         return fingerprint(self.train)
-
-
-def together(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool = False) -> T | None:
-    """Do `work` on every rank (or rank 0 alone), and raise a rank's UserError on all of them. runtime None: no other
-    ranks.
-    """
-    if runtime is None:
-        return work()
-    result, error = None, None
-    if runtime.is_main or not main_only:
-        try:
-            result = work()
-        except UserError as fault:
-            error = str(fault)
-    agree(runtime, error)
-    return result
 
 
 def check_run_directory(run_dir: Path, *, resume: bool = False) -> None:

@@ -18,7 +18,7 @@ from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, answ
 from megatron_jq.model.build import BuildOptions, build_policies, kernels, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel import runtime as runtime_module
-from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example, Rollout, Sequence, StepMetrics
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
@@ -36,7 +36,6 @@ from megatron_jq.train.setup import (
     check_save_folder,
     claim_run_directory,
     prepare_data,
-    together,
 )
 from megatron_jq.train.stopping import StopRequest
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_jq.checkpoint.folder import Manifest, read_manifest
@@ -239,7 +238,6 @@ def _covered(runtime, architecture, options):
     sizes = {}
     for some in pieces(run.policies, runtime).values():
         for piece in some:
-            assert isinstance(piece.sharded, ShardedTensor)
             sizes[piece.sharded.key] = torch.Size(piece.sharded.global_shape).numel()
             if piece.is_written and piece.sharded.replica_id[-1] == 0:
                 held[piece.sharded.key] = held.get(piece.sharded.key, 0) + piece.sharded.data.numel()

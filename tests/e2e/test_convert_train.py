@@ -4,11 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
-
-pytest.importorskip("tokenizers")
-pytest.importorskip("transformers")
 
 from tests.distributed.ranks import run_apart
 from tests.e2e.launch import SMALL, run

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from megatron_jq.cli.main import main
 from tests.e2e.launch import SMALL, run
 from tools.prepare_data import main as prepare_main
 
-tokenizers = pytest.importorskip("tokenizers")
 SHOWN = Path(__file__).parent / "test_data_shown"
 
 WORDS = (

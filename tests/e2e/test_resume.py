@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.checkpoint import folder as folders
+from megatron_jq.train.recorder import Recorder
 from megatron_jq.train.trainer import Trainer
 from tests.e2e.launch import SMALL, Ranks, run
 
@@ -214,6 +215,29 @@ def test_a_write_that_fails_on_one_rank_ends_all_of_them(extra, tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_a_step_that_cannot_be_recorded_ends_all_ranks_and_is_done_again(whole, tmp_path):
+    run_dir = tmp_path / "run"
+
+    def fill_the_disk(rank: int) -> None:
+        record = Recorder.record
+
+        def late(self, metrics):
+            if metrics.step == 4:
+                size = (run_dir / "metrics.jsonl").stat().st_size
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
+            record(self, metrics)
+
+        Recorder.record = late
+
+    argv = [*LONG, "--run-dir", str(run_dir), *TP2]
+    codes = run(argv, tmp_path, size=2, prepare=fill_the_disk)
+    assert [rank.code for rank in codes] == [3, 3], codes
+    assert "step 4: metrics.jsonl could not be written: File too large" in codes[0].err
+    finished([*argv, "--resume"], tmp_path)
+    assert metrics(run_dir) == metrics(whole(*TP2))
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *TP2, "--save", str(tmp_path / "file" / "checkpoints")]
@@ -232,7 +256,7 @@ def test_another_layout_takes_a_run_up_and_its_losses_agree(whole, tmp_path):
     assert ours[:3] == theirs[:3] and len(ours) == 12
     for a, b in zip(ours[3:6], theirs[3:6], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
-    assert 'use_distributed_optimizer = true' in (run_dir / "config.toml").read_text()
+    assert "use_distributed_optimizer = true" in (run_dir / "config.toml").read_text()
 
 
 def test_a_run_that_is_done_has_nothing_left_to_do_and_can_be_made_longer(whole, tmp_path):

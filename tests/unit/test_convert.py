@@ -7,9 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-pytest.importorskip("safetensors")
-
 from safetensors.torch import load_file
 
 from megatron_jq.checkpoint import convert, folder, huggingface

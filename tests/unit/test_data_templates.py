@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
+import transformers
 
 from megatron_jq.data import template as templates
 from megatron_jq.data.chat import chat_frame
@@ -33,7 +35,6 @@ def sentencepiece(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Hugging Face folder made as Qwen3's is: byte-level BPE, chat marks special, think marks added."""
-    tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path_factory.mktemp("chat")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -145,7 +146,6 @@ def test_the_joint_is_a_fixed_boundary_and_y_is_tokenised_on_its_own(folder):
 
 @pytest.mark.parametrize("system", ["", "You answer in one word."])
 def test_warm_prompts_are_token_for_token_what_transformers_makes_of_the_chat_template(folder, system):
-    transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer("huggingface", folder)
     style = PromptStyle("Question: {question}\n", system, chat=True)
     example = PromptWriter(style, tokenizer).example(0, PAIR)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,7 +174,6 @@ def test_without_the_tokenizers_package_the_message_says_what_to_install(tmp_pat
 @pytest.fixture
 def folder(tmp_path):
     """A byte-level BPE folder as Qwen3's is made: think tokens added, not special; eos and pad special."""
-    tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_jq"
 FLOORS = {
     "__init__": 0,
     "errors": 0,
+    "files": 0,
     "toml_files": 0,
     "objective": 0,
     "records": 1,

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("safetensors")
-
-
 from megatron_jq.checkpoint import folder
 from megatron_jq.checkpoint.reshard import inspect, reshard
 from megatron_jq.checkpoint.slabs import Cut, main_weight, slab_axes
