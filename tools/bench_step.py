@@ -130,7 +130,6 @@ def _machine() -> str:
 
 def measure(args: argparse.Namespace, config: Config, argv: list[str]) -> None:
     """Run the benchmark on this rank; rank 0 prints and writes."""
-    from datetime import timedelta
 
     from megatron_jq.bench.figures import Load, heading, table
     from megatron_jq.bench.step import StepBench
@@ -138,16 +137,7 @@ def measure(args: argparse.Namespace, config: Config, argv: list[str]) -> None:
     from megatron_jq.parallel import runtime as runtime_module
 
     derived = derive(config, runtime_module.world_size_from_environment())
-    runtime = runtime_module.start(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
-        seed=config.training.seed,
-        device=config.parallel.device,
-        virtual_stages=config.parallel.num_virtual_stages_per_pipeline_rank,
-    )
+    runtime = runtime_module.start_configured(config.parallel, config.training.seed)
     load = Load(
         *args.prompt_tokens, args.rationale_tokens, args.answer_tokens, args.vocab_size, args.steps, args.warmup
     )

@@ -22,7 +22,7 @@ from megatron_jq.bench.figures import (
 from megatron_jq.bench.meters import Meter, gemm_rate
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived
-from megatron_jq.model.build import build_policies, wrap_for_training
+from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout, Sequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
@@ -30,7 +30,6 @@ from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.optimizer import build_optimizer, build_schedule
-from megatron_jq.train.trainer import build_options
 
 #: Runs one phase's work, given its name, and returns the work's result.
 Observer = Callable[[str, Callable[[], Any]], Any]

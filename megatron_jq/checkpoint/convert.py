@@ -67,7 +67,6 @@ def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
 
         write_shards([shard(box) for box in boxes], partial)
         folders.carry_tokenizer(source, partial)
-        shutil.copyfile(source / CONFIG, partial / TOKENIZER / CONFIG)
         manifest = Manifest(
             step=0,
             architecture=asdict(architecture),

@@ -2,10 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-
-import torch
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.checkpoint.convert import architecture_of
@@ -30,7 +27,7 @@ from megatron_jq.evaluate.subject import (
     settings_of,
     tokenizer_of,
 )
-from megatron_jq.model.build import BuildOptions, build_policies
+from megatron_jq.model.build import build_options, build_policies
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.rollout.engine import SamplingOptions
@@ -72,17 +69,7 @@ def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Cal
     base, architecture = at_first_sight(order.load, order.hf)
     config = settle(base)
     validate(config, runtime_module.world_size_from_environment(), architecture)
-    p = config.parallel
-    runtime = runtime_module.start(
-        tensor_model_parallel_size=p.tensor_model_parallel_size,
-        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
-        expert_model_parallel_size=p.expert_model_parallel_size,
-        expert_tensor_parallel_size=p.expert_tensor_parallel_size,
-        timeout=timedelta(minutes=p.distributed_timeout_minutes),
-        seed=config.training.seed,
-        device=p.device,
-        virtual_stages=p.num_virtual_stages_per_pipeline_rank,
-    )
+    runtime = runtime_module.start_configured(config.parallel, config.training.seed)
     together(runtime, lambda: make_folder(order.output), main_only=True)
     with checkpoint_to_evaluate(order.load, order.hf, order.output, runtime) as found:
         subject = together(runtime, lambda: _subject(order, found, settle, runtime))
@@ -135,15 +122,7 @@ def _open(path: Path, subject: Subject) -> SampleFile:
 
 def _engine(subject: Subject, found: Found, runtime: Runtime) -> MegatronEngine:
     config, bf16 = subject.config, subject.config.model.bf16
-    options = BuildOptions(
-        vocab_size=subject.architecture.vocab_size,
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        sequence_parallel=config.parallel.sequence_parallel,
-        virtual_stages=config.parallel.num_virtual_stages_per_pipeline_rank,
-        pipeline_layout=config.parallel.pipeline_model_parallel_layout,
-        transformer_impl=config.parallel.transformer_impl,
-    )
+    options = build_options(config, subject.architecture.vocab_size)
     policies = build_policies(subject.architecture, options, runtime)
     if bf16:
         policies = [policy.bfloat16() for policy in policies]  # as Megatron-core's mixed-precision wrapper does

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_jq.architecture import Architecture, padded_vocab_size
+from megatron_jq.config import Config
 from megatron_jq.errors import UserError
 from megatron_jq.model.attention import PlannedAttention
 from megatron_jq.model.initialise import initialise, mark_partitions
@@ -47,6 +48,26 @@ class BuildOptions:
     transformer_impl: str = "auto"  # auto | local | transformer_engine
     head_chunk_tokens: int | None = None  # None: by memory
     seed: int = 1234
+
+
+def build_options(config: Config, vocab_size: int) -> BuildOptions:
+    """What a run's settings choose."""
+    m, p = config.model, config.parallel
+    return BuildOptions(
+        vocab_size=vocab_size,
+        make_vocab_size_divisible_by=m.make_vocab_size_divisible_by,
+        params_dtype=torch.bfloat16 if m.bf16 else torch.float32,
+        sequence_parallel=p.sequence_parallel,
+        virtual_stages=p.num_virtual_stages_per_pipeline_rank,
+        pipeline_layout=p.pipeline_model_parallel_layout,
+        recompute_granularity=p.recompute_granularity,
+        recompute_method=p.recompute_method,
+        recompute_num_layers=p.recompute_num_layers,
+        use_distributed_optimizer=p.use_distributed_optimizer,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        transformer_impl=p.transformer_impl,
+        seed=config.training.seed,
+    )
 
 
 def use_transformer_engine(choice: str, device: torch.device) -> bool:

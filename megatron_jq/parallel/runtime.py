@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_jq.config import ParallelConfig
 from megatron_jq.errors import UserError
 from megatron_jq.parallel import cpu
 from megatron_jq.parallel.groups import ParallelGroups, build_groups, destroy_groups
@@ -104,6 +105,20 @@ def start(
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=use_cuda)
     return Runtime(rank, world_size, local, groups)
+
+
+def start_configured(layout: ParallelConfig, seed: int) -> Runtime:
+    """`start` with a run's settings."""
+    return start(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        timeout=timedelta(minutes=layout.distributed_timeout_minutes),
+        seed=seed,
+        device=layout.device,
+        virtual_stages=layout.num_virtual_stages_per_pipeline_rank,
+    )
 
 
 def stop() -> None:

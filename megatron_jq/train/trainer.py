@@ -15,7 +15,7 @@ from megatron_jq.config_validate import Derived, derive
 from megatron_jq.data.answers import rule_of
 from megatron_jq.data.sampler import PromptSampler
 from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, answer_matches, evaluate
-from megatron_jq.model.build import BuildOptions, build_policies, kernels, wrap_for_training
+from megatron_jq.model.build import build_options, build_policies, kernels, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime, together
@@ -45,16 +45,7 @@ def run_training(config: Config) -> int:
     derived = derive(config, runtime_module.world_size_from_environment())
     deadline, phase = timedelta(minutes=config.parallel.distributed_timeout_minutes), Phase()
     with peers_must_answer(phase, deadline):
-        runtime = runtime_module.start(
-            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-            expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-            timeout=deadline,
-            seed=config.training.seed,
-            device=config.parallel.device,
-            virtual_stages=config.parallel.num_virtual_stages_per_pipeline_rank,
-        )
+        runtime = runtime_module.start_configured(config.parallel, config.training.seed)
         run_dir, resume = Path(config.training.run_dir), config.checkpoint.resume
         together(runtime, lambda: check_run_directory(run_dir, resume=resume), main_only=True)
         together(runtime, lambda: check_save_folder(save_folder(config)), main_only=True)
@@ -326,23 +317,3 @@ class Trainer:
             self.config.training.run_dir,
         ]
         return " | ".join(parts)
-
-
-def build_options(config: Config, vocab_size: int) -> BuildOptions:
-    """The model room's options out of the configuration."""
-    m, p = config.model, config.parallel
-    return BuildOptions(
-        vocab_size=vocab_size,
-        make_vocab_size_divisible_by=m.make_vocab_size_divisible_by,
-        params_dtype=torch.bfloat16 if m.bf16 else torch.float32,
-        sequence_parallel=p.sequence_parallel,
-        virtual_stages=p.num_virtual_stages_per_pipeline_rank,
-        pipeline_layout=p.pipeline_model_parallel_layout,
-        recompute_granularity=p.recompute_granularity,
-        recompute_method=p.recompute_method,
-        recompute_num_layers=p.recompute_num_layers,
-        use_distributed_optimizer=p.use_distributed_optimizer,
-        overlap_grad_reduce=p.overlap_grad_reduce,
-        transformer_impl=p.transformer_impl,
-        seed=config.training.seed,
-    )

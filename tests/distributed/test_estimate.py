@@ -25,10 +25,9 @@ from megatron_jq.estimate.memory import stage_memory
 from megatron_jq.estimate.parameters import matrix_parameters, stage_parameters
 from megatron_jq.estimate.plan import Lengths, Plan, make_plan
 from megatron_jq.estimate.traffic import stage_traffic
-from megatron_jq.model.build import build_policies, wrap_for_training
+from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.model.rows import pack_sequences
 from megatron_jq.records import Sequence
-from megatron_jq.train.trainer import build_options
 from tests.distributed.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
