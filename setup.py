@@ -41,7 +41,7 @@ setup(
         "nemo": ["nemo-run", "leptonai==0.27.3"],  # nemo-run imports leptonai; later ones lack what it imports
         "test": ["hypothesis>=6.100", "mpmath", "pytest>=8", "safetensors", "tokenizers", "transformers>=5,<6"],
     },
-    entry_points={"console_scripts": ["megatron-jq = megatron_jq.cli.main:main"]},
+    entry_points={"console_scripts": ["megatron-jq = megatron_jq.cli.main:program"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",

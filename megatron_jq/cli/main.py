@@ -7,13 +7,14 @@ else is a fault of ours, with its traceback.
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from megatron_jq import __version__
 from megatron_jq.cli.convert import run_convert
 from megatron_jq.cli.evaluate import run_evaluate
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate
-from megatron_jq.errors import PeerFailure, RunFailure, UserError
+from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.toml_files import did_you_mean
 
 USAGE = """\
@@ -39,13 +40,22 @@ def main(argv: list[str] | None = None) -> int:
         prefix = f"[rank {os.environ['RANK']}] " if ranked else ""
         # One write: several ranks share the terminal, and lines of several writes would mix.
         sys.stderr.write("".join(f"{prefix}megatron-jq: error: {line}\n" for line in str(error).splitlines()))
-        if isinstance(error, PeerFailure):
-            # Process groups wait for their pending work when the interpreter ends; with a peer that went away that is
-            # another deadline at the least, and for ever where a backend has none.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(3)
         return 3 if isinstance(error, RunFailure) else 2
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own.
+
+    One that stopped on an error leaves without the interpreter's end: process groups that nobody closed wait there for
+    their pending work, with a peer that went away for another deadline or for ever, and their threads can turn the
+    exit code into an abort's.
+    """
+    code = main()
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(argv: list[str]) -> int:
