@@ -63,6 +63,7 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False  # shard the optimizer's state over the data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
     distributed_timeout_minutes: float = 10.0  # deadline of every collective; a dead rank ends the job within it
+    phase_timeout_minutes: float = 120.0  # deadline of set-up and of each phase of a step, whatever it waits for
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the latter where it is installed
 
@@ -71,14 +72,21 @@ class ParallelConfig:
 class ObjectiveConfig:
     """The loss l_q = (1 - P^(1-q)) / (1-q) and how its gradient is estimated."""
 
-    # grpo, rloo, maxrl, star: baselines on exact match. The last four are names of garl or paft at a q: ALIASES
-    estimator: Literal["garl", "paft", "grpo", "rloo", "maxrl", "star", "rb-rloo", "verifree", "iwae", "trice"] = "garl"
+    # grpo, rloo, maxrl, star: baselines on exact match. sft: given rationales; pretrain: next tokens of --data-path.
+    # The last four are names of garl or paft at a q: ALIASES
+    estimator: Literal[
+        "garl", "paft", "grpo", "rloo", "maxrl", "star", "sft", "pretrain", "rb-rloo", "verifree", "iwae", "trice"
+    ] = "garl"  # fmt: skip
     q: float = 0.75  # commitment: 0 is RL on expected success, 1 is log marginal likelihood (GARL, PAFT)
     q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
     q_final: float | None = None  # q at the schedule's end
     q_schedule_iters: int | None = None  # its length in steps (step: where q jumps); None: train-iters
     num_resamples: int | None = None  # PAFT's draws a prompt; None: num-rationales
     normalize: bool = True  # the factor 1/M^q, which bounds the effective reward by 1
+    grpo_iterations: int = 1  # GRPO: optimizer updates on one rollout; the learning rate counts steps, not updates
+    grpo_clamp_eps_lower: float = 0.2  # GRPO: p/p_old of a token counts down to 1 - this, from the second update on
+    grpo_clamp_eps_upper: float = 0.2  # and up to 1 + this
+    grpo_kl_beta: float = 0.0  # GRPO: weight of the KL to the policy that the run began with; above 0 keeps a copy
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ class DataConfig:
     prompt_field: str = "prompt"  # of a JSON-lines file
     answer_field: str = "answer"  # of a JSON-lines file; a list is the gold answer and others that count as right
     id_field: str | None = None  # of a JSON-lines file: refuse records whose value stood there before
+    rationale_field: str | None = None  # given rationales for sft; None: GSM8K's worked solution
     finqa_answer: Literal["exe_ans", "answer"] = "exe_ans"  # FinQA's gold: the program's result, or as annotated
     bad_records: Literal["error", "drop"] = "error"  # records without answer, of another form, …: refuse or leave out
     prompt_style: Literal["plain", "cold", "warm"] = "plain"  # cold: the input alone; warm: task, format, chat template
@@ -116,6 +125,10 @@ class DataConfig:
     eval_examples: int = 64  # held-out examples to evaluate on
     max_prompt_tokens: int | None = None  # longer prompts are overlong; None: what the context leaves
     overlong_prompts: Literal["error", "drop"] = "error"  # what to do with prompts that do not fit
+    data_path: str | None = None  # for pretrain: PREFIX of .bin and .idx files, or "WEIGHT PREFIX WEIGHT PREFIX …"
+    split: str = "969,30,1"  # shares of data-path's documents to train, validate and test on
+    seq_length: int | None = None  # next tokens that a row of pretraining predicts; None: what the context holds
+    data_cache_path: str | None = None  # folder of data-path's sample indices; None: run-dir/data_cache
     tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"  # kind of tokenizer-model
     tokenizer_model: str | None = None  # its file or folder; None: trained from the data into the run directory
     tokenizer_vocab_size: int | None = None  # pieces to train a tokenizer to; None: 1024, or a builtin task's words
@@ -156,7 +169,7 @@ class TrainingConfig:
     eval_temperature: float = 0.0  # 0: greedy
     eval_samples: int = 1  # samples a held-out prompt; `evaluate`: 16
     match: Literal["exact", "substring"] = "exact"  # evaluated answers are right if equal to, or if they hold, the gold
-    normalise: Literal["auto", "none", "text", "squad", "number"] = "auto"  # rule for both texts; auto: data-format's
+    normalise: Literal["auto", "none", "text", "squad", "number"] = "auto"  # rule for both texts; auto: the data's own
     tensorboard: bool = True  # also write TensorBoard events
 
 
@@ -216,6 +229,20 @@ def without_aliases(config: Config) -> Config:
     return replace(config, objective=replace(o, estimator=estimator, q=q))
 
 
+#: Estimators that imitate what the data gives, and draw no rationale: one sequence a prompt.
+GIVEN_RATIONALES = ("sft", "pretrain")
+
+
+def with_one_rationale(config: Config) -> Config:
+    """An estimator of GIVEN_RATIONALES has M = 1, which need not be said; another M than the default stays, to be
+    refused.
+    """
+    r = config.rollout
+    if config.objective.estimator not in GIVEN_RATIONALES or r.num_rationales != RolloutConfig().num_rationales:
+        return config
+    return replace(config, rollout=replace(r, num_rationales=1))
+
+
 def parse_args(argv: list[str], prog: str = "megatron-jq train", base: Config = Config()) -> Config:  # noqa: B008 (frozen)
     """Flags (and the file that `--config` names) on top of `base` → Config. UserError names the flag or key at fault
     and the fix.
@@ -223,7 +250,7 @@ def parse_args(argv: list[str], prog: str = "megatron-jq train", base: Config = 
     config_file, flags = _tokenise(argv)
     base = base if config_file is None else load_toml(config_file, base)
     try:
-        return without_aliases(_run_tyro(flags, base, prog))
+        return with_one_rationale(without_aliases(_run_tyro(flags, base, prog)))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help was printed
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_jq.architecture import Architecture, architecture_problems, load_architecture, with_overrides
-from megatron_jq.config import Config, ParallelConfig
+from megatron_jq.config import GIVEN_RATIONALES, Config, DataConfig, ObjectiveConfig, ParallelConfig
 from megatron_jq.errors import UserError
 
 # Estimators that need another rationale of the same prompt, for a baseline or a group mean
@@ -80,6 +80,7 @@ def validate(config: Config, world_size: int | None, architecture: Architecture 
     problems = [
         *_range_problems(config),
         *_objective_problems(config),
+        *_given_problems(config, architecture),
         *architecture_problems(architecture),
         *_layout_problems(config, architecture, world_size),
         *_length_problems(config, architecture),
@@ -99,17 +100,19 @@ AT_LEAST = {
         "q_schedule_iters", "num_rationales", "prompts_per_step", "rationale_budget", "answer_budget",
         "rollout_batch_size", "train_examples", "eval_examples", "max_prompt_tokens", "tokenizer_vocab_size",
         "lr_decay_iters", "train_iters", "micro_batch_size", "max_tokens_per_micro_batch",
-        "pad_sequences_to_multiple_of", "log_interval", "eval_samples", "keep_last",
+        "pad_sequences_to_multiple_of", "log_interval", "eval_samples", "keep_last", "seq_length",
+        "grpo_iterations",
     ),
     0: (
         "q", "q_final", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "sgd_momentum",
         "clip_grad", "sample_interval", "eval_interval", "score_check_interval", "save_interval",
-        "score_mismatch_alarm", "eval_temperature", "seed", "show_example",
+        "score_mismatch_alarm", "eval_temperature", "seed", "show_example", "grpo_clamp_eps_lower",
+        "grpo_clamp_eps_upper", "grpo_kl_beta",
     ),
 }  # fmt: skip
-AT_MOST_ONE = ("q", "q_final", "top_p")
+AT_MOST_ONE = ("q", "q_final", "top_p", "grpo_clamp_eps_lower")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
-ABOVE_ZERO = ("temperature", "top_p", "distributed_timeout_minutes", "adam_eps")
+ABOVE_ZERO = ("temperature", "top_p", "distributed_timeout_minutes", "phase_timeout_minutes", "adam_eps")
 
 
 def _range_problems(config: Config) -> list[str]:
@@ -135,6 +138,9 @@ def _range_problems(config: Config) -> list[str]:
         "answer_field",
         "id_field",
         "prompt_template",
+        "rationale_field",
+        "data_path",
+        "data_cache_path",
         "run_dir",
         "eval_data",
         "tokenizer_model",
@@ -161,6 +167,51 @@ def _objective_problems(config: Config) -> list[str]:
         problems.append("--q-schedule step needs --q-schedule-iters: the step at which q jumps to --q-final")
     if o.num_resamples is not None and o.estimator != "paft":
         problems.append(f"--num-resamples is PAFT's; remove it, or choose --estimator paft instead of {o.estimator}")
+    return problems + _grpo_problems(config)
+
+
+def _grpo_problems(config: Config) -> list[str]:
+    o, default = config.objective, ObjectiveConfig()
+    names = ("grpo_iterations", "grpo_clamp_eps_lower", "grpo_clamp_eps_upper", "grpo_kl_beta")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(o, name) != getattr(default, name)]
+    if given and o.estimator != "grpo":
+        return [f"{', '.join(given)}: for --estimator grpo alone, not {o.estimator}"]
+    if (o.grpo_iterations > 1 or o.grpo_kl_beta > 0) and config.rollout.top_p < 1:
+        return [
+            "--grpo-iterations above 1 and --grpo-kl-beta need --top-p 1: a token can lie outside another policy's "
+            "nucleus, where its probability is 0"
+        ]
+    return []
+
+
+def _given_problems(config: Config, architecture: Architecture) -> list[str]:
+    """Of the estimators that imitate, and of the settings that are theirs alone."""
+    d, r, name, problems = config.data, config.rollout, config.objective.estimator, []
+    if name in GIVEN_RATIONALES and r.num_rationales != 1:
+        problems.append(f"--num-rationales must be 1 for --estimator {name}: the data gives one and none is drawn")
+    if name != "pretrain":
+        settings, untouched = ("data_path", "split", "seq_length", "data_cache_path"), DataConfig()
+        for setting in settings:
+            if getattr(d, setting) != getattr(untouched, setting):
+                problems.append(f"--{setting.replace('_', '-')} is for --estimator pretrain alone, not {name}")
+        return problems
+    if d.data_path is None:
+        problems.append("--estimator pretrain needs --data-path: the files that tools/preprocess_data.py writes")
+    if d.tokenizer_model is None and config.checkpoint.load is None:
+        problems.append("--estimator pretrain needs --tokenizer-model: the one that --data-path was written with")
+    context, most = architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch
+    if d.seq_length is not None and d.seq_length > context:
+        problems.append(
+            f"--seq-length {d.seq_length} exceeds the model's context of {context} tokens; lower it, or raise "
+            "--max-position-embeddings"
+        )
+    if most is not None and most < (d.seq_length or context) + 1:
+        problems.append(
+            f"--max-tokens-per-micro-batch {most} is below a row of {(d.seq_length or context) + 1} tokens "
+            "(--seq-length, and the first one); raise it, or lower --seq-length"
+        )
+    if config.checkpoint.keep_best is not None and config.checkpoint.keep_best != "log_p_mean":
+        problems.append(f"--keep-best {config.checkpoint.keep_best} is not known in pretraining; log_p_mean is")
     return problems
 
 
@@ -279,8 +330,9 @@ def _pipeline_problems(config: Config, architecture: Architecture) -> list[str]:
 
 def _length_problems(config: Config, architecture: Architecture) -> list[str]:
     r, d, problems = config.rollout, config.data, []
+    pretrains = config.objective.estimator == "pretrain"  # its rows are as long as --seq-length says
     prompt, answer = d.max_prompt_tokens or 1, r.answer_budget or 1
-    if prompt + r.rationale_budget + 1 + answer > architecture.max_position_embeddings:
+    if not pretrains and prompt + r.rationale_budget + 1 + answer > architecture.max_position_embeddings:
         problems.append(
             f"the model's context of {architecture.max_position_embeddings} tokens cannot hold a prompt of {prompt}, "
             f"a rationale of {r.rationale_budget} (--rationale-budget), its close token and an answer of {answer}: "
@@ -305,6 +357,7 @@ def _schedule_problems(config: Config) -> list[str]:
         problems.append("--eval-samples above 1 needs --eval-temperature above 0: greedy samples are all the same")
     source = config.data.train_data
     brings_its_own = source.startswith("builtin:") or (Path(source) / "validation.jsonl").is_file()  # a prepared set
+    brings_its_own |= config.objective.estimator == "pretrain"  # --split
     if t.eval_interval > 0 and config.data.eval_data is None and not brings_its_own:
         problems.append("--eval-interval needs --eval-data")
     return problems

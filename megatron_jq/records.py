@@ -15,7 +15,9 @@ class Example:
 
     prompt_ids end where the rationale begins; answer_ids hold y* tokenised on its own, its terminator included,
     because a string's probability needs its end (PAPER.md, consequence 2). aliases: texts that count as right beside
-    answer_text when a sampled answer is judged; P is that of answer_ids alone.
+    answer_text when a sampled answer is judged; P is that of answer_ids alone. joint_ids: what the prompt's template
+    puts between the close token and the answer. Nobody samples them, and they carry no weight. rationale_ids: a given
+    z, its close token included, for the estimators that imitate one; None where there is none.
     """
 
     index: int  # row in its data set, 0-based
@@ -24,15 +26,21 @@ class Example:
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     aliases: tuple[str, ...] = ()
+    joint_ids: tuple[int, ...] = ()
+    rationale_ids: tuple[int, ...] | None = None
+
+    def joined(self, rationale_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """All that stands between prompt and answer: a rationale, its close token included, and the joint."""
+        return rationale_ids + self.joint_ids
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One sampled rationale z of one prompt, and a sampled answer where an estimator asked for one.
 
-    rationale_ids end with the close token. Its first `num_sampled` ids were drawn from the policy; what follows (a
-    close token put there by force) carries no score-function weight. A Rollout that failed is `valid=False`: it leaves
-    M.
+    rationale_ids end with the close token; a template's joint comes behind them and is not part of z. Their first
+    `num_sampled` ids were drawn from the policy; what follows (a close token put there by force) carries no
+    score-function weight. A Rollout that failed is `valid=False`: it leaves M.
     """
 
     prompt_slot: int
@@ -53,7 +61,8 @@ class Rollout:
 class Sequence:
     """One row for the trainer: prompt, rationale, answer, and which of its tokens are scored.
 
-    The answer is y* for GARL, PAFT and scoring, the sampled answer for GRPO and RLOO.
+    rationale_ids reach to the answer: z, its close token, and the template's joint. Of them the first `num_sampled` are
+    scored. The answer is y* for GARL, PAFT and scoring, the sampled answer for GRPO and RLOO.
     """
 
     prompt_slot: int
@@ -83,6 +92,13 @@ class Coefficients:
     answer_BM: torch.Tensor
 
 
+#: Metrics that two runs of the same computation may differ in: times and memory.
+MEASURED = (
+    *(f"seconds_{phase}{rank}" for phase in ("rollout", "score", "train") for rank in ("", "_slowest")),
+    "peak_memory_bytes",
+)
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of metrics.jsonl. Names are fixed in DESIGN.md; None is written as null."""
@@ -100,16 +116,22 @@ class StepMetrics:
     rationale_tokens_mean: float
     forced_fraction: float
     tokens_trained: int
-    seconds_rollout: float
+    seconds_rollout: float  # of the median rank
     seconds_score: float
     seconds_train: float
     peak_memory_bytes: int
+    seconds_rollout_slowest: float = 0.0  # of the slowest rank
+    seconds_score_slowest: float = 0.0
+    seconds_train_slowest: float = 0.0
     tokens_computed: int = 0  # through the layers in scoring and training, padding included
     tokens_saved: int = 0  # that shared prompts took away from them
     log_prob_mismatch_max: float | None = None  # max |ln p(z|x) rollout - trainer|, nats per sequence
     log_w_mismatch_max: float | None = None  # max |ln w rollout - trainer| in nats, on steps that compare them
     reward_mean: float | None = None  # exact-match rate of sampled answers, where the estimator samples them
+    kl_reference_mean: float | None = None  # nats a token to the reference, with --grpo-kl-beta; at the first update
+    clipped_fraction: float | None = None  # of tokens with an advantage; mean over --grpo-iterations, where several
     expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P; 1 where experts are used evenly
     eval_exact_match: float | None = None  # share of held-out samples that are the gold answer as it is
     eval_pass_at_k: float | None = None  # --match, --normalise: held-out prompts that one of --eval-samples solved
     eval_maj_at_k: float | None = None  # and prompts whose majority vote over them is right (the paper's m@16)
+    eval_loss: float | None = None  # pretraining: cross-entropy of held-out rows, nats a token

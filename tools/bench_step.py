@@ -57,6 +57,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--vocab-size", type=int, help=f"(the model's own, or {DEFAULT_VOCABULARY})")
     parser.add_argument("--steps", type=int, default=3, help="measured steps (3)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (1)")
+    parser.add_argument(
+        "--prompt-cache", choices=("shared", "copied"), default="shared",
+        help="copied: generation copies a prompt's keys and values to each rationale, for comparison (shared)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args, rest = parser.parse_known_args(argv)
     config = parse_args(rest, prog="bench_step")
@@ -138,9 +142,8 @@ def measure(args: argparse.Namespace, config: Config, argv: list[str]) -> None:
 
     derived = derive(config, runtime_module.world_size_from_environment())
     runtime = runtime_module.start_configured(config.parallel, config.training.seed)
-    load = Load(
-        *args.prompt_tokens, args.rationale_tokens, args.answer_tokens, args.vocab_size, args.steps, args.warmup
-    )
+    lengths = (*args.prompt_tokens, args.rationale_tokens, args.answer_tokens, args.vocab_size)
+    load = Load(*lengths, args.steps, args.warmup, args.prompt_cache == "copied")
     report = StepBench(config, derived, load, runtime).run()
     if report is not None:
         origin = provenance(argv)

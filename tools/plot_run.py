@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw several runs in one picture, and print their table.
 
-    python tools/plot_run.py runs/garl runs/grpo --output escape.png
+python tools/plot_run.py runs/garl runs/grpo --output escape.png
 """
 
 import argparse

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-MEASURED = ("seconds_rollout", "seconds_score", "seconds_train", "peak_memory_bytes")
+from megatron_jq.records import MEASURED
+
 LAYOUTS = {
     "TP2, plain optimizer": ["--tensor-model-parallel-size", "2"],
     "PP2, plain optimizer": ["--pipeline-model-parallel-size", "2"],

@@ -21,6 +21,7 @@ class Load:
     vocab_size: int
     steps: int
     warmup: int
+    copied_prompts: bool = False  # generation copies a prompt's keys and values to each rationale
 
 
 @dataclass
@@ -30,6 +31,7 @@ class RankRecord:
     counts: bool  # of the ranks of a replica, the one that stands for its tokens
     baseline_memory_bytes: int
     gemm_flop_per_second: float = 0.0
+    cache_bytes: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})  # a step each
     findings: dict[str, Findings] = field(default_factory=dict)  # of one more step
 
@@ -78,6 +80,9 @@ class BenchReport:
     warmup: int
     gemm_flop_per_second: float  # summed over processes, which multiplied at the same time
     baseline_memory_bytes: int  # the largest process's after the model's build; Adam's state comes with the first step
+    copied_prompts: bool
+    share_prompts: bool
+    cache_bytes: int  # most of keys and values on a process
     phases: list[PhaseFigures]  # rollout, score, train, and the whole step
 
     def as_json(self) -> dict:
@@ -241,6 +246,7 @@ def heading(report: BenchReport) -> str:
             f"{r.rationale_tokens} and its close token, answer {r.answer_tokens}; micro-batches of {rows}; scored by "
             f"the {r.score_with}; median of {r.steps} steps after {r.warmup}",
             f"matrix product: {r.gemm_flop_per_second / 1e9:.1f} GFLOP/s over all processes; memory before the first "
-            f"step: {r.baseline_memory_bytes / 1e6:.0f} MB a process",
+            f"step: {r.baseline_memory_bytes / 1e6:.0f} MB a process; keys and values: {r.cache_bytes / 1e6:.1f} MB"
+            f"{', each prompt copied to its rationales' if r.copied_prompts else ''}",
         )
     )

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_jq.architecture import padded_vocab_size
+from megatron_jq.bench.copies import CopyingEngine
 from megatron_jq.bench.figures import (
     BenchReport,
     Load,
@@ -51,7 +52,8 @@ class StepBench:
         self.model = wrap_for_training(policies, options, runtime)
         self.optimizer = build_optimizer(self.model, config, runtime)
         self.schedule = build_schedule(self.optimizer, config)
-        self.engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
+        engine = CopyingEngine if load.copied_prompts else MegatronEngine
+        self.engine = engine(policies, runtime, max_rows=r.rollout_batch_size)
         self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, t.seed)
         self.score_with_rollout = r.score_with == "rollout"
         self.batch_options = passes.BatchOptions(
@@ -84,6 +86,7 @@ class StepBench:
         before = self._gemm_rate()
         for step, observer in enumerate(observers):
             self._step(step, observer)
+        record.cache_bytes = self.engine.cache_bytes_peak
         record.gemm_flop_per_second = max(before, self._gemm_rate())  # the less disturbed of the two
         records: list[RankRecord | None] = [None] * self.runtime.world_size
         dist.all_gather_object(records, record)
@@ -179,6 +182,9 @@ class StepBench:
             warmup=load.warmup,
             gemm_flop_per_second=sum(record.gemm_flop_per_second for record in records),
             baseline_memory_bytes=max(record.baseline_memory_bytes for record in records),
+            copied_prompts=load.copied_prompts,
+            share_prompts=self.batch_options.share_prompts,
+            cache_bytes=max(record.cache_bytes for record in records),
             phases=phase_figures(records, needed, parameters),
         )
 

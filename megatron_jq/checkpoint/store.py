@@ -103,6 +103,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def save_weights(self, policies: list[Policy], manifest: Manifest) -> None:
+        """`save` of weights alone, ended when it returns."""
+        self.wait()
+        self._finished(self._attempt(model_shards(pieces(policies, self._runtime), write=True), manifest))
+
     def wait(self) -> None:
         """Until nothing is under way. RunFailure on every rank where the save failed."""
         if self._thread is not None:

@@ -4,7 +4,9 @@ Exit codes: 0 done; 2 bad input, 3 a run that had to stop, both with `megatron-j
 else is a fault of ours, with its traceback.
 """
 
+import faulthandler
 import os
+import signal
 import sys
 import warnings
 from typing import NoReturn
@@ -12,21 +14,28 @@ from typing import NoReturn
 from megatron_jq import __version__
 from megatron_jq.cli.convert import run_convert
 from megatron_jq.cli.evaluate import run_evaluate
+from megatron_jq.cli.grid import run_grid
+from megatron_jq.cli.preflight import run_preflight
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.toml_files import did_you_mean
 
+COMMANDS = ("train", "evaluate", "convert", "preflight", "grid")
 USAGE = """\
 usage: megatron-jq train [--config FILE] [--name value ...]
        megatron-jq evaluate --load DIR | --hf DIR | --rescore FILE [--name value ...]
        megatron-jq convert hf-to-megatron | megatron-to-hf | reshard | inspect [--name value ...]
+       megatron-jq preflight --run-dir DIR [--nodes LIST] [--name value ...]
+       megatron-jq grid FILE [--point I]
        megatron-jq --version
 
 commands:
   train    train a policy with GARL, PAFT or a baseline; `megatron-jq train --help` lists the settings
   evaluate pass@k, maj@k and ln P̂ of a checkpoint on held-out prompts; `evaluate --help`
   convert  checkpoints from and to Hugging Face folders, cut for another layout, or described; `convert --help`
+  preflight  on every node of a job: can it do its part, and do the nodes agree; `preflight --help`
+  grid     the runs that a sweep's TOML file describes
 """
 
 
@@ -48,8 +57,11 @@ def program() -> NoReturn:
 
     One that stopped on an error leaves without the interpreter's end: process groups that nobody closed wait there for
     their pending work, with a peer that went away for another deadline or for ever, and their threads can turn the
-    exit code into an abort's.
+    exit code into an abort's. An abort itself (NCCL's watchdog ends a process so) leaves all Python stacks on standard
+    error, and SIGUSR2 asks for them at any time.
     """
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2)
     code = main()
     if code:
         sys.stdout.flush()
@@ -60,7 +72,7 @@ def program() -> NoReturn:
 
 def _run(argv: list[str]) -> int:
     if not argv:
-        raise UserError("a command must follow: train, evaluate, convert (megatron-jq --help)")
+        raise UserError(f"a command must follow: {', '.join(COMMANDS)} (megatron-jq --help)")
     command, *rest = argv
     if command in ("-h", "--help"):
         print(USAGE, end="")
@@ -72,8 +84,12 @@ def _run(argv: list[str]) -> int:
         return run_convert(rest, _silence_known_warnings)
     if command == "evaluate":
         return run_evaluate(rest, _silence_known_warnings)
+    if command == "preflight":
+        return run_preflight(rest)
+    if command == "grid":
+        return run_grid(rest)
     if command != "train":
-        hint = did_you_mean(command, ["train", "evaluate", "convert"], "there are: train, evaluate, convert")
+        hint = did_you_mean(command, COMMANDS, f"there are: {', '.join(COMMANDS)}")
         raise UserError(f"unknown command {command}; {hint}")
     config = parse_args(rest)
     # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.

@@ -1,15 +1,15 @@
 """F2: from the name of a data source to its pairs, and to a tokenizer trained on them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_jq.data.faults import BadRecords, RecordError
 from megatron_jq.data.finqa import FINQA_ANSWERS, finqa_pair, is_finqa
-from megatron_jq.data.gsm8k import gsm8k_pair, is_gsm8k
+from megatron_jq.data.gsm8k import gsm8k_pair, gsm8k_rationale, is_gsm8k
 from megatron_jq.data.hotpotqa import hotpotqa_pair, is_hotpotqa
 from megatron_jq.data.hub import is_hub, read_hub
-from megatron_jq.data.jsonl import Record, as_text, pair_of, read_records
+from megatron_jq.data.jsonl import Record, as_text, pair_of, read_records, text_field
 from megatron_jq.data.musique import is_musique, musique_pair
 from megatron_jq.data.pair import Pair
 from megatron_jq.data.tasks import builtin_examples, builtin_texts
@@ -31,7 +31,9 @@ _ID_FIELDS = {"finqa": ("id",), "hotpotqa": ("_id", "id"), "musique": ("id",)}
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How records become pairs. The names are the flags'. id_field: None takes the format's own, where it has one."""
+    """How records become pairs. The names are the flags'. id_field: None takes the format's own, where it has one.
+    rationales: every record must have a given one, in rationale_field; None takes GSM8K's worked solution.
+    """
 
     data_format: str = "auto"
     prompt_field: str = "prompt"
@@ -39,6 +41,8 @@ class ReadOptions:
     id_field: str | None = None
     finqa_answer: str = "exe_ans"
     bad_records: str = "error"
+    rationale_field: str | None = None
+    rationales: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def load_source(
     """
     _check(options, source, count, flag)
     if is_builtin(source):
+        if options.rationales:
+            raise UserError(f"{flag} {source}: built-in tasks give no rationales, and --estimator sft needs them")
         kind = source.removeprefix(BUILTIN_PREFIX)
         drawn = builtin_examples(kind, split, count or DEFAULT_BUILTIN_COUNT.get(split, 1), seed)
         return Source(
@@ -103,7 +109,7 @@ def train_tokenizer(
     if is_builtin(source) and vocab_size is None:
         texts = builtin_texts(source.removeprefix(BUILTIN_PREFIX))
         return train_sentencepiece(texts, path, vocab_size=None, model_type="word", byte_fallback=False)
-    texts = (text for pair in pairs for text in (pair.prompt, pair.answer))
+    texts = (text for pair in pairs for text in (pair.prompt, pair.rationale, pair.answer) if text is not None)
     return train_sentencepiece(texts, path, vocab_size=vocab_size or DEFAULT_VOCAB_SIZE)
 
 
@@ -155,6 +161,7 @@ def _converter(data_format: str, options: ReadOptions) -> Callable[[Record], Pai
         "musique": musique_pair,
     }[data_format]
     id_fields = (options.id_field,) if options.id_field else _ID_FIELDS.get(data_format, ())
+    rationale = _rationale_reader(data_format, options)
     seen: dict[str, str] = {}
 
     def one(record: Record) -> Pair:
@@ -166,6 +173,20 @@ def _converter(data_format: str, options: ReadOptions) -> Callable[[Record], Pai
                 detail = f"id {identity!r} stands at {seen[identity]} already; keep one of the two"
                 raise RecordError(where, "duplicate id", detail)
             seen[identity] = where
-        return convert(where, fields)
+        return replace(convert(where, fields), rationale=rationale(where, fields))
 
     return one
+
+
+def _rationale_reader(data_format: str, options: ReadOptions) -> Callable[[str, dict], str | None]:
+    """(where, record) → its given rationale, None where none is asked for. RecordError: it has none."""
+    if not options.rationales:
+        return lambda where, fields: None
+    field = options.rationale_field
+    if field is not None:
+        return lambda where, fields: text_field(fields, field, where, "--rationale-field").strip()
+    return gsm8k_rationale if data_format == "gsm8k" else _no_rationale
+
+
+def _no_rationale(where: str, fields: dict) -> str:
+    raise RecordError(where, "no rationale", "no given rationale to imitate; name its field with --rationale-field")

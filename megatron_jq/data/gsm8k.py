@@ -1,7 +1,7 @@
 """F2: GSM8K's official record, {"question", "answer"}, whose answer is a worked solution with the gold after "####".
 
-Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems". The worked solution is not used: the rationale is
-latent here.
+Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems". The worked solution is read as a given rationale
+alone (SFT); elsewhere the rationale is latent.
 """
 
 import re
@@ -37,6 +37,18 @@ def gold_answer(solution: str, where: str) -> str:
         cure = "mend the line, or use --data-format jsonl to take the answer as it stands"
         raise RecordError(where, "no answer", f"{fault}; {cure}")
     return gold
+
+
+def gsm8k_rationale(where: str, record: dict) -> str:
+    """The worked solution, which is what stands before the last "####", without blanks at its ends.
+
+    The calculator's annotations, <<48/2=24>>, stay: they are part of the solutions as published. RecordError: no
+    solution.
+    """
+    solution, _, _ = text_field(record, "answer", where).rpartition(GOLD_MARK)
+    if not solution.strip():
+        raise RecordError(where, "no rationale", f"no worked solution stands before {GOLD_MARK!r}; write one")
+    return solution.strip()
 
 
 def is_gsm8k(record: dict) -> bool:

@@ -8,7 +8,7 @@ class Pair:
     """One (x*, y*) and where it came from, for error messages: "train.jsonl:17" or "builtin:recall[3]".
 
     aliases: further answers that count as right. parts: the prompt's pieces by name, for templates: ("question", …),
-    ("context", …); empty where the prompt is one piece.
+    ("context", …); empty where the prompt is one piece. rationale: a worked solution, where one was asked for.
     """
 
     prompt: str
@@ -16,3 +16,4 @@ class Pair:
     where: str
     aliases: tuple[str, ...] = ()
     parts: tuple[tuple[str, str], ...] = ()
+    rationale: str | None = None

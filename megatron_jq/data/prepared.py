@@ -1,7 +1,8 @@
 """F2: a tokenised, validated set on disk, which `--train-data` and `--eval-data` take as they take a file.
 
 manifest.json      what it was made with, and for every split its rows, its file's SHA-256, its fingerprint
-train.jsonl        a row an example: where it came from, prompt, answer, aliases, prompt_ids, answer_ids
+train.jsonl        a row an example: where it came from, prompt, answer, aliases, prompt_ids, joint_ids, answer_ids,
+                   and rationale_ids where rationales were given
 validation.jsonl, test.jsonl
 tokenizer.model, or the folder tokenizer/
 report.md, lengths.png, dropped.jsonl
@@ -18,7 +19,7 @@ from megatron_jq.errors import UserError
 from megatron_jq.records import Example
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation", "test")
 _TOKENIZER = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer"}
 
@@ -51,6 +52,7 @@ class PreparedSplit:
     """One split that was read and checked. tokenizer: its fingerprint."""
 
     placed: tuple[Placed, ...]
+    data_format: str
     prompt_style: str
     tokenizer_type: str
     tokenizer_path: Path
@@ -80,7 +82,9 @@ def write_split(folder: Path, split: str, placed: Sequence[Placed]) -> SplitEntr
                 "answer": example.answer_text,
                 "aliases": example.aliases,
                 "prompt_ids": example.prompt_ids,
+                "joint_ids": example.joint_ids,
                 "answer_ids": example.answer_ids,
+                **({} if example.rationale_ids is None else {"rationale_ids": example.rationale_ids}),
             }
             line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
             file.write(line)
@@ -140,12 +144,14 @@ def read_prepared(source: str, split: str, *, count: int | None = None, flag: st
     lines = data.split(b"\n")[:-1]
     placed = tuple(_placed(index, json.loads(line)) for index, line in enumerate(lines[:count]))
     kind = manifest.tokenizer_type
-    return PreparedSplit(placed, manifest.prompt_style, kind, tokenizer_path(folder, kind), manifest.tokenizer)
+    path = tokenizer_path(folder, kind)
+    return PreparedSplit(placed, manifest.data_format, manifest.prompt_style, kind, path, manifest.tokenizer)
 
 
 def _placed(index: int, row: dict) -> Placed:
-    prompt_ids, answer_ids, aliases = (tuple(row[name]) for name in ("prompt_ids", "answer_ids", "aliases"))
-    return Placed(Example(index, row["prompt"], row["answer"], prompt_ids, answer_ids, aliases), row["where"])
+    lists = (tuple(row[name]) for name in ("prompt_ids", "answer_ids", "aliases", "joint_ids"))
+    given = tuple(row["rationale_ids"]) if "rationale_ids" in row else None
+    return Placed(Example(index, row["prompt"], row["answer"], *lists, given), row["where"])
 
 
 def _files() -> set[str]:

@@ -1,9 +1,9 @@
-"""F2: pairs to examples. A row of the trainer is prompt, `<think>`, rationale, `</think>`, y*, end of text.
+"""F2: pairs to examples. A row of the trainer is prompt, `<think>`, rationale, `</think>`, joint, y*, end of text.
 
 Here are its fixed parts: prompt_ids end with `<think>` (and what the template puts after it), answer_ids end with the
-end of text. The rationale and its `</think>`, sampled or forced, come between them later. y* is tokenised on its own
-and joined on ids, so that its tokens do not depend on the rationale (PAPER.md, consequence 6). What a template puts
-after `</think>` is the head of answer_ids: the policy is to write it, and P counts it.
+end of text. The rationale and its `</think>`, sampled or forced, come between them later, and behind them joint_ids:
+what the template puts after `</think>`, which is given like the prompt. y* is tokenised on its own and joined on ids,
+so that its tokens depend neither on the rationale nor on the joint (PAPER.md, consequence 6).
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from megatron_jq.records import Example
 
 OVERLONG_POLICIES = ("error", "drop")
 _NAMED_AT_MOST = 3
+# In a fingerprint: no length is negative
+_JOINT_MARK, _RATIONALE_MARK = ((-n).to_bytes(8, "little", signed=True) for n in (1, 2))
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class OverlongReport:
     count: int
     total: int
     first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """What was left out, in a line; nothing where all fits."""
+        more = ", …" if self.count > len(self.first) else ""
+        plural = "s" if self.count > 1 else ""
+        return f"{self.count} overlong example{plural} left out: {', '.join(self.first)}{more}" if self.count else ""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class PromptWriter:
         self.style, self.tokenizer = style, tokenizer
         self._frame = tokenizer.chat_frame(system=bool(style.system)) if style.chat else ([], [])
         self._after_open = tokenizer.encode(style.after_open) if style.after_open else []
-        self._after_close = tokenizer.encode(style.after_close) if style.after_close else []
+        self._joint_ids = tuple(tokenizer.encode(style.after_close) if style.after_close else [])
 
     def example(self, index: int, pair: Pair) -> Example:
         """UserError: the template asks for a piece that the pair does not have. RecordError: a text that the tokenizer
@@ -69,14 +77,15 @@ class PromptWriter:
         try:
             contents = [encode(message) for message in messages]
             gold = encode(pair.answer)
+            given = None if pair.rationale is None else (*encode(pair.rationale), self.tokenizer.think_close_id)
         except UserError as error:
             raise RecordError(pair.where, "not in the tokenizer", str(error)) from error
         prompt_ids = list(self._frame[0])
         for content, following in zip(contents, self._frame[1:], strict=True):
             prompt_ids += [*content, *following]
         prompt_ids += [self.tokenizer.think_open_id, *self._after_open]
-        answer_ids = (*self._after_close, *gold, self.tokenizer.eos_id)
-        return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases)
+        answer_ids = (*gold, self.tokenizer.eos_id)
+        return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases, self._joint_ids, given)
 
 
 def encode_pairs(pairs: Sequence[Pair], writer: PromptWriter, bad: BadRecords) -> list[Placed]:
@@ -89,27 +98,30 @@ def select_fitting(
     *,
     max_prompt_tokens: int | None,
     answer_budget: int | None = None,
+    rationale_budget: int | None = None,
     overlong: str = "error",
 ) -> EncodedExamples:
     """The examples that fit; others stop the run ("error") or are left out ("drop").
 
-    max_prompt_tokens counts `<think>`; answer_budget counts the end of text; None is without limit. UserError:
-    something does not fit under "error", nothing is left under "drop", an unknown policy.
+    max_prompt_tokens counts `<think>`; answer_budget counts the end of text; rationale_budget is of given rationales
+    and counts `</think>`; None is without limit. UserError: something does not fit under "error", nothing is left under
+    "drop", an unknown policy.
     """
     if overlong not in OVERLONG_POLICIES:
         raise UserError(f"--overlong-prompts {overlong} is not known; it is one of {', '.join(OVERLONG_POLICIES)}")
+    limits = {"prompt": max_prompt_tokens, "rationale": rationale_budget, "answer": answer_budget}
     fitting, misfits = [], []
     for one in placed:
-        excess = _excess(one.example, max_prompt_tokens, answer_budget)
+        excess = _excess(one.example, limits)
         if excess:
-            kind = "prompt too long" if "prompt" in excess else "answer too long"
-            misfits.append(RecordError(one.where, kind, excess))
+            detail = ", ".join(f"{tokens} {part} tokens" for part, tokens in excess.items())
+            misfits.append(RecordError(one.where, f"{next(iter(excess))} too long", detail))
         else:
             fitting.append(one)
     named = tuple(f"{fault.where} ({fault.detail})" for fault in misfits[:_NAMED_AT_MOST])
     report = OverlongReport(len(misfits), len(placed), named)
     if misfits and (overlong == "error" or not fitting):
-        raise UserError(_misfit_message(report, max_prompt_tokens, answer_budget, can_drop=bool(fitting)))
+        raise UserError(_misfit_message(report, limits, can_drop=bool(fitting)))
     examples, where = (tuple(one.example for one in fitting), tuple(one.where for one in fitting))
     return EncodedExamples(examples, report, where, tuple(misfits))
 
@@ -130,33 +142,42 @@ def encode_examples(
     return select_fitting(placed, max_prompt_tokens=max_prompt_tokens, answer_budget=answer_budget, overlong=overlong)
 
 
+def longest_joint(placed: Iterable[Placed]) -> int:
+    """Tokens of the longest joint between `</think>` and an answer: what a row needs for it."""
+    return max((len(one.example.joint_ids) for one in placed), default=0)
+
+
 def fingerprint(examples: Iterable[Example]) -> str:
     """SHA-256 of the examples' token ids and accepted answers, in order: equal where training is the same."""
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.prompt_ids, example.answer_ids):
-            digest.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+            digest.update(_with_length(ids))
+        if example.joint_ids:
+            digest.update(_JOINT_MARK + _with_length(example.joint_ids))
+        if example.rationale_ids is not None:
+            digest.update(_RATIONALE_MARK + _with_length(example.rationale_ids))
         for alias in example.aliases:  # a sampled answer is right if it is one of them
             digest.update(len(alias).to_bytes(8, "little") + alias.encode("utf-8"))
     return digest.hexdigest()
 
 
-def _excess(example: Example, max_prompt_tokens: int | None, answer_budget: int | None) -> str:
-    """What is too long about it, or nothing."""
-    faults = []
-    if max_prompt_tokens is not None and len(example.prompt_ids) > max_prompt_tokens:
-        faults.append(f"{len(example.prompt_ids)} prompt tokens")
-    if answer_budget is not None and len(example.answer_ids) > answer_budget:
-        faults.append(f"{len(example.answer_ids)} answer tokens")
-    return ", ".join(faults)
+def _with_length(ids: tuple[int, ...]) -> bytes:
+    return len(ids).to_bytes(8, "little") + array("q", ids).tobytes()
 
 
-def _misfit_message(
-    report: OverlongReport, max_prompt_tokens: int | None, answer_budget: int | None, can_drop: bool
-) -> str:
-    limits = [f"{max_prompt_tokens} prompt tokens"] if max_prompt_tokens is not None else []
-    limits += [f"{answer_budget} answer tokens"] if answer_budget is not None else []
+def _excess(example: Example, limits: dict[str, int | None]) -> dict[str, int]:
+    """Part of the example that is too long → its tokens."""
+    lengths = {
+        "prompt": len(example.prompt_ids),
+        "rationale": len(example.rationale_ids or ()),
+        "answer": len(example.answer_ids),
+    }
+    return {part: n for part, n in lengths.items() if limits[part] is not None and n > limits[part]}
+
+
+def _misfit_message(report: OverlongReport, limits: dict[str, int | None], *, can_drop: bool) -> str:
     more = ", …" if report.count > len(report.first) else ""
     cure = "leave them out with --overlong-prompts drop, or allow for more" if can_drop else "allow for more"
-    exceeded = " and ".join(limits)
+    exceeded = " and ".join(f"{limit} {part} tokens" for part, limit in limits.items() if limit is not None)
     return f"{report.count} of {report.total} examples exceed {exceeded}: {', '.join(report.first)}{more}; {cure}"

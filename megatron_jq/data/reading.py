@@ -20,6 +20,11 @@ class Reading:
     source: Source | None
     prepared: PreparedSplit | None
 
+    @property
+    def data_format(self) -> str:
+        """The one that was found in the records, or that a prepared set was made of."""
+        return (self.source or self.prepared).data_format
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -27,6 +32,7 @@ class Encoded:
 
     placed: tuple[Placed, ...]
     bad: tuple[RecordError, ...]
+    data_format: str
 
 
 def heldout_source(config: Config) -> str | None:
@@ -39,6 +45,7 @@ def heldout_source(config: Config) -> str | None:
 def read_source(config: Config, source: str, split: str, flag: str, *, count: int | None = None) -> Reading:
     """split: "train", "heldout" or "test". UserError: see load_source and read_prepared."""
     d, named = config.data, f"{flag} {source}"
+    imitated = split == "train" and config.objective.estimator == "sft"
     if is_prepared(source):
         name = "validation" if split == "heldout" else split
         prepared = read_prepared(source, name, count=count, flag=flag)
@@ -47,8 +54,19 @@ def read_source(config: Config, source: str, split: str, flag: str, *, count: in
                 f"{named} was prepared with --prompt-style {prepared.prompt_style}; "
                 "leave --prompt-style and --prompt-template out, or prepare the set again"
             )
+        if imitated and any(one.example.rationale_ids is None for one in prepared.placed):
+            raise UserError(f"{named} was prepared without rationales; prepare it again with --estimator sft")
         return Reading(named, None, prepared)
-    options = ReadOptions(d.data_format, d.prompt_field, d.answer_field, d.id_field, d.finqa_answer, d.bad_records)
+    options = ReadOptions(
+        data_format=d.data_format,
+        prompt_field=d.prompt_field,
+        answer_field=d.answer_field,
+        id_field=d.id_field,
+        finqa_answer=d.finqa_answer,
+        bad_records=d.bad_records,
+        rationale_field=d.rationale_field,
+        rationales=imitated,
+    )
     seed = config.training.seed
     return Reading(named, load_source(source, options, count=count, seed=seed, split=split, flag=flag), None)
 
@@ -63,10 +81,10 @@ def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> En
             raise UserError(
                 f"{reading.named} was prepared with another tokenizer; use its own, --tokenizer-model {own}"
             )
-        return Encoded(reading.prepared.placed, ())
+        return Encoded(reading.prepared.placed, (), reading.data_format)
     d, source = config.data, reading.source
     style = template_of(source.data_format, d.prompt_template).style(d.prompt_style)
     bad = BadRecords(d.bad_records)
     placed = encode_pairs(source.pairs, PromptWriter(style, tokenizer), bad)
     bad.settle(reading.named, len(placed))
-    return Encoded(tuple(placed), (*source.bad, *bad.faults))
+    return Encoded(tuple(placed), (*source.bad, *bad.faults), reading.data_format)

@@ -44,6 +44,17 @@ class PromptSampler:
         return _permutation(self.num_examples, self.seed, epoch)[position]
 
 
+@dataclass(frozen=True)
+class InOrder:
+    """Batches of a data set that is as long as the run and lies in the order of training."""
+
+    prompts_per_step: int  # B
+
+    def batch(self, step: int) -> list[int]:
+        """As PromptSampler.batch."""
+        return list(range(step * self.prompts_per_step, (step + 1) * self.prompts_per_step))
+
+
 @functools.lru_cache(maxsize=2)  # a batch looks at two epochs at most
 def _permutation(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     # Sorted by random() rather than shuffled: of Python's generators only random() is promised to stay the same.

@@ -19,30 +19,46 @@ def described(
     """Several lines. A bar stands between tokens, a token that ends in a line feed ends the line; control tokens are
     written by their names.
     """
-    prompt, answer = len(example.prompt_ids), len(example.answer_ids)
-    close = tokenizer.piece(tokenizer.think_close_id)
-    scores_gold = estimator in ("garl", "paft")
+    prompt, joint, answer = (len(ids) for ids in (example.prompt_ids, example.joint_ids, example.answer_ids))
+    between = f"1 + {joint}" if joint else "1"
+    scores_gold = estimator in ("garl", "paft", "sft")
     scored = "weight: the answer's coefficient" if scores_gold else "weight 0: sampled answers are compared with it"
     lines = [
         where,
-        f"at most {prompt} + {rationale_budget} + 1 + {answer_budget} = "
-        f"{prompt + rationale_budget + 1 + answer_budget} tokens",
+        f"at most {prompt} + {rationale_budget} + {between} + {answer_budget} = "
+        f"{prompt + rationale_budget + 1 + joint + answer_budget} tokens",
         "",
         f"prompt x: {prompt} tokens, weight 0",
         *_tokens(example.prompt_ids, tokenizer),
         "",
-        f"rationale z: up to {rationale_budget} sampled tokens, weight: the rationale's coefficient",
-        f"  …{_BOUNDARY}{close}",
-        f"  a sampled {close} counts as one of them; one that is forced after the last has weight 0",
+        *_rationale(example, tokenizer, rationale_budget, given=estimator == "sft"),
         "",
-        f"answer y*: {answer} tokens, {scored}",
-        *_tokens(example.answer_ids, tokenizer),
     ]
+    if joint:
+        lines += [
+            f"joint: {joint} token{'s' * (joint > 1)}, given, weight 0",
+            *_tokens(example.joint_ids, tokenizer),
+            "",
+        ]
+    lines += [f"answer y*: {answer} tokens, {scored}", *_tokens(example.answer_ids, tokenizer)]
     if not scores_gold:
         lines += ["", f"sampled answer y: up to {answer_budget} tokens, weight: the answer's coefficient"]
     if example.aliases:
         lines += ["", f"also right: {', '.join(map(repr, example.aliases))}"]
     return "\n".join(lines)
+
+
+def _rationale(example: Example, tokenizer: Tokenizer, budget: int, *, given: bool) -> list[str]:
+    weight = "weight: the rationale's coefficient"
+    if given:
+        named = f"rationale z: {len(example.rationale_ids)} given tokens, of at most {budget}, {weight}"
+        return [named, *_tokens(example.rationale_ids, tokenizer)]
+    close = tokenizer.piece(tokenizer.think_close_id)
+    return [
+        f"rationale z: up to {budget} sampled tokens, {weight}",
+        f"  …{_BOUNDARY}{close}",
+        f"  a sampled {close} counts as one of them; one that is forced after the last has weight 0",
+    ]
 
 
 def _tokens(ids: tuple[int, ...], tokenizer: Tokenizer) -> list[str]:

@@ -22,7 +22,7 @@ class PromptStyle:
     """One way to write x. `prompt` and `system` hold a record's pieces as {name}; {{ and }} are braces.
 
     chat: put the prompt into the tokenizer's chat template. after_open and after_close follow `<think>` and `</think>`:
-    fixed text, of blanks alone. The first ends x, the second begins y*.
+    fixed text that nobody samples. The first ends x; the second is the joint between rationale and answer.
     """
 
     prompt: str = "{prompt}"
@@ -81,7 +81,7 @@ def template_of(data_format: str, path: str | Path | None = None) -> PromptTempl
 
 
 def read_template(path: str | Path) -> PromptTemplate:
-    """UserError: not readable, an unknown table or key, a wrong type, words where only blanks may stand."""
+    """UserError: not readable, an unknown table or key, a wrong type, a prompt that cannot be filled."""
     tables = read_toml(path)
     kinds = {"cold": PromptStyle, "warm": PromptStyle, "paper": PaperSetting}
     values: dict[str, PromptStyle | PaperSetting | None] = {"cold": PromptStyle(), "warm": PromptStyle(), "paper": None}
@@ -108,10 +108,6 @@ def _typed(kind: type, table: dict, where: str):
 
 
 def _check_style(style: PromptStyle, where: str) -> None:
-    if style.after_open.strip() or style.after_close.strip():
-        raise UserError(
-            f"{where} after_open and after_close may hold blanks alone: words there would count as the answer's"
-        )
     if not style.prompt.strip():
         raise UserError(f"{where} prompt is empty; write at least {{prompt}}")
     if style.system and not style.chat:

@@ -66,7 +66,7 @@ class StageMemory:
 
     stage: int
     process_baseline: float
-    parameters: float
+    parameters: float  # with those of a frozen reference (--grpo-kl-beta)
     gradients: float  # Megatron-core's main_grad, float32
     main_weights: float  # float32 copies under bf16
     optimizer_moments: float
@@ -117,11 +117,12 @@ def stage_memory(plan: Plan, stage: int, *, keeps_freed: bool = True) -> StageMe
     count = stage_parameters(plan, stage)
     several = len(plan.busiest_rows) > 1
     growth = HEAP_OF_SEVERAL if several else HEAP_OF_ONE
+    copies = 2 if plan.config.objective.grpo_kl_beta > 0 else 1
     phases = [_rollout(plan, stage), _score(plan, stage), _train(plan, stage), _update(plan, count)]
     return StageMemory(
         stage=stage,
         process_baseline=_baseline(plan),
-        parameters=plan.element * count.total,
+        parameters=copies * plan.element * count.total,
         gradients=4 * count.total,
         main_weights=4 * optimized(plan, count) if plan.element == 2 else 0,
         optimizer_moments=_moments(plan) * 4 * optimized(plan, count),

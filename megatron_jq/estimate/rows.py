@@ -47,23 +47,28 @@ class Layout:
     def _padded(self, length: int) -> int:
         return -(-length // self.sequence_multiple) * self.sequence_multiple
 
+    def _tree(self, sequences: int) -> bool:
+        """Whether that many of one prompt share it: where it takes fewer tokens (model/rows.py: sharing_pays)."""
+        tree = self.prompt + sequences * self._padded(self.branch)
+        return sequences > 1 and tree < sequences * self._padded(self.prompt + self.branch)
+
     def unit_tokens(self, sequences: int) -> int:
-        if sequences == 1:
-            return self._padded(self.prompt + self.branch)
+        if not self._tree(sequences):
+            return sequences * self._padded(self.prompt + self.branch)
         return self.prompt + sequences * self._padded(self.branch)
 
     def unit_pairs(self, sequences: int) -> int:
         """Causal in the prompt and in each branch, dense between the two."""
-        if sequences == 1:
-            return causal(self._padded(self.prompt + self.branch))
+        if not self._tree(sequences):
+            return sequences * causal(self._padded(self.prompt + self.branch))
         branch = self._padded(self.branch)
         return causal(self.prompt) + sequences * (branch * self.prompt + causal(branch))
 
     def unit_cost(self, sequences: int, hidden_size: int) -> float:
         """Work by which replicas are balanced (train/batching.py: Unit.cost)."""
-        if sequences == 1:
+        if not self._tree(sequences):
             length = self.prompt + self.branch
-            return length + length**2 / (6 * hidden_size)
+            return sequences * (length + length**2 / (6 * hidden_size))
         branches = sequences * self.branch
         pairs = self.prompt**2 / 2 + self.prompt * branches + sequences * self.branch**2 / 2
         return self.prompt + branches + pairs / (3 * hidden_size)
@@ -107,8 +112,8 @@ class Layout:
         return [self.row(units) for units in rows or [[]]]
 
     def _within(self, unit: Unit, max_tokens: int) -> list[Unit]:
-        most = (max_tokens - self.prompt) // self._padded(self.branch)  # of several that share the prompt
-        return self._cut(unit, max(1, most))
+        shared = (max_tokens - self.prompt) // self._padded(self.branch)
+        return self._cut(unit, max(1, shared, max_tokens // self._padded(self.prompt + self.branch)))
 
     @staticmethod
     def _cut(unit: Unit, size: int) -> list[Unit]:

@@ -9,7 +9,7 @@ from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate.judging import Answer, Judge, Metric, judge_prompt
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout
-from megatron_jq.rollout.engine import RolloutEngine, RolloutRequest, SamplingOptions, share_of_replica
+from megatron_jq.rollout.engine import RolloutEngine, SamplingOptions, request_for, share_of_replica
 
 #: Evaluation draws from streams of its own, away from those of training steps.
 EVALUATION_SEED_OFFSET = 1_000_003
@@ -69,10 +69,7 @@ def draw(
     """
     dp = runtime.groups.dp
     share = share_of_replica(len(examples), num_samples, dp.rank(), dp.size())
-    requests = [
-        RolloutRequest(first + b, examples[b].prompt_ids, slots, examples[b].answer_ids if score else None)
-        for b, slots in share
-    ]
+    requests = [request_for(examples[b], first + b, slots, score=score) for b, slots in share]
     mine = engine.generate(requests, options)
     if dp.size() == 1:
         return mine

@@ -23,10 +23,8 @@ from megatron_jq.checkpoint.slabs import Cut
 from megatron_jq.checkpoint.store import Found, find_checkpoint
 from megatron_jq.config import Config, settings_of_text
 from megatron_jq.data.faults import summary_of
-from megatron_jq.data.prepared import MANIFEST
-from megatron_jq.data.prepared import read_manifest as read_prepared_manifest
-from megatron_jq.data.prompts import select_fitting
-from megatron_jq.data.reading import Reading, encode_reading, heldout_source, read_source
+from megatron_jq.data.prompts import longest_joint, select_fitting
+from megatron_jq.data.reading import encode_reading, heldout_source, read_source
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.parallel.runtime import Runtime, together
@@ -156,7 +154,7 @@ def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, archite
     encoded = encode_reading(config, reading, tokenizer)
     answer_budget = r.answer_budget or max(len(one.example.answer_ids) for one in encoded.placed)
     context = architecture.max_position_embeddings
-    room = context - r.rationale_budget - 1 - answer_budget
+    room = context - r.rationale_budget - 1 - longest_joint(encoded.placed) - answer_budget
     if room < 1:
         raise UserError(
             f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt in "
@@ -168,15 +166,6 @@ def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, archite
         answer_budget=answer_budget,
         overlong=d.overlong_prompts,
     )
-    left_out = [summary_of(encoded.bad)] if encoded.bad else []
-    if fitting.overlong.count:
-        left_out.append(f"{fitting.overlong.count} overlong examples left out")
+    left_out = [told for told in (summary_of(encoded.bad), str(fitting.overlong)) if told]
     warning = f"warning: {reading.named}: {'; '.join(left_out)}" if left_out else ""
-    return HeldOut(source, _format_of(reading, source), fitting.examples, answer_budget, warning)
-
-
-def _format_of(reading: Reading, source: str) -> str:
-    if reading.source is not None:
-        return reading.source.data_format
-    path = Path(source)
-    return read_prepared_manifest(path if (path / MANIFEST).is_file() else path.parent, "--eval-data").data_format
+    return HeldOut(source, reading.data_format, fitting.examples, answer_budget, warning)

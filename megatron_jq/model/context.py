@@ -35,4 +35,5 @@ def head_of_rank(head: ScoreHead, length: int, rank: int, size: int) -> ScoreHea
         inverse_temperature_N=part(head.inverse_temperature_N),
         top_p_N=part(head.top_p_N),
         coefficient_N=part(head.coefficient_N),
+        rule=None if head.rule is None else head.rule.part(mine),
     )

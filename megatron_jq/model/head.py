@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jq.model.rows import ScoreHead
-from megatron_jq.parallel.logprob import linear_log_probs, weighted_log_probs
+from megatron_jq.parallel.logprob import linear_log_probs, log_probs_as_trained, weighted_log_probs
 
 
 def score_rows(
@@ -21,8 +21,9 @@ def score_rows(
     cp=None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Table [n, 2] float64 of log-likelihoods; with head.coefficient_N (loss, table), the table without gradient.
+) -> Tensor | tuple[Tensor, ...]:
+    """Table [n, 2] float64 of log-likelihoods; with head.coefficient_N (loss, table), the table without gradient. With
+    head.by_token ln p of each token, [N], comes last: (loss, table, tokens), or (table, tokens) without gradient.
 
     hidden_NH: states at head.position_N, alike on all ranks of tp; weight_VH: this rank's shard. cp: the rows are split
     over this group and the table is summed over it; the loss stays this rank's part, whose gradients Megatron-core adds
@@ -34,6 +35,8 @@ def score_rows(
         "inverse_temperature_T": head.inverse_temperature_N,
     }
     coefficient_N = head.coefficient_N
+    if head.by_token:
+        return _by_token(hidden_NH, weight_VH, head, tp, cp, options)
     if coefficient_N is not None and head.top_p_N is None:
         loss, log_prob_N = weighted_log_probs(hidden_NH, weight_VH, head.target_N, coefficient_N, tp, **options)
         return loss, _table(log_prob_N, head, cp)
@@ -41,6 +44,18 @@ def score_rows(
     if coefficient_N is not None:
         return (coefficient_N * log_prob_N).sum(), _table(log_prob_N.detach(), head, cp)
     return _table(log_prob_N, head, cp)
+
+
+def _by_token(hidden_NH: Tensor, weight_VH: Tensor, head: ScoreHead, tp, cp, options) -> tuple[Tensor, ...]:
+    """score_rows with ln p of each token."""
+    assert head.top_p_N is None, "a token outside another policy's nucleus has probability zero there"
+    if head.coefficient_N is None:
+        log_prob_N = log_probs_as_trained(hidden_NH, weight_VH, head.target_N, tp, **options)
+        return _table(log_prob_N, head, cp), log_prob_N
+    loss, log_prob_N = weighted_log_probs(
+        hidden_NH, weight_VH, head.target_N, head.coefficient_N, tp, rule=head.rule, **options
+    )
+    return loss, _table(log_prob_N, head, cp), log_prob_N
 
 
 def _table(log_prob_N: Tensor, head: ScoreHead, cp) -> Tensor:

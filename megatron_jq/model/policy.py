@@ -31,9 +31,10 @@ class Policy(GPTModel):
         self.chunk_tokens = chunk_tokens
         self._rows: Rows | None = None
 
-    def forward(self, rows: Rows) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, rows: Rows) -> Tensor | tuple[Tensor, ...]:
         """Last pipeline stage: logits [N, V/tp] for LogitsHead; for ScoreHead a float64 table [n, 2] of
-        log-likelihoods, behind the scalar loss where it brings coefficients (the table is then without gradient).
+        log-likelihoods, behind the scalar loss where it brings coefficients (the table is then without gradient), and
+        before the tokens' own where it asks for them.
         Other stages: hidden states [T, 1, H] (T/tp under sequence parallelism) for the next stage.
         """
         self._rows = rows

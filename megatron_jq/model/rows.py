@@ -13,6 +13,7 @@ import torch
 
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.tree_attention import Tree, TreeSegments
+from megatron_jq.objective.clipping import TokenRule
 from megatron_jq.records import Sequence
 
 RATIONALE, ANSWER = 0, 1  # columns of the head's [n, 2] table
@@ -33,6 +34,8 @@ class ScoreHead:
     inverse_temperature_N: torch.Tensor | None = None
     top_p_N: torch.Tensor | None = None
     coefficient_N: torch.Tensor | None = None  # float64; asks for the loss too, as sum(coefficient · ln p)
+    by_token: bool = False  # asks for ln p of each token too, [N], behind the rest; not of a nucleus
+    rule: TokenRule | None = None  # the loss is another function of ln p and the coefficients; with by_token
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,33 @@ class _Row:
         return len(ids) + padding
 
 
-def prompt_groups(sequences: list[Sequence], *, share_prompts: bool) -> list[list[int]]:
-    """Indices of neighbouring sequences that share their prompt; each by itself without share_prompts."""
+def padded(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple
+
+
+def sharing_pays(sequences: list[Sequence] | tuple[Sequence, ...], multiple: int) -> bool:
+    """Whether sequences of one prompt take fewer tokens as a tree than each by itself.
+
+    They do where nothing is padded; but a tree pads each branch, and the prompt then stands before that.
+    """
+    prompt, lengths = len(sequences[0].prompt_ids), [len(s) for s in sequences]
+    tree = prompt + sum(padded(length - prompt, multiple) for length in lengths)
+    return len(sequences) > 1 and tree < sum(padded(length, multiple) for length in lengths)
+
+
+def prompt_groups(sequences: list[Sequence], *, share_prompts: bool, multiple: int = 1) -> list[list[int]]:
+    """Indices of neighbouring sequences that share their prompt; each by itself without share_prompts, or where
+    sharing does not pay.
+    """
     numbers = range(len(sequences))
     if not share_prompts:
         return [[n] for n in numbers]
-    return [list(group) for _, group in itertools.groupby(numbers, key=lambda n: sequences[n].prompt)]
+    found: list[list[int]] = []
+    for _, neighbours in itertools.groupby(numbers, key=lambda n: sequences[n].prompt):
+        group = list(neighbours)
+        together = sharing_pays([sequences[n] for n in group], multiple)
+        found.extend([group] if together else [[n] for n in group])
+    return found
 
 
 def pack_sequences(
@@ -145,7 +169,7 @@ def _lay_out(
 ) -> tuple[_Row, list[int], list[int], AttentionPlan]:
     """The row; where each sequence's last prompt token lies, and its first token behind the prompt; the plan."""
     row, before, start = _Row(), [0] * len(sequences), [0] * len(sequences)
-    groups, lengths = prompt_groups(sequences, share_prompts=share_prompts), []
+    groups, lengths = prompt_groups(sequences, share_prompts=share_prompts, multiple=sequence_multiple), []
     for group in groups:
         whole = sequences[group[0]]
         alone = len(group) == 1
@@ -173,8 +197,7 @@ def _lay_out(
 
 
 def _branch_tokens(sequence: Sequence, multiple: int) -> int:
-    tokens = len(sequence.rationale_ids) + len(sequence.answer_ids)
-    return -(-tokens // multiple) * multiple
+    return padded(len(sequence.rationale_ids) + len(sequence.answer_ids), multiple)
 
 
 def _doubles(pairs: list[tuple[float, float]], device: torch.device) -> torch.Tensor:

@@ -9,6 +9,15 @@ from megatron_jq.objective.baselines import (
     rloo_coefficients,
     sft_coefficients,
 )
+from megatron_jq.objective.clipping import (
+    TokenFigures,
+    TokenRule,
+    clipped_coefficients,
+    clipped_surrogate,
+    clipped_tokens,
+    reference_kl,
+    reference_kl_coefficients,
+)
 from megatron_jq.objective.garl import effective_reward_max, garl_coefficients, garl_plug_in_coefficients
 from megatron_jq.objective.metrics import effective_sample_size, majority_at_k, pass_at_k
 from megatron_jq.objective.paft import paft_attenuation, paft_coefficients, resample_counts
@@ -25,7 +34,12 @@ from megatron_jq.objective.tsallis import (
 
 __all__ = [
     "QSchedule",
+    "TokenFigures",
+    "TokenRule",
     "check_q",
+    "clipped_coefficients",
+    "clipped_surrogate",
+    "clipped_tokens",
     "effective_reward_max",
     "effective_sample_size",
     "garl_coefficients",
@@ -43,6 +57,8 @@ __all__ = [
     "pass_at_k",
     "prompt_mean_scale",
     "q_at",
+    "reference_kl",
+    "reference_kl_coefficients",
     "resample_counts",
     "rloo_coefficients",
     "sft_coefficients",

@@ -13,6 +13,7 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from megatron_jq.objective.clipping import TokenRule
 from megatron_jq.parallel.collectives import all_gather_flat
 
 #: Logits that exist at one time, in elements, by device: bounds memory, and is large enough for efficient GEMMs.
@@ -251,11 +252,21 @@ def _exponentials_by_columns_(logits_VT, column_T, here_T) -> torch.Tensor:
     return torch.stack([largest_T, sum_T, target_T.where(here_T, torch.zeros_like(target_T))])
 
 
+def _logits_to_statistics_(logits_VT, part, column_T, here_T, group, vocab_size, inverse_temperature_T):
+    """A chunk's logits, tempered, to their exponentials in place; the numbers of _partial_softmax."""
+    if inverse_temperature_T is not None:
+        logits_VT.mul_(inverse_temperature_T[part])
+    mask_vocabulary_padding(logits_VT.t(), group, vocab_size)
+    return _exponentials_by_columns_(logits_VT, column_T[part], here_T[part])
+
+
 class _WeightedLogProbs(torch.autograd.Function):
     """sum(coefficient · ln p[target]), its gradient formed during the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, targets_T, coefficient_T, group, chunk, vocab_size, inverse_temperature_T):
+    def forward(
+        ctx, hidden_TH, weight_VH, targets_T, coefficient_T, group, chunk, vocab_size, inverse_temperature_T, rule
+    ):
         column_T, here_T = _local_targets(targets_T, weight_VH.shape[0], group)
         main_grad = getattr(weight_VH, "main_grad", None)
         grad_weight = main_grad
@@ -267,17 +278,19 @@ class _WeightedLogProbs(torch.autograd.Function):
         def begin(part, workspace):
             """GEMM 1 of a chunk, exponentials in the logits' place; its statistics set out for the other ranks."""
             logits_VT = workspace.logits(hidden_TH[part])
-            if inverse_temperature_T is not None:
-                logits_VT.mul_(inverse_temperature_T[part])
-            mask_vocabulary_padding(logits_VT.t(), group, vocab_size)
-            statistics_3T = _exponentials_by_columns_(logits_VT, column_T[part], here_T[part])
+            statistics_3T = _logits_to_statistics_(
+                logits_VT, part, column_T, here_T, group, vocab_size, inverse_temperature_T
+            )
             return part, workspace, logits_VT, statistics_3T[0], _exchange(statistics_3T, group)
 
         def finish(part, workspace, exponentials_VT, largest, exchange):
             """The chunk's log-probabilities and its share of both gradients: GEMMs 2 and 3."""
             normaliser, target = _merge(*exchange)
             log_prob_T[part] = target - normaliser
-            coefficient = coefficient_T[part].to(exponentials_VT.dtype)
+            coefficient = coefficient_T[part]
+            if rule is not None:
+                coefficient = rule.part(part).coefficients(coefficient, log_prob_T[part])
+            coefficient = coefficient.to(exponentials_VT.dtype)
             if inverse_temperature_T is not None:
                 coefficient = coefficient * inverse_temperature_T[part]
             # d/dlogits = coefficient · (onehot - softmax); softmax = exponentials · exp(largest here - normaliser)
@@ -305,6 +318,8 @@ class _WeightedLogProbs(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
         ctx.weight = weight_VH
         ctx.mark_non_differentiable(log_prob_T)
+        if rule is not None:
+            return rule.loss(coefficient_T, log_prob_T), log_prob_T
         return (coefficient_T * log_prob_T).sum(), log_prob_T
 
     @staticmethod
@@ -314,10 +329,10 @@ class _WeightedLogProbs(torch.autograd.Function):
             # The weight's gradient is in main_grad already, for a loss that is this sum itself.
             torch._assert_async(grad_total == 1)
             ctx.weight.grad_added_to_main_grad = True
-            return grad_hidden, _unused_gradient(ctx.weight), None, None, None, None, None, None
+            return grad_hidden, _unused_gradient(ctx.weight), None, None, None, None, None, None, None
         scale = grad_total.to(grad_weight.dtype)
         grad_weight = (grad_weight * scale).to(ctx.weight.dtype)
-        return (grad_hidden * scale).to(grad_hidden.dtype), grad_weight, None, None, None, None, None, None
+        return (grad_hidden * scale).to(grad_hidden.dtype), grad_weight, None, None, None, None, None, None, None
 
 
 def _unused_gradient(weight: torch.Tensor) -> torch.Tensor | None:
@@ -341,6 +356,7 @@ def weighted_log_probs(
     chunk_tokens: int | None = None,
     vocab_size: int | None = None,
     inverse_temperature_T: torch.Tensor | None = None,
+    rule: TokenRule | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum over tokens of coefficient · ln p[target], ln p[target] in nats [T]); only the sum is differentiable.
 
@@ -349,11 +365,43 @@ def weighted_log_probs(
     gradient of hidden_TH is this rank's share, as for linear_log_probs. Where weight_VH has Megatron-core's `main_grad`
     its gradient is added there during this call; the sum must then be the loss itself, unscaled, and be differentiated
     exactly once. Cost: one all-gather of 3 numbers a token and rank for each chunk, overlapped with the next chunk.
+
+    rule: the loss is not linear in ln p; each chunk's coefficients follow from coefficient_T and its ln p, which are
+    known when its gradient is formed. The sum, whose gradient is that loss's, is then its value.
     """
     chunk_tokens = chunk_tokens or default_chunk_tokens(weight_VH.shape[0], weight_VH.device)
     return _WeightedLogProbs.apply(
-        hidden_TH, weight_VH, targets_T, coefficient_T, group, chunk_tokens, vocab_size, inverse_temperature_T
+        hidden_TH, weight_VH, targets_T, coefficient_T, group, chunk_tokens, vocab_size, inverse_temperature_T, rule
     )
+
+
+@torch.no_grad()
+def log_probs_as_trained(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    group,
+    *,
+    chunk_tokens: int | None = None,
+    vocab_size: int | None = None,
+    inverse_temperature_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """ln p[target] in nats, [T], bit for bit as weighted_log_probs finds it: policies that agree differ by exactly 0,
+    where an optimizer would make updates of full size from the rounding of two ways to compute the same.
+    """
+    chunk_tokens = chunk_tokens or default_chunk_tokens(weight_VH.shape[0], weight_VH.device)
+    column_T, here_T = _local_targets(targets_T, weight_VH.shape[0], group)
+    log_prob_T = torch.empty_like(targets_T, dtype=_accumulation_dtype(hidden_TH.dtype))
+    parts = _chunks(len(targets_T), chunk_tokens)
+    workspace = _Workspace(weight_VH, max(part.stop - part.start for part in parts))
+    for part in parts:
+        logits_VT = workspace.logits(hidden_TH[part])
+        statistics_3T = _logits_to_statistics_(
+            logits_VT, part, column_T, here_T, group, vocab_size, inverse_temperature_T
+        )
+        normaliser, target = _merge(*_exchange(statistics_3T, group))
+        log_prob_T[part] = target - normaliser
+    return log_prob_T
 
 
 def _threshold_with_target(logits, top_p_T, column, here, part, group):

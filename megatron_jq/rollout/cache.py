@@ -1,8 +1,10 @@
 """F3: keys and values of a wave of rationales: each prompt's once, each rationale's own behind it.
 
-Axes: G prompts of the wave, N rationales (rows), L longest prompt, R room for generated tokens, g key/value groups, s
+Axes: G prompts of one length, L their length, N rationales (rows), R room for generated tokens, g key/value groups, s
 query heads a group, d channels a head. Heads are this tensor-parallel rank's, layers this pipeline stage's.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -13,15 +15,14 @@ from megatron_jq.model.attention import AttentionPlan, CausalSegments
 class Seating:
     """Rows of one prompt side by side, so that queries of all of them meet the prompt's keys in one product.
 
-    group_of_row: each row's prompt, ascending, [N]; as many seats a prompt as its busiest one needs.
+    rows_per_prompt: of each prompt in turn; as many seats a prompt as its busiest one needs.
     """
 
-    def __init__(self, group_of_row: Tensor, num_prompts: int):
-        counts = torch.bincount(group_of_row, minlength=num_prompts)
-        self.prompts, self.widest = num_prompts, int(counts.max())
-        number = torch.arange(len(group_of_row), device=counts.device) - (counts.cumsum(0) - counts)[group_of_row]
-        self.seat_of_row = group_of_row * self.widest + number
-        self.full = len(group_of_row) == self.prompts * self.widest
+    def __init__(self, rows_per_prompt: list[int], device: torch.device):
+        self.prompts, self.widest = len(rows_per_prompt), max(rows_per_prompt)
+        seats = [b * self.widest + n for b, count in enumerate(rows_per_prompt) for n in range(count)]
+        self.full = len(seats) == self.prompts * self.widest
+        self.seat_of_row = torch.tensor(seats, device=device)
 
     def seat(self, x_N: Tensor) -> Tensor:
         """[N, g, s, ·] by row → [G, g, seats·s, ·] by prompt; empty seats are zero."""
@@ -35,28 +36,108 @@ class Seating:
         return x if self.full else x[self.seat_of_row]
 
 
+class Bucket:
+    """Prompts of one length that stand side by side in the wave: one product for all of them, and no padding."""
+
+    def __init__(self, length: int, rows_per_prompt: list[int]):
+        self.length = length
+        self.rows_per_prompt = rows_per_prompt
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [G, g, L, d]
+
+    def store(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor) -> None:
+        shape = (len(self.rows_per_prompt), self.length)
+        self.layers[layer] = tuple(x.unflatten(0, shape).transpose(1, 2).contiguous() for x in (k_Tgd, v_Tgd))
+
+    def keep(self, rows_per_prompt: list[int]) -> None:
+        """Take the rows that are left of each prompt; prompts without any are freed."""
+        left = [b for b, rows in enumerate(rows_per_prompt) if rows]
+        if len(left) < len(rows_per_prompt):
+            self.layers = {layer: (k[left], v[left]) for layer, (k, v) in self.layers.items()}
+        self.rows_per_prompt = [rows_per_prompt[b] for b in left]
+
+
+class Meeting:
+    """Queries of some rows, ascending, with the prompts of each: which rows of the query meet which bucket."""
+
+    def __init__(self, buckets: list[Bucket], rows_per_prompt: list[list[int]], device: torch.device):
+        """rows_per_prompt: by bucket and prompt, of the rows that ask."""
+        self.parts: list[tuple[Bucket, slice, Seating]] = []
+        first = 0
+        for bucket, counts in zip(buckets, rows_per_prompt, strict=True):
+            if any(counts):
+                self.parts.append((bucket, slice(first, first + sum(counts)), Seating(counts, device)))
+                first += sum(counts)
+
+    def attend(self, layer: int, q_Ngsd: Tensor, of_branch_Ngst: Tensor, values_Ngtd: Tensor) -> Tensor:
+        """Scaled queries against their prompts' keys and, by the scores [N, g, s, t] given, their own: [N, g, s, d]."""
+        outputs, exact = [], torch.promote_types(q_Ngsd.dtype, torch.float32)
+        for bucket, rows, seating in self.parts:
+            keys, values = bucket.layers[layer]
+            of_prompt = seating.unseat(seating.seat(q_Ngsd[rows]) @ keys.transpose(2, 3)).to(exact)
+            of_branch = of_branch_Ngst[rows].to(exact)
+            weight = torch.cat([of_prompt, of_branch], dim=-1).softmax(dim=-1).to(q_Ngsd.dtype)
+            of_prompt, of_branch = weight.split([bucket.length, of_branch.shape[-1]], dim=-1)
+            outputs.append(seating.unseat(seating.seat(of_prompt) @ values) + of_branch @ values_Ngtd[rows])
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
 class WaveCache:
     """Keys and values by layer. Rows are ordered by prompt; dropping finished rows keeps that order.
 
-    Every row is fed one token a step, so all rows hold equally many generated tokens: `length`.
+    Per layer, keys hold one vector a key/value group for each prompt token and for each row's room: a prompt that was
+    copied to its M rows would be M times as long. Every row is fed one token a step, so all rows hold equally many
+    generated tokens: `length`.
     """
 
     #: Room for generated tokens grows by this many at a time.
     GROWTH = 64
 
     def __init__(self, prompt_lengths: list[int], rows_per_prompt: list[int], device: torch.device):
-        self.prompt_lengths = torch.tensor(prompt_lengths, device=device)
-        counts = torch.tensor(rows_per_prompt)
-        self.group_of_row = torch.arange(len(counts)).repeat_interleave(counts).to(device)
-        self.length = 0
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [G, g, L, d]
+        """Prompts of one length must be neighbours."""
+        self.device, self.length = device, 0
+        numbered = itertools.groupby(range(len(prompt_lengths)), key=prompt_lengths.__getitem__)
+        self.buckets = [Bucket(length, [rows_per_prompt[b] for b in group]) for length, group in numbered]
         self.branch: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [N, g, R, d]
-        past_end_GL = torch.arange(max(prompt_lengths), device=device) >= self.prompt_lengths[:, None]
-        self.prompt_mask_GL = past_end_GL if len(set(prompt_lengths)) > 1 else None
-        self.seating = Seating(self.group_of_row, len(prompt_lengths))
+        self.meeting = self._meeting()
 
-    def store_prompts(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor, token_GL: Tensor) -> None:
-        self.prompt[layer] = tuple(x[token_GL].transpose(1, 2).contiguous() for x in (k_Tgd, v_Tgd))
+    @property
+    def rows(self) -> int:
+        return sum(sum(bucket.rows_per_prompt) for bucket in self.buckets)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values, on this rank."""
+        pairs = [pair for bucket in self.buckets for pair in bucket.layers.values()]
+        return sum(x.nbytes for pair in (*pairs, *self.branch.values()) for x in pair)
+
+    def _meeting(self) -> Meeting:
+        return Meeting(self.buckets, [bucket.rows_per_prompt for bucket in self.buckets], self.device)
+
+    def prompt_of_row(self) -> list[tuple[int, int]]:
+        """(bucket, prompt in it) of each row."""
+        return [
+            (i, b)
+            for i, bucket in enumerate(self.buckets)
+            for b, rows in enumerate(bucket.rows_per_prompt)
+            for _ in range(rows)
+        ]
+
+    def count(self, rows: list[int]) -> list[list[int]]:
+        """How many of these rows each prompt has, by bucket."""
+        counts = [[0] * len(bucket.rows_per_prompt) for bucket in self.buckets]
+        prompt_of_row = self.prompt_of_row()
+        for row in rows:
+            bucket, prompt = prompt_of_row[row]
+            counts[bucket][prompt] += 1
+        return counts
+
+    def store_prompts(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor) -> None:
+        """The prompts' packed keys and values, in order; what stands behind them is padding."""
+        first = 0
+        for bucket in self.buckets:
+            last = first + bucket.length * len(bucket.rows_per_prompt)
+            bucket.store(layer, k_Tgd[first:last], v_Tgd[first:last])
+            first = last
 
     def append(self, layer: int, k_Ngd: Tensor, v_Ngd: Tensor) -> tuple[Tensor, Tensor]:
         """Write each row's next token; returns the layer's keys and values so far, [N, g, length + 1, d]."""
@@ -69,21 +150,14 @@ class WaveCache:
         keys[:, :, self.length], values[:, :, self.length] = k_Ngd, v_Ngd
         return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these (ascending); their keys and values are freed."""
-        self.group_of_row = self.group_of_row[rows]
-        self.branch = {layer: (k[rows], v[rows]) for layer, (k, v) in self.branch.items()}
-        self.seating = Seating(self.group_of_row, len(self.prompt_lengths))
-
-    def prompt_scores(self, layer: int, q_Ngsd: Tensor, seating: Seating) -> Tensor:
-        """Scaled queries against their prompts' keys: [N, g, s, L] float32, -inf beyond a prompt's end."""
-        score = (seating.seat(q_Ngsd) @ self.prompt[layer][0].transpose(2, 3)).float()
-        if self.prompt_mask_GL is not None:
-            score = score.masked_fill(self.prompt_mask_GL[:, None, None, :], float("-inf"))
-        return seating.unseat(score)
-
-    def prompt_values(self, layer: int, weight_NgsL: Tensor, seating: Seating) -> Tensor:
-        return seating.unseat(seating.seat(weight_NgsL) @ self.prompt[layer][1])
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these (ascending), and the prompts without rows; their keys and values are freed."""
+        counts, index = self.count(rows), torch.tensor(rows, device=self.device)
+        for bucket, left in zip(self.buckets, counts, strict=True):
+            bucket.keep(left)
+        self.buckets = [bucket for bucket in self.buckets if bucket.rows_per_prompt]
+        self.branch = {layer: (k[index], v[index]) for layer, (k, v) in self.branch.items()}
+        self.meeting = self._meeting()
 
 
 class PrefillPlan(CausalSegments):
@@ -92,12 +166,9 @@ class PrefillPlan(CausalSegments):
     def __init__(self, lengths: list[int], padding: int, cache: WaveCache, device: torch.device):
         super().__init__([*lengths, padding] if padding else lengths, device)
         self.cache = cache
-        start = torch.tensor([0, *lengths]).cumsum(0)[:-1, None]
-        inside = torch.arange(max(lengths))[None, :]
-        self.token_GL = (start + torch.minimum(inside, torch.tensor(lengths)[:, None] - 1)).to(device)
 
     def attend(self, layer, q, k, v, scale):
-        self.cache.store_prompts(layer, k, v, self.token_GL)
+        self.cache.store_prompts(layer, k, v)
         return super().attend(layer, q, k, v, scale)
 
 
@@ -106,17 +177,12 @@ class DecodePlan(AttentionPlan):
 
     def __init__(self, cache: WaveCache):
         super().__init__()
-        self.cache = cache
+        self.cache, self.rows = cache, cache.rows
 
     def attend(self, layer, q, k, v, scale):
-        cache, rows = self.cache, len(self.cache.group_of_row)
-        keys, values = cache.append(layer, k[:rows], v[:rows])
-        q_Ngsd = q[:rows].unflatten(1, (k.shape[1], -1)) * scale
-        of_prompt = cache.prompt_scores(layer, q_Ngsd, cache.seating)
-        of_branch = (q_Ngsd @ keys.transpose(2, 3)).float()
-        weight = torch.cat([of_prompt, of_branch], dim=-1).softmax(dim=-1).to(q.dtype)
-        of_prompt, of_branch = weight.split([of_prompt.shape[-1], of_branch.shape[-1]], dim=-1)
-        output = cache.prompt_values(layer, of_prompt, cache.seating) + of_branch @ values
+        keys, values = self.cache.append(layer, k[: self.rows], v[: self.rows])
+        q_Ngsd = q[: self.rows].unflatten(1, (k.shape[1], -1)) * scale
+        output = self.cache.meeting.attend(layer, q_Ngsd, q_Ngsd @ keys.transpose(2, 3), values)
         return _with_padding(output.flatten(1, 2), q)
 
 
@@ -127,10 +193,10 @@ class TailPlan(AttentionPlan):
     lengths: new tokens of each row; they lie behind one another, [T].
     """
 
-    def __init__(self, cache: WaveCache, rows: Tensor, cached: list[int], lengths: list[int], device: torch.device):
+    def __init__(self, cache: WaveCache, rows: list[int], cached: list[int], lengths: list[int], device: torch.device):
         super().__init__()
-        self.cache, self.rows = cache, rows
-        self.seating = Seating(cache.group_of_row[rows], len(cache.prompt_lengths))
+        self.cache, self.rows = cache, torch.tensor(rows, device=device)
+        self.meeting = Meeting(cache.buckets, cache.count(rows), device)
         count, longest = torch.tensor(lengths), max(lengths)
         start = count.cumsum(0) - count
         self.token_nt = (start[:, None] + torch.minimum(torch.arange(longest), count[:, None] - 1)).to(device)
@@ -151,12 +217,9 @@ class TailPlan(AttentionPlan):
         if cache.length:
             old_keys, old_values = (x[self.rows, :, : cache.length] for x in cache.branch[layer])
             keys, values = torch.cat([old_keys, k_new], dim=2), torch.cat([old_values, v_new], dim=2)
-        of_prompt = cache.prompt_scores(layer, q_ngsd, self.seating)
-        of_branch = (q_ngsd @ keys.transpose(2, 3)).float()
+        of_branch = q_ngsd @ keys.transpose(2, 3)
         of_branch = of_branch.masked_fill(self.mask.repeat_interleave(per_token, dim=1)[:, None], float("-inf"))
-        weight = torch.cat([of_prompt, of_branch], dim=-1).softmax(dim=-1).to(q.dtype)
-        of_prompt, of_branch = weight.split([of_prompt.shape[-1], of_branch.shape[-1]], dim=-1)
-        output = cache.prompt_values(layer, of_prompt, self.seating) + of_branch @ values
+        output = self.meeting.attend(layer, q_ngsd, of_branch, values)
         output = output.unflatten(2, (-1, per_token)).transpose(1, 2).flatten(0, 1).flatten(1, 2)  # [n·t, h, d]
         return _with_padding(output[self.place_T], q)
 

@@ -30,6 +30,7 @@ class _Row:
     prompt_length: int
     stream: UniformStream
     gold: tuple[int, ...] | None
+    joint: tuple[int, ...]
     steps: int = 0  # tokens fed behind the prompt, a finished row's dummies included
     fed: int = 0  # real ones among them
     log_w: float | None = None
@@ -60,6 +61,7 @@ class _Row:
             if not closed:
                 self.rationale.append(options.close_id)
                 self.to_feed.append(options.close_id)
+            self.to_feed.extend(self.joint)
             self.in_answer = True
             self.done = options.answer_budget == 0
 
@@ -102,6 +104,7 @@ class MegatronEngine:
         self.policies, self.runtime, self.max_rows = policies, runtime, max_rows
         self.config = policies[0].config
         self.tokens_computed = 0  # token positions that went through the layers, padding included; for benchmarks
+        self.cache_bytes_peak = 0  # most bytes of keys and values at a time, on this rank; for benchmarks
 
     @torch.no_grad()
     def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
@@ -126,6 +129,8 @@ class MegatronEngine:
         return [wave for wave in waves if wave]
 
     def _run_wave(self, wave: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
+        asked = [(r.prompt_slot, m) for r in wave for m in r.rationale_slots]
+        wave = sorted(wave, key=lambda r: len(r.prompt_ids))  # the cache wants prompts of one length side by side
         rows = [
             _Row(
                 r.prompt_slot,
@@ -133,6 +138,7 @@ class MegatronEngine:
                 len(r.prompt_ids),
                 UniformStream(options.seed, options.step, r.prompt_slot, m),
                 r.gold_ids,
+                r.joint_ids,
             )
             for r in wave
             for m in r.rationale_slots
@@ -141,24 +147,30 @@ class MegatronEngine:
         cache = WaveCache([len(r.prompt_ids) for r in wave], [len(r.rationale_slots) for r in wave], device)
         logits = self._prefill(wave, cache)
         if logits is not None:  # the group's logits serve each of its rows
-            logits = logits[cache.group_of_row]
+            counts = torch.tensor([len(r.rationale_slots) for r in wave], device=device)
+            logits = logits.repeat_interleave(counts, dim=0)
         self._sample(rows, list(range(len(rows))), logits, options)
         active = rows
         while not all(row.done for row in active):
             if sum(row.done for row in active) > self.IDLE_SHARE * len(active):
                 self._score_gold(active, cache)
+                self.cache_bytes_peak = max(self.cache_bytes_peak, cache.num_bytes)
                 kept = [i for i, row in enumerate(active) if not row.done]
                 active = [active[i] for i in kept]
-                cache.keep(torch.tensor(kept, device=device))
+                cache.keep(kept)
             tokens, positions, drawing = _next_tokens(active)
             logits = self._forward(tokens, positions, DecodePlan(cache), self._logits_of(drawing))
             cache.length += 1
             self._sample(active, drawing, logits, options)
         self._score_gold(active, cache)
-        return [row.rollout() for row in rows]
+        self.cache_bytes_peak = max(self.cache_bytes_peak, cache.num_bytes)
+        found = {(row.prompt_slot, row.rationale_slot): row.rollout() for row in rows}
+        return [found[slot] for slot in asked]
 
     def _score_gold(self, active: list[_Row], cache: WaveCache) -> None:
-        """ln p(y*|x,z) of finished rows from the cache: feeds |y*| tokens a row, and what of z was not yet fed."""
+        """ln p(y*|x,z) of finished rows from the cache: feeds |y*| tokens a row, and what before it was not yet
+        fed.
+        """
         due = [i for i, row in enumerate(active) if row.done and row.gold is not None and row.log_w is None]
         if not due:
             return
@@ -166,8 +178,9 @@ class MegatronEngine:
         where, targets, cells = [], [], []
         for n, i in enumerate(due):
             row = active[i]
-            kept = min(row.fed, len(row.rationale) - 1)  # the last rationale token predicts y*'s first: feed it here
-            tail = [*row.rationale[kept:], *row.gold[:-1]]
+            context = [*row.rationale, *row.joint]
+            kept = min(row.fed, len(context) - 1)  # the last token before y* predicts its first: feed it here
+            tail = [*context[kept:], *row.gold[:-1]]
             tokens.extend(tail)
             positions.extend(range(row.prompt_length + kept, row.prompt_length + kept + len(tail)))
             where.extend(range(len(tokens) - len(row.gold), len(tokens)))
@@ -176,7 +189,7 @@ class MegatronEngine:
             cached.append(kept)
             lengths.append(len(tail))
         device = self.runtime.device
-        plan = TailPlan(cache, torch.tensor(due, device=device), cached, lengths, device)
+        plan = TailPlan(cache, due, cached, lengths, device)
         head = ScoreHead(*(torch.tensor(x, device=device) for x in (where, targets, cells)), len(due))
         table = self._forward(tokens, positions, plan, head)
         if table is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_jq.model.rows import padded, sharing_pays
 from megatron_jq.parallel.collectives import all_gather_flat
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Sequence
@@ -17,7 +18,10 @@ from megatron_jq.records import Sequence
 
 @dataclass(frozen=True)
 class Unit:
-    """What is moved and packed as one: the sequences of one prompt that share it in a row, or one sequence."""
+    """What is moved and packed as one: the sequences of one prompt, or one sequence.
+
+    Several share the prompt in a row, where that pays (rows.py).
+    """
 
     sequences: tuple[Sequence, ...]  # in slot order
     multiple: int = 1  # to which a sequence, or a branch, is padded
@@ -25,10 +29,10 @@ class Unit:
     @property
     def tokens(self) -> int:
         """In a row."""
-        if len(self.sequences) == 1:
-            return self._padded(len(self.sequences[0]))
+        if not sharing_pays(self.sequences, self.multiple):
+            return sum(padded(len(s), self.multiple) for s in self.sequences)
         prompt = len(self.sequences[0].prompt_ids)
-        return prompt + sum(self._padded(len(s) - prompt) for s in self.sequences)
+        return prompt + sum(padded(len(s) - prompt, self.multiple) for s in self.sequences)
 
     def cost(self, hidden_size: int) -> float:
         """Work relative to a token's matrix products: tokens + pairs / (3·H), pairs of a query and a key.
@@ -36,8 +40,8 @@ class Unit:
         A layer's products take about 24·H² operations a token (SwiGLU of width 3·H), its attention 4·H a pair: a ratio
         of 1 / (6·H), and twice that where the backward pass makes the scores again, as flash kernels do.
         """
-        if len(self.sequences) == 1:
-            return len(self.sequences[0]) + len(self.sequences[0]) ** 2 / (6 * hidden_size)
+        if not sharing_pays(self.sequences, self.multiple):
+            return sum(len(s) + len(s) ** 2 / (6 * hidden_size) for s in self.sequences)
         prompt = len(self.sequences[0].prompt_ids)
         branches = [len(s) - prompt for s in self.sequences]
         pairs = prompt**2 / 2 + prompt * sum(branches) + sum(n**2 for n in branches) / 2
@@ -46,9 +50,6 @@ class Unit:
     @property
     def slot(self) -> tuple[int, int]:
         return self.sequences[0].prompt_slot, self.sequences[0].rationale_slot
-
-    def _padded(self, length: int) -> int:
-        return -(-length // self.multiple) * self.multiple
 
     def pieces(self, count: int) -> list["Unit"]:
         """Cut into at most `count` units of even numbers of sequences, which repeat the prompt."""

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_jq.config import GIVEN_RATIONALES
 from megatron_jq.config_validate import LEAVE_ONE_OUT, SAMPLES_ANSWERS
 from megatron_jq.objective.baselines import (
     grpo_coefficients,
     maxrl_coefficients,
     rloo_coefficients,
+    sft_coefficients,
     star_coefficients,
 )
 from megatron_jq.objective.garl import effective_reward_max, garl_coefficients
@@ -26,12 +28,17 @@ _BASELINES = {
 
 @dataclass(frozen=True)
 class Estimator:
-    """An estimator and its constants. num_resamples: PAFT's K; normalize: the factor 1/M^q of GARL and PAFT."""
+    """An estimator and its constants.
+
+    num_resamples: PAFT's K. normalize: the factor 1/M^q of GARL and PAFT. row_tokens: next tokens of a row of
+    pretraining, whose loss is a mean over tokens; 1 elsewhere.
+    """
 
     name: str
     num_resamples: int
     normalize: bool
     seed: int
+    row_tokens: int = 1
 
     @property
     def samples_answers(self) -> bool:
@@ -39,8 +46,13 @@ class Estimator:
         return self.name in SAMPLES_ANSWERS
 
     @property
+    def imitates(self) -> bool:
+        """Whether the rationale is given (SFT) or empty (pretraining): none is drawn, and coefficients need no ln w."""
+        return self.name in GIVEN_RATIONALES
+
+    @property
     def uses_q(self) -> bool:
-        return not self.samples_answers
+        return not (self.samples_answers or self.imitates)
 
     @property
     def minimum_rationales(self) -> int:
@@ -53,7 +65,8 @@ class Estimator:
         """Constants divided by B and M_b (or K), a pure function of its arguments, so alike on every rank.
 
         log_w_BM: ln p(y*|x,z), [B, M], nats, the whole step's table. reward_BM: 1 where the sampled answer matches;
-        read by GRPO, RLOO, MaxRL and STaR alone. PAFT draws from a generator seeded by (seed, step).
+        read by GRPO, RLOO, MaxRL and STaR alone. PAFT draws from a generator seeded by (seed, step). SFT and
+        pretraining read valid_BM alone.
         """
         resamples = self.num_resamples if self.name == "paft" else None
         scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
@@ -63,11 +76,18 @@ class Estimator:
                 log_w_BM, q, self.num_resamples, generator=generator, normalize=self.normalize, valid_BM=valid_BM
             )
             return Coefficients(joint_BM * scale_B1, joint_BM * scale_B1)
-        if self.name == "garl":
+        if self.imitates:
+            rationale_BM, answer_BM = sft_coefficients(valid_BM, rationale_given=True)
+            scale_B1 = scale_B1 / self.row_tokens
+        elif self.name == "garl":
             rationale_BM, answer_BM = garl_coefficients(log_w_BM, q, normalize=self.normalize, valid_BM=valid_BM)
         else:
             rationale_BM, answer_BM = _BASELINES[self.name](reward_BM, valid_BM)
         return Coefficients(rationale_BM * scale_B1, answer_BM * scale_B1)
+
+    def kl_weights(self, valid_BM: torch.Tensor, beta: float) -> torch.Tensor:
+        """beta/(B·M_b) for each token of a sequence that is in the batch, float64 [B, M], 0 elsewhere."""
+        return beta * prompt_mean_scale(valid_BM, self.minimum_rationales)[:, None] * valid_BM
 
     def effective_reward_max(
         self, log_w_BM: torch.Tensor, coefficients: Coefficients, valid_BM: torch.Tensor, q: float

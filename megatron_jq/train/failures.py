@@ -1,10 +1,14 @@
 """F4: how a run that cannot go on stops: on every rank, naming step and phase, with the batch kept on disk."""
 
 import contextlib
+import faulthandler
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,14 +24,18 @@ class Phase:
     """What this process is doing, in the words of an error message: "set-up", "step 3, phase score"."""
 
     now: str = "set-up"
+    since: float = field(default_factory=time.monotonic)
 
     def enter(self, step: int, name: str) -> None:
-        self.now = f"step {step}, phase {name}"
+        self.now, self.since = f"step {step}, phase {name}", time.monotonic()
 
 
 @contextlib.contextmanager
-def peers_must_answer(phase: Phase, deadline: timedelta) -> Iterator[None]:
+def peers_must_answer(phase: Phase, deadline: timedelta, missing_peers: Callable[[], str] = str) -> Iterator[None]:
     """Turn a collective that failed into PeerFailure with the phase; every other fault passes as it is.
+
+    missing_peers: which they are, as far as somebody knows (Watch). One that does not answer in time may stand where
+    this rank does: then all Python stacks go to standard error first.
 
     For gloo, and for the rendezvous of any backend. NCCL's own watchdog ends the process at the deadline, naming rank
     and collective: no exception comes up here.
@@ -43,8 +51,16 @@ def peers_must_answer(phase: Phase, deadline: timedelta) -> Iterator[None]:
         late = re.search(r"time(d )?[- ]?out", text, re.IGNORECASE)
         within = f"{deadline.total_seconds():g} s (--distributed-timeout-minutes)"
         fault = f"a peer did not answer within {within}" if late else "a peer ended or was cut off"
-        advice = "look at the rank that gives another reason, or none"
-        raise PeerFailure(f"{phase.now}: {fault}: {cause}; {advice}") from error
+        if late:
+            show_stacks()
+        advice = missing_peers() or "look at the rank that gives another reason, or none"
+        raise PeerFailure(f"{phase.now}: {fault}: {cause}; this is {socket.gethostname()}; {advice}") from error
+
+
+def show_stacks() -> None:
+    """Every thread's Python stack to standard error."""
+    sys.stderr.flush()
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
 
 
 def non_finite(

@@ -10,7 +10,9 @@ from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
 from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
 from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.pace import Pace
 from megatron_jq.train.step import Scores
+from megatron_jq.train.updates import Trained
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,19 @@ class Tables:
     reward_BM: torch.Tensor | None
     coefficients: Coefficients
     scored: Scores
-    trained: Scores
+    updates: Trained
+
+    @property
+    def trained(self) -> Scores:
+        return self.updates.scores
 
     @property
     def loss(self) -> float:
-        """The surrogate loss at the weights before the update."""
+        """The surrogate loss, any penalty included, at the weights before the (first) update."""
         present_BM, c = self.trained.present_BM, self.coefficients
         log_z_BM, log_y_BM = self.trained.log_rationale_BM, self.trained.log_answer_BM
-        return -(c.rationale_BM * log_z_BM + c.answer_BM * log_y_BM)[present_BM].sum().item()
+        surrogate = -(c.rationale_BM * log_z_BM + c.answer_BM * log_y_BM)[present_BM].sum().item()
+        return surrogate + self.updates.kl_loss
 
 
 def step_metrics(
@@ -44,7 +51,7 @@ def step_metrics(
     log_w_mismatch: float | None,
     grad_norm: float,
     lr: float,
-    seconds: tuple[float, float, float],
+    pace: Pace,
 ) -> StepMetrics:
     """rollouts and sequences are this replica's. Two small collectives over replicas; all ranks get one result."""
     valid_BM = tables.valid_BM
@@ -67,13 +74,18 @@ def step_metrics(
         tokens_trained=int(trained_tokens),
         tokens_computed=tables.scored.tokens_computed + tables.trained.tokens_computed,
         tokens_saved=tables.scored.tokens_saved + tables.trained.tokens_saved,
-        seconds_rollout=seconds[0],
-        seconds_score=seconds[1],
-        seconds_train=seconds[2],
+        seconds_rollout=pace.median[0],
+        seconds_score=pace.median[1],
+        seconds_train=pace.median[2],
+        seconds_rollout_slowest=pace.slowest[0],
+        seconds_score_slowest=pace.slowest[1],
+        seconds_train_slowest=pace.slowest[2],
         peak_memory_bytes=peak_memory_bytes(runtime),
-        log_prob_mismatch_max=_log_prob_mismatch(rollouts, tables.trained, runtime),
+        log_prob_mismatch_max=None if estimator.imitates else _log_prob_mismatch(rollouts, tables.trained, runtime),
         log_w_mismatch_max=log_w_mismatch,
         reward_mean=None if tables.reward_BM is None else tables.reward_BM[valid_BM].mean().item(),
+        kl_reference_mean=tables.updates.kl_reference_mean,
+        clipped_fraction=tables.updates.clipped_fraction,
         expert_balance=tables.trained.expert_balance,
     )
 

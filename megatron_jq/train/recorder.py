@@ -69,11 +69,12 @@ class Recorder:
     def _progress(self, m: StepMetrics) -> str:
         seconds = m.seconds_rollout + m.seconds_score + m.seconds_train
         left = (self._total - m.step - 1) * (time.monotonic() - self._began) / self._steps
+        estimates = [f"ln P {m.log_p_mean:.2f}", f"P {m.p_mean:.2e}", f"reward max {m.effective_reward_max:.2e}"]
+        if m.q is None and m.reward_mean is None:  # nothing was drawn: the loss is a plain cross-entropy
+            estimates = [f"loss {m.loss:.3f}"]
         parts = [
             f"step {m.step + 1}/{self._total}",
-            f"ln P {m.log_p_mean:.2f}",
-            f"P {m.p_mean:.2e}",
-            f"reward max {m.effective_reward_max:.2e}",
+            *estimates,
             f"grad norm {m.grad_norm:.2e}",
             f"{m.tokens_trained / max(seconds, 1e-9):.0f} tokens/s",
             f"ETA {int(left) // 60}:{int(left) % 60:02d}",
@@ -82,6 +83,8 @@ class Recorder:
             parts.insert(3, f"exact {m.reward_mean:.3f}")
         if m.eval_exact_match is not None:
             parts.append(f"held-out exact match {m.eval_exact_match:.3f}")
+        if m.eval_loss is not None:
+            parts.append(f"held-out loss {m.eval_loss:.3f}")
         return " | ".join(parts)
 
     def say(self, text: str) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from megatron_jq.architecture import Architecture
 from megatron_jq.config import Config, to_toml
 from megatron_jq.config_validate import resolve_architecture
+from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
 from megatron_jq.data.faults import summary_of
 from megatron_jq.data.pair import Pair
-from megatron_jq.data.prompts import EncodedExamples, fingerprint, select_fitting
+from megatron_jq.data.prepared import is_prepared
+from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_joint, select_fitting
 from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
 from megatron_jq.data.show import described
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
@@ -25,20 +27,24 @@ from megatron_jq.records import Example
 
 @dataclass(frozen=True)
 class DataSets:
-    """Tokenised examples. answer_budget: tokens a sampled answer may take, its terminator included."""
+    """Tokenised examples. answer_budget: tokens a sampled answer may take, its terminator included. heldout_format: the
+    held-out data's, as it was found; the training data's where there is none.
+    """
 
     tokenizer: Tokenizer
-    train: tuple[Example, ...]
-    heldout: tuple[Example, ...]
+    train: Sequence[Example]
+    heldout: Sequence[Example]
     dropped: int
     answer_budget: int
     tokenizer_path: Path
+    heldout_format: str
     train_where: tuple[str, ...] = ()  # "file:line" of each training example
+    corpus: Corpus | None = None  # of pretraining, whose rows stand above
 
     @property
     def fingerprint(self) -> str:
         """Of the training examples, in order: a run that is taken up again must find the same."""
-        return fingerprint(self.train)
+        return fingerprint(self.train) if self.corpus is None else self.corpus.fingerprint
 
 
 def check_run_directory(run_dir: Path, *, resume: bool = False) -> None:
@@ -102,9 +108,11 @@ def prepare_data(
     """Read both sources, train the tokenizer on first use (rank 0, into the run directory), tokenise.
 
     carried: the tokenizer folder of the checkpoint that the run begins from, used where --tokenizer-model names none.
-    A prepared set brings its own tokenizer.
+    A prepared set brings its own tokenizer. Pretraining reads --data-path instead of both.
     """
     d = config.data
+    if config.objective.estimator == "pretrain":
+        return _prepare_corpus(config, architecture, runtime, run_dir, carried)
     count = d.train_examples if is_builtin(d.train_data) else None
     train = together(runtime, lambda: read_source(config, d.train_data, "train", "--train-data", count=count))
     heldout, source = None, heldout_source(config)
@@ -127,7 +135,40 @@ def prepare_data(
         for one, made in zip(sources, encoded, strict=True):
             if made.bad:
                 print(f"warning: {one.named}: {summary_of(made.bad)}", flush=True)
-    return together(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
+    data, overlong = together(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
+    if runtime is None or runtime.is_main:
+        for one, report in zip(sources, overlong, strict=True):
+            if report.count:
+                print(f"warning: {one.named}: {report}", flush=True)
+    return data
+
+
+def _prepare_corpus(
+    config: Config, architecture: Architecture, runtime: Runtime, run_dir: Path, carried: Path | None
+) -> DataSets:
+    """The rows of --data-path that the run trains on and is evaluated on. UserError: bad input, on every rank."""
+    d = config.data
+    path = Path(d.tokenizer_model or run_dir / "tokenizer.model")
+    if d.tokenizer_model is None:
+        together(runtime, lambda: _own_tokenizer(config, None, path, carried), main_only=True)
+    tokenizer = together(runtime, lambda: load_tokenizer(d.tokenizer_type, path))
+    together(runtime, lambda: _check_vocabulary(architecture, tokenizer))
+    options = CorpusOptions(
+        data_path=d.data_path,
+        split=d.split,
+        seq_length=d.seq_length or architecture.max_position_embeddings,
+        cache=Path(d.data_cache_path or run_dir / "data_cache"),
+        seed=config.training.seed,
+        train_rows=config.training.train_iters * config.rollout.prompts_per_step,
+        heldout_rows=d.eval_examples,
+    )
+    corpus = open_corpus(options, tokenizer, architecture.vocab_size or tokenizer.vocab_size, runtime)
+    if config.training.eval_interval > 0 and not corpus.heldout:
+        raise UserError(
+            f"--eval-interval: --split {d.split} leaves no row of {options.seq_length + 1} tokens of --data-path to "
+            "validate on; give validation a larger share, or leave --eval-interval out"
+        )
+    return DataSets(tokenizer, corpus.train, corpus.heldout, 0, 1, path, "corpus", corpus=corpus)
 
 
 def show_example(config: Config) -> int:
@@ -135,8 +176,11 @@ def show_example(config: Config) -> int:
 
     Returns the exit code. UserError: bad input, or no such example.
     """
+    if config.objective.estimator == "pretrain":
+        raise UserError("--show-example shows prompts and answers; rows of pretraining have neither")
     number, architecture = config.data.show_example, resolve_architecture(config)
-    if config.checkpoint.load is not None and config.data.tokenizer_model is None:
+    has_tokenizer = config.data.tokenizer_model is not None or is_prepared(config.data.train_data)
+    if config.checkpoint.load is not None and not has_tokenizer:
         raise UserError("--show-example does not open checkpoints; name the tokenizer with --tokenizer-model")
     with tempfile.TemporaryDirectory() as scratch:
         data = prepare_data(config, architecture, None, Path(scratch))
@@ -165,8 +209,11 @@ def _check_carried(train: Reading, carried: Path | None) -> None:
         raise UserError(f"{train.named} was prepared with another tokenizer than the checkpoint's, {carried}")
 
 
-def _own_tokenizer(config: Config, pairs: Sequence[Pair], path: Path, carried: Path | None) -> None:
-    """The run directory's tokenizer: there already where the run is taken up again, else the checkpoint's, else new."""
+def _own_tokenizer(config: Config, pairs: Sequence[Pair] | None, path: Path, carried: Path | None) -> None:
+    """The run directory's tokenizer: there already where the run is taken up again, else the checkpoint's, else new.
+
+    pairs None: there is no text to train a new one on.
+    """
     if config.checkpoint.resume and path.exists() and (path.parent / "config.toml").exists():
         return
     if carried is not None and (carried / "tokenizer.model").is_file():
@@ -176,26 +223,35 @@ def _own_tokenizer(config: Config, pairs: Sequence[Pair], path: Path, carried: P
     elif carried is not None and carried.is_dir():
         flags = f"--tokenizer-type huggingface --tokenizer-model {carried}"
         raise UserError(f"--load: the checkpoint's tokenizer is a Hugging Face one; give {flags}")
+    elif pairs is None:
+        raise UserError("--load: the checkpoint brings no tokenizer; name it with --tokenizer-model")
     else:
         train_tokenizer(config.data.train_data, pairs, path, vocab_size=config.data.tokenizer_vocab_size)
 
 
-def _fitted(
-    config: Config, architecture: Architecture, tokenizer: Tokenizer, tokenizer_path: Path, encoded: list[Encoded]
-) -> DataSets:
-    """The examples that the context holds. encoded: of the training data, and of the held-out data if there is any."""
-    d, r = config.data, config.rollout
+def _check_vocabulary(architecture: Architecture, tokenizer: Tokenizer) -> None:
     if architecture.vocab_size is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
             f"--tokenizer-model has {tokenizer.vocab_size} pieces, more than the model's vocabulary of "
             f"{architecture.vocab_size}; use the model's own tokenizer"
         )
+
+
+def _fitted(
+    config: Config, architecture: Architecture, tokenizer: Tokenizer, tokenizer_path: Path, encoded: list[Encoded]
+) -> tuple[DataSets, list[OverlongReport]]:
+    """The examples that the context holds, and a report for each source. encoded: of the training data, and of the
+    held-out data if there is any.
+    """
+    d, r = config.data, config.rollout
+    _check_vocabulary(architecture, tokenizer)
     # A micro-batch holds at least one whole sequence.
     context = architecture.max_position_embeddings
     context = min(context, config.training.max_tokens_per_micro_batch or context)
     answer_budget = r.answer_budget or max(len(one.example.answer_ids) for made in encoded for one in made.placed)
-    # Prompt, rationale, a forced close token and the answer share the context.
-    room = context - r.rationale_budget - 1 - answer_budget
+    # Prompt, rationale, a forced close token, the template's joint and the answer share the context.
+    joint = max(longest_joint(made.placed) for made in encoded)
+    room = context - r.rationale_budget - 1 - joint - answer_budget
     if room < 1:
         raise UserError(
             f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt "
@@ -204,20 +260,25 @@ def _fitted(
         )
 
     def fit(made: Encoded) -> EncodedExamples:
+        imitated = config.objective.estimator == "sft" and made is encoded[0]
         return select_fitting(
             made.placed,
             max_prompt_tokens=min(room, d.max_prompt_tokens or room),
             answer_budget=answer_budget,
+            rationale_budget=r.rationale_budget if imitated else None,
             overlong=d.overlong_prompts,
         )
 
-    train, *heldout = [fit(made) for made in encoded]
-    return DataSets(
+    train, *heldout = fitted = [fit(made) for made in encoded]
+    overlong = [made.overlong for made in fitted]
+    data = DataSets(
         tokenizer,
         train.examples,
         heldout[0].examples if heldout else (),
-        train.overlong.count + sum(made.overlong.count for made in heldout),
+        sum(report.count for report in overlong),
         answer_budget,
         tokenizer_path,
+        encoded[-1].data_format,
         train.where,
     )
+    return data, overlong

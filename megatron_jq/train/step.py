@@ -4,6 +4,7 @@ Gradients are plain sums over micro-batches and replicas of -coefficient · ln p
 (docs/loss-scaling.md). So a sequence contributes the same wherever it lies.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_jq.model.build import TrainingModel
 from megatron_jq.model.moe import balances_experts, begin_balancing, mean_balance
-from megatron_jq.model.rows import Rows, pack_sequences, prompt_groups
+from megatron_jq.model.rows import Rows, ScoreHead, pack_sequences, prompt_groups
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, Rollout, Sequence
 from megatron_jq.train.batching import Unit, balance, in_step_with_expert_peers, micro_batches
@@ -65,8 +66,10 @@ def score(
     """
     if options.max_tokens is not None:
         sequences = balance(sequences, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
+    batches = _cut(model, sequences, runtime, options)
     with torch.no_grad():
-        return _run(model, sequences, shape, runtime, options, with_rationale=with_rationale, coefficients=None)
+        results = run_batches(model, batches, runtime, options, with_rationale=with_rationale, coefficients=None)
+    return complete_table(model, results, batches, shape, runtime, options)
 
 
 def scores_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime: Runtime) -> Scores:
@@ -88,23 +91,55 @@ def train(
 ) -> Scores:
     """Accumulate the gradient of the surrogate loss into the model's gradient buffers, reduced over replicas.
 
-    Returns the log-likelihoods of the trained pass. Sequences whose two coefficients are zero are left out: they have
-    no gradient, but where experts are balanced, which goes over all. A replica without sequences takes part in the
-    reductions with zeros.
+    Returns the log-likelihoods of the trained pass. A replica without sequences takes part in the reductions with
+    zeros.
     """
-    balanced = balances_experts(model.config)
-    pairs = _pairs(coefficients, sequences)
-    kept = sequences if balanced else [s for s, pair in zip(sequences, pairs, strict=True) if pair != (0.0, 0.0)]
-    if balanced:
-        count = torch.tensor(len(kept), device=runtime.device)
-        begin_balancing(model, runtime.groups.sum_over_replicas(count).item())
+    batches = training_batches(model, sequences, coefficients, runtime, options)
+    begin_expert_balance(model, batches, runtime)
+    results = run_batches(model, batches, runtime, options, with_rationale=True, coefficients=coefficients)
+    shape = tuple(coefficients.answer_BM.shape)
+    return with_expert_balance(model, complete_table(model, results, batches, shape, runtime, options), runtime)
+
+
+def training_batches(
+    model: TrainingModel,
+    sequences: list[Sequence],
+    coefficients: Coefficients,
+    runtime: Runtime,
+    options: BatchOptions,
+    *,
+    kl_weight_BM: torch.Tensor | None = None,
+) -> list[list[Sequence]]:
+    """This replica's micro-batches of a training pass; over all replicas the same sequences as came in.
+
+    Sequences whose two coefficients are zero, and whose weight in the KL is, are left out: they have no gradient, but
+    where experts are balanced, which goes over all.
+    """
+    kept = sequences
+    if not balances_experts(model.config):
+        pairs = _pairs(coefficients, sequences)
+        kept = [s for s, pair in zip(sequences, pairs, strict=True) if pair != (0.0, 0.0) or _weighs(kl_weight_BM, s)]
     if options.max_tokens is not None:
         kept = balance(kept, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
-    shape = tuple(coefficients.answer_BM.shape)
-    trained = _run(model, kept, shape, runtime, options, with_rationale=True, coefficients=coefficients)
-    if balanced:
-        trained = replace(trained, expert_balance=mean_balance(model, model.config, runtime.groups.world))
-    return trained
+    return _cut(model, kept, runtime, options)
+
+
+def _weighs(kl_weight_BM: torch.Tensor | None, sequence: Sequence) -> bool:
+    return kl_weight_BM is not None and kl_weight_BM[sequence.prompt_slot, sequence.rationale_slot].item() != 0.0
+
+
+def begin_expert_balance(model: TrainingModel, batches: list[list[Sequence]], runtime: Runtime) -> None:
+    """Before a training pass over these micro-batches, where experts are balanced."""
+    if balances_experts(model.config):
+        count = torch.tensor(sum(map(len, batches)), device=runtime.device)
+        begin_balancing(model, runtime.groups.sum_over_replicas(count).item())
+
+
+def with_expert_balance(model: TrainingModel, scores: Scores, runtime: Runtime) -> Scores:
+    """The pass's figures with how evenly experts were used, where they are balanced."""
+    if not balances_experts(model.config):
+        return scores
+    return replace(scores, expert_balance=mean_balance(model, model.config, runtime.groups.world))
 
 
 def _pairs(coefficients: Coefficients, sequences: list[Sequence]) -> list[tuple[float, float]]:
@@ -115,8 +150,8 @@ def _pairs(coefficients: Coefficients, sequences: list[Sequence]) -> list[tuple[
     ]
 
 
-def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficients) -> Scores:
-    """All micro-batches through Megatron-core's schedule; the log-likelihoods, completed over all ranks."""
+def _cut(model, sequences, runtime, options) -> list[list[Sequence]]:
+    """A replica's sequences as the micro-batches of one pass."""
     batches = micro_batches(
         sequences,
         micro_batch_size=options.micro_batch_size,
@@ -127,11 +162,30 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
     batches = in_step_with_expert_peers(batches, runtime)
     if len(model.chunks) > 1:  # the interleaved schedule works in rounds of as many micro-batches as there are stages
         batches = [*batches, *([[]] * (-len(batches) % runtime.groups.pp.size()))]
-    config = model.config
+    return batches
 
-    def rows_of(batch: list[Sequence]) -> Rows:
+
+def run_batches(
+    model,
+    batches: list[list[Sequence]],
+    runtime: Runtime,
+    options: BatchOptions,
+    *,
+    with_rationale: bool,
+    coefficients: Coefficients | None,
+    head_of: Callable[[int, ScoreHead], ScoreHead] | None = None,
+) -> list:
+    """All micro-batches through Megatron-core's schedule. What the head found in each, on the last stage, else [].
+
+    head_of(number, head): what to ask the head instead, for a micro-batch by its number. A head by token gives
+    (table, ln p of tokens), in training with the rule's figures behind; another one the table.
+    """
+    last_stage = runtime.groups.is_last_stage
+
+    def rows_of(number: int) -> Rows:
+        batch = batches[number]
         pairs = None if coefficients is None else _pairs(coefficients, batch)
-        return pack_sequences(
+        rows = pack_sequences(
             batch,
             device=runtime.device,
             with_rationale=with_rationale,
@@ -139,52 +193,64 @@ def _run(model, sequences, shape, runtime, options, *, with_rationale, coefficie
             temperature=options.temperature,
             top_p=options.top_p,
             tempered_answers=options.tempered_answers,
-            row_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+            row_multiple=_row_multiple(model.config),
             sequence_multiple=options.sequence_multiple,
             share_prompts=options.share_prompts,
         )
+        # Only the last stage's head has tokens to ask about.
+        return rows if head_of is None or not last_stage else replace(rows, head=head_of(number, rows.head))
 
     def forward_step(iterator, stage_model):
-        batch = next(iterator)
+        rows = rows_of(next(iterator))
         with runtime.native():
-            output = stage_model(rows_of(batch))
+            output = stage_model(rows)
 
         def loss_function(result):
             """(loss, Megatron-core's own divisor, which is not used, figures to keep)"""
             count = torch.zeros([], dtype=torch.int, device=runtime.device)
             if coefficients is None:
-                return result.sum(), count, result
-            loss, table_n2 = result
-            return loss, count, table_n2
+                table_n2 = result if head_of is None else result[0]
+                return table_n2.sum(), count, result
+            if head_of is None:
+                loss, table_n2 = result
+                return loss, count, table_n2
+            loss, table_n2, log_prob_N = result
+            return loss, count, (table_n2, log_prob_N, rows.head.rule.figures(rows.head.coefficient_N, log_prob_N))
 
         return output, loss_function
 
     with runtime.megatron():
-        tables = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in model.chunks],
+            data_iterator=[iter(range(len(batches))) for _ in model.chunks],
             model=model.chunks,
             num_microbatches=len(batches),
             seq_length=1,  # not used: lengths vary and stages exchange them
             micro_batch_size=1,
             forward_only=coefficients is None,
         )
-    row_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    tokens = [row_tokens(batch, options, row_multiple, share_prompts=options.share_prompts) for batch in batches]
-    unshared = [row_tokens(batch, options, row_multiple, share_prompts=False) for batch in batches]
-    counts = (sum(tokens), sum(unshared) - sum(tokens))
-    return _complete(tables, [sequence for batch in batches for sequence in batch], shape, counts, runtime)
+
+
+def _row_multiple(config) -> int:
+    """To which a row is padded: sequence parallelism splits it evenly."""
+    return config.tensor_model_parallel_size if config.sequence_parallel else 1
 
 
 def row_tokens(batch: list[Sequence], options: BatchOptions, row_multiple: int, *, share_prompts: bool) -> int:
     """Tokens of a micro-batch's row, as pack_sequences lays it out."""
-    groups = prompt_groups(batch, share_prompts=share_prompts)
+    groups = prompt_groups(batch, share_prompts=share_prompts, multiple=options.sequence_multiple)
     total = sum(Unit(tuple(batch[n] for n in group), options.sequence_multiple).tokens for group in groups)
     return -(-total // row_multiple) * row_multiple or row_multiple
 
 
-def _complete(tables: list[torch.Tensor], sequences: list[Sequence], shape, counts, runtime: Runtime) -> Scores:
+def complete_table(
+    model, tables: list[torch.Tensor], batches: list[list[Sequence]], shape, runtime: Runtime, options: BatchOptions
+) -> Scores:
     """The whole [B, M] table on every rank: one broadcast over stages, one all-reduce over replicas."""
+    row_multiple = _row_multiple(model.config)
+    tokens = [row_tokens(batch, options, row_multiple, share_prompts=options.share_prompts) for batch in batches]
+    unshared = [row_tokens(batch, options, row_multiple, share_prompts=False) for batch in batches]
+    sequences, counts = [s for batch in batches for s in batch], (sum(tokens), sum(unshared) - sum(tokens))
     flat, whole = _empty_table(shape, runtime)
     if sequences and runtime.groups.is_last_stage:
         prompt = torch.tensor([s.prompt_slot for s in sequences], device=runtime.device)

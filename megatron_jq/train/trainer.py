@@ -13,14 +13,15 @@ from megatron_jq.checkpoint.folder import TOKENIZER
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived, derive
 from megatron_jq.data.answers import rule_of
-from megatron_jq.data.sampler import PromptSampler
+from megatron_jq.data.sampler import InOrder, PromptSampler
 from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, answer_matches, evaluate
 from megatron_jq.model.build import build_options, build_policies, kernels, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime, together
-from megatron_jq.records import Example, Rollout, Sequence, StepMetrics
-from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
+from megatron_jq.records import Coefficients, Example, Rollout, Sequence, StepMetrics
+from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, request_for, share_of_replica
+from megatron_jq.rollout.given import GivenRationales
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
 from megatron_jq.train.beginning import Beginning, find_beginning, save_folder
@@ -28,7 +29,9 @@ from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, non_finite, peers_must_answer
 from megatron_jq.train.figures import Tables, step_metrics
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
+from megatron_jq.train.pace import PaceMaker
 from megatron_jq.train.recorder import Recorder
+from megatron_jq.train.reference import Reference
 from megatron_jq.train.saving import Saving
 from megatron_jq.train.setup import (
     DataSets,
@@ -38,6 +41,8 @@ from megatron_jq.train.setup import (
     prepare_data,
 )
 from megatron_jq.train.stopping import StopRequest
+from megatron_jq.train.updates import Trained, Updates
+from megatron_jq.train.watch import Watch
 
 
 def run_training(config: Config) -> int:
@@ -46,6 +51,8 @@ def run_training(config: Config) -> int:
     deadline, phase = timedelta(minutes=config.parallel.distributed_timeout_minutes), Phase()
     with peers_must_answer(phase, deadline):
         runtime = runtime_module.start_configured(config.parallel, config.training.seed)
+    watch = Watch(phase, runtime, timedelta(minutes=config.parallel.phase_timeout_minutes))
+    with watch, peers_must_answer(phase, deadline, watch.missing_peers):
         run_dir, resume = Path(config.training.run_dir), config.checkpoint.resume
         together(runtime, lambda: check_run_directory(run_dir, resume=resume), main_only=True)
         together(runtime, lambda: check_save_folder(save_folder(config)), main_only=True)
@@ -56,9 +63,13 @@ def run_training(config: Config) -> int:
         vocab_size = trainer.build_options.vocab_size
         saving = Saving(config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline)
         saving.load(beginning)
+        if trainer.reference is not None:
+            trainer.reference.begin(beginning, trainer.model.policies)
         trainer.schedule.step(increment=beginning.step)
         # Last: a folder whose run was refused for another fault stays free for the next try.
         together(runtime, lambda: claim_run_directory(run_dir, config, resume=resume), main_only=True)
+        if trainer.reference is not None:
+            trainer.reference.keep(beginning, deadline)
         with StopRequest().listening() as stop:
             trainer.run(beginning, saving, stop)
     runtime_module.stop()
@@ -74,7 +85,9 @@ class Trainer:
     def __init__(self, config: Config, derived: Derived, data: DataSets, runtime: Runtime, phase: Phase | None = None):
         self.config, self.data, self.runtime, self.phase = config, data, runtime, phase or Phase()
         c, o, r = config.training, config.objective, config.rollout
-        self.sampler = PromptSampler(len(data.train), r.prompts_per_step, c.seed)
+        pretrains = o.estimator == "pretrain"  # the corpus has its own order, as long as the run
+        B = r.prompts_per_step
+        self.sampler = InOrder(B) if pretrains else PromptSampler(len(data.train), B, c.seed)
         vocab_size = derived.architecture.vocab_size or data.tokenizer.vocab_size
         self.build_options = options = build_options(config, vocab_size)
         policies = build_policies(derived.architecture, options, runtime)
@@ -82,7 +95,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config, runtime)
         self.schedule = build_schedule(self.optimizer, config)
         self.engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
-        self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, c.seed)
+        row_tokens = len(data.train[0].answer_ids) if pretrains else 1
+        self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, c.seed, row_tokens)
+        self.rationales = GivenRationales() if self.estimator.imitates else self.engine
         constant = o.q_schedule == "constant"
         self.q_schedule = QSchedule(
             o.q_schedule, o.q, None if constant else o.q_final, None if constant else derived.q_schedule_iters
@@ -90,12 +105,14 @@ class Trainer:
         self.score_options = passes.BatchOptions(
             micro_batch_size=c.micro_batch_size,
             max_tokens=c.max_tokens_per_micro_batch,
-            temperature=r.temperature,
-            top_p=r.top_p,
+            temperature=1.0 if self.estimator.imitates else r.temperature,  # of what was sampled, and it was not
+            top_p=1.0 if self.estimator.imitates else r.top_p,
             sequence_multiple=c.pad_sequences_to_multiple_of,
             share_prompts=c.share_prompts == "auto",
         )
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
+        self.reference = Reference(config, derived, options, runtime) if o.grpo_kl_beta > 0 else None
+        self.pace = PaceMaker(runtime)
         self.recorder: Recorder | None = None  # rank 0's, while it runs
 
     def run(self, beginning: Beginning, saving: Saving, stop: StopRequest) -> None:
@@ -118,13 +135,7 @@ class Trainer:
             for step in range(beginning.step, t.train_iters):
                 metrics = self.step(step)
                 if self.data.heldout and self._evaluation_due(step):
-                    found = self.evaluate(step)
-                    metrics = replace(
-                        metrics,
-                        eval_exact_match=found.exact_match,
-                        eval_pass_at_k=found.pass_at_k,
-                        eval_maj_at_k=found.maj_at_k,
-                    )
+                    metrics = self._with_evaluation(metrics)
                 if self.recorder is not None:
                     self.recorder.record(metrics)
                 self.phase.enter(step, "checkpoint")
@@ -141,7 +152,7 @@ class Trainer:
         began = time.monotonic()
         q = q_at(step, self.q_schedule)
         prompts = [self.data.train[i] for i in self.sampler.batch(step)]
-        rollouts = self.engine.generate(self._requests(prompts), self._sampling(step))
+        rollouts = self.rationales.generate(self._requests(prompts), self._sampling(step))
         rolled = time.monotonic()
 
         self.phase.enter(step, "score")
@@ -160,22 +171,43 @@ class Trainer:
         sequences = gold
         if self.estimator.samples_answers:
             sequences = [self._sequence(rollout, prompts, gold=False) for rollout in rollouts if rollout.valid]
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        trained = passes.train(self.model, sequences, coefficients, self.runtime, self.train_options)
-        grad_norm = self._update(step, prompts, sequences, trained)
-        ended = time.monotonic()
+        updates = self._updates(step, prompts, sequences, coefficients, valid_BM)
+        pace = self.pace.compare((rolled - began, scored - rolled, time.monotonic() - scored))
 
         self.phase.enter(step, "metrics")
+        if pace.remark is not None and self.recorder is not None:
+            self.recorder.say(pace.remark)
+        if self.estimator.imitates:
+            log_w_BM = updates.scores.log_answer_BM
         if self._samples_due(step) and self.recorder is not None:
             self._show_sample(step, prompts, rollouts, log_w_BM)
         rewards = reward_BM if self.estimator.samples_answers else None
-        tables = Tables(log_w_BM, valid_BM, rewards, coefficients, scores, trained)
+        tables = Tables(log_w_BM, valid_BM, rewards, coefficients, scores, updates)
         return step_metrics(
             step, q, self.estimator, tables, rollouts, sequences, self.runtime,
-            log_w_mismatch=mismatch, grad_norm=grad_norm, lr=learning_rate(self.optimizer),
-            seconds=(rolled - began, scored - rolled, ended - scored),
+            log_w_mismatch=mismatch, grad_norm=updates.grad_norm, lr=learning_rate(self.optimizer),
+            pace=pace,
         )  # fmt: skip
+
+    def _with_evaluation(self, metrics: StepMetrics) -> StepMetrics:
+        if self.config.objective.estimator == "pretrain":
+            return replace(metrics, eval_loss=self.heldout_loss(metrics.step))
+        found = self.evaluate(metrics.step)
+        return replace(
+            metrics,
+            eval_exact_match=found.exact_match,
+            eval_pass_at_k=found.pass_at_k,
+            eval_maj_at_k=found.maj_at_k,
+        )
+
+    def heldout_loss(self, step: int) -> float:
+        """Cross-entropy of the corpus's held-out rows with the current weights, nats a token."""
+        self.phase.enter(step, "evaluation")
+        rows = list(self.data.heldout)
+        rollouts = self.rationales.generate(self._requests(rows), self._sampling(step))
+        sequences = [self._sequence(rollout, rows, gold=True) for rollout in rollouts]
+        scores = passes.score(self.model, sequences, (len(rows), 1), self.runtime, self.score_options)
+        return -scores.log_answer_BM.sum().item() / sum(len(row.answer_ids) for row in rows)
 
     def evaluate(self, step: int) -> Evaluation:
         """Accuracy on the held-out examples with the current weights."""
@@ -188,7 +220,7 @@ class Trainer:
             top_p=1.0,
             seed=t.seed + EVALUATION_SEED_OFFSET,
         )
-        judge = Judge(t.match, rule_of(t.normalise, self.config.data.data_format))
+        judge = Judge(t.match, rule_of(t.normalise, self.data.heldout_format))
         return evaluate(
             self.engine,
             self.data.heldout,
@@ -202,8 +234,14 @@ class Trainer:
     def _score(
         self, step: int, rollouts: list[Rollout], gold: list[Sequence], shape: tuple[int, int]
     ) -> tuple[passes.Scores, float | None]:
-        """ln w by the trainer's own forward pass, or by the engine; with the engine, compared on some steps."""
+        """ln w by the trainer's own forward pass, or by the engine; with the engine, compared on some steps.
+
+        Zeros for an estimator that imitates: none of its coefficients asks for ln w, and the training pass brings it.
+        """
         r = self.config.rollout
+        if self.estimator.imitates:
+            zero_BM = torch.zeros(shape, dtype=torch.float64)
+            return passes.Scores(zero_BM, zero_BM, torch.ones(shape, dtype=torch.bool)), None
         if r.score_with == "trainer":
             return passes.score(self.model, gold, shape, self.runtime, self.score_options), None
         scores = passes.scores_of_rollouts(rollouts, shape, self.runtime)
@@ -223,10 +261,7 @@ class Trainer:
         dp = self.runtime.groups.dp
         share = share_of_replica(len(prompts), self.config.rollout.num_rationales, dp.rank(), dp.size())
         score = self.config.rollout.score_with == "rollout"
-        return [
-            RolloutRequest(b, prompts[b].prompt_ids, slots, prompts[b].answer_ids if score else None)
-            for b, slots in share
-        ]
+        return [request_for(prompts[b], b, slots, score=score) for b, slots in share]
 
     def _sampling(self, step: int) -> SamplingOptions:
         r = self.config.rollout
@@ -247,7 +282,7 @@ class Trainer:
             rollout.prompt_slot,
             rollout.rationale_slot,
             example.prompt_ids,
-            rollout.rationale_ids,
+            example.joined(rollout.rationale_ids),
             rollout.num_sampled,
             example.answer_ids if gold else rollout.answer_ids,
         )
@@ -259,6 +294,31 @@ class Trainer:
             if answer_matches(r.answer_ids, prompts[r.prompt_slot], self.data.tokenizer):
                 reward_BM[r.prompt_slot, r.rationale_slot] = 1.0
         return self.runtime.groups.sum_over_replicas(reward_BM).cpu()
+
+    def _updates(
+        self,
+        step: int,
+        prompts: list[Example],
+        sequences: list[Sequence],
+        coefficients: Coefficients,
+        valid_BM: torch.Tensor,
+    ) -> Trained:
+        """The step's update, or GRPO's several. The learning-rate schedule counts steps, however many they are."""
+        o = self.config.objective
+        self.schedule.step(increment=1)
+        updates = Updates(
+            self.model,
+            self.optimizer,
+            None if self.reference is None else self.reference.model,
+            o.grpo_iterations,
+            o.grpo_clamp_eps_lower,
+            o.grpo_clamp_eps_upper,
+            self.runtime,
+            self.train_options,
+        )
+        kl_weight_BM = None if self.reference is None else self.estimator.kl_weights(valid_BM, o.grpo_kl_beta)
+        update = lambda trained: self._update(step, prompts, sequences, trained)  # noqa: E731
+        return updates.run(sequences, coefficients, kl_weight_BM, update)
 
     def _update(self, step: int, prompts: list[Example], sequences: list[Sequence], trained: passes.Scores) -> float:
         """Check the loss's inputs and the gradient, then let the optimizer step. Returns the norm before clipping."""
@@ -273,7 +333,6 @@ class Trainer:
                 dist.all_gather_object(names, first_nonfinite_parameter(self.model))
                 first = next((name for name in names if name is not None), "norm alone")
                 self._check(step, prompts, sequences, f"gradient ({first})", grad_norm)
-            self.schedule.step(increment=1)
             self.optimizer.step()
         return grad_norm.item()
 
@@ -298,6 +357,8 @@ class Trainer:
 
     def _samples_due(self, step: int) -> bool:
         interval = self.config.training.sample_interval
+        if self.config.objective.estimator == "pretrain":
+            return False  # nothing is sampled, and a row has no gold answer
         return interval > 0 and step % interval == 0
 
     def _evaluation_due(self, step: int) -> bool:
@@ -308,10 +369,14 @@ class Trainer:
         o, r, g = self.config.objective, self.config.rollout, self.runtime.groups
         dropped = f", {self.data.dropped} overlong examples dropped" if self.data.dropped else ""
         expert = f" EP {g.collection.ep.size()}" if self.model.config.num_moe_experts is not None else ""
+        batch = f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step"
+        if self.estimator.imitates:
+            of = f"rows of {self.estimator.row_tokens} tokens" if o.estimator == "pretrain" else "given rationales"
+            batch = f"{r.prompts_per_step} {of} a step"
         parts = [
             f"{o.estimator} q={o.q:g}" if self.estimator.uses_q else o.estimator,
             f"{len(self.data.train)} training and {len(self.data.heldout)} held-out examples{dropped}",
-            f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step",
+            batch,
             f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()}{expert} on {self.runtime.device.type}, "
             f"{kernels(self.build_options, self.runtime)}",
             self.config.training.run_dir,

@@ -239,3 +239,25 @@ def test_first_tokens_follow_softmax_with_temperature_and_nucleus(tp):
             print(f"temperature {temperature} top-p {top_p}: chi-square {deviation:+.1f} deviations, {support} tokens")
             assert outside == 0 and abs(deviation) < 3.5
             assert 4 <= support <= 70 and (support < 70) == (top_p < 1)
+
+
+# Memory
+
+
+def _cache_bytes(runtime):
+    """The most keys and values at a time, of rationales that use their room of 64 tokens to the last."""
+    policy, _ = build(runtime, SMALL, weights_of(SMALL), build_options(SMALL))
+    engine = MegatronEngine([policy], runtime)
+    options = replace(SAMPLE, rationale_budget=65, close_id=-1, eos_id=-1)  # the last token is drawn, never fed
+    engine.generate([replace(r, gold_ids=None) for r in GREEDY_REQUESTS], options)
+    return engine.cache_bytes_peak
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2"])
+def test_the_cache_holds_a_prompt_once_for_all_its_rationales(layout):
+    prompt_tokens = sum(len(r.prompt_ids) for r in GREEDY_REQUESTS)
+    rationale_tokens = 64 * sum(len(r.rationale_slots) for r in GREEDY_REQUESTS)
+    vector = 2 * 4 * SMALL.num_query_groups * SMALL.kv_channels  # key and value of a token in a layer, float32
+    whole = SMALL.num_layers * vector * (prompt_tokens + rationale_tokens)
+    ranks = run_ranks(_cache_bytes, **LAYOUTS[layout])
+    assert ranks == [whole // len(ranks)] * len(ranks)

@@ -130,6 +130,7 @@ def test_overlong_prompts_are_dropped_and_counted_on_request(tmp_path, monkeypat
     (ended,) = run([*argv, "--overlong-prompts", "drop"], tmp_path)
     assert ended.code == 0, ended.err
     assert "3 training and 0 held-out examples, 2 overlong examples dropped" in ended.out
+    assert "warning: --train-data data.jsonl: 2 overlong examples left out: data.jsonl:2 (" in ended.out
 
 
 @pytest.mark.parametrize("size", [1, 2])

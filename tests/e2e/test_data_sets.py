@@ -5,91 +5,23 @@ import os
 from pathlib import Path
 
 import pytest
-import tokenizers
 
 from megatron_jq.cli.main import main
+from megatron_jq.train import trainer
 from tests.e2e.launch import SMALL, run
+from tests.e2e.records import FINQA, GSM8K, RECORDS, chat_folder
 from tools.prepare_data import main as prepare_main
-
-SHOWN = Path(__file__).parent / "test_data_shown"
-
-WORDS = (
-    "the question is what was growth rate of revenue in year company final answer alone plain number without unit step "
-    "Reason Then give first Below are some paragraphs and facts one more than Answering it takes text name date words "
-    "financial report table about excerpt sign thousands separator percent write percentage fraction user assistant "
-    "Question Solve this problem by with from them matter others not several each another most few only"
-).split()
-CHAT = (
-    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-FINQA = {
-    "pre_text": ["revenue grew ."],
-    "post_text": ["( a ) rounded ."],
-    "table": [["", "2017", "2016"], ["revenue", "$ 12.5", "$ 10.0"]],
-    "qa": {"question": "what was the growth rate of revenue ?", "answer": "25%", "exe_ans": 0.25, "program": ""},
-    "id": "AAA/2017/page_41.pdf-1",
-}
-HOTPOTQA = {
-    "_id": "5a0",
-    "answer": "Chief Clerk",
-    "question": "What was the author?",
-    "supporting_facts": [["Ferry", 0]],
-    "context": [["Ferry", ["A novel by Ada.", " It is old."]], ["Ada", ["Ada was Chief Clerk."]]],
-    "type": "bridge",
-    "level": "hard",
-}
-MUSIQUE = {
-    "id": "2hop__1_2",
-    "paragraphs": [{"idx": 0, "title": "Ada", "paragraph_text": "Ada is from Aldeby.", "is_supporting": True}],
-    "question": "Where is Ada from?",
-    "question_decomposition": [],
-    "answer": "Aldeby",
-    "answer_aliases": ["Aldeby town"],
-    "answerable": True,
-}
-GSM8K = {"question": "What is two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"}
-RECORDS = {"finqa": FINQA, "hotpotqa": HOTPOTQA, "musique": MUSIQUE, "gsm8k": GSM8K}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A Hugging Face folder whose tokens are WORDS and single bytes: fixed by what stands here, not by a training."""
-    path = tmp_path_factory.mktemp("chat")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary, merges = dict.fromkeys(alphabet), {}
-    for word in WORDS:
-        for text in (word, f"\u0120{word}"):
-            for end in range(1, len(text)):
-                merges[text[:end], text[end]] = None
-                vocabulary[text[: end + 1]] = None
-    model = tokenizers.models.BPE({text: number for number, text in enumerate(vocabulary)}, list(merges))
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([tokenizers.AddedToken(name, special=False) for name in ("<think>", "</think>")])
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHAT}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
+    return chat_folder(tmp_path_factory.mktemp("chat"))
 
 
 def shown(capsys, folder: Path, *argv: str) -> str:
     flags = ["--tokenizer-type", "huggingface", "--tokenizer-model", str(folder), "--max-position-embeddings", "4096"]
     assert main(["train", *flags, *argv]) == 0
     return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("style", ["cold", "warm"])
-@pytest.mark.parametrize("name", RECORDS)
-def test_show_example_prints_what_the_model_sees(name, style, folder, tmp_path, monkeypatch, capsys):
-    """Pinned, file by file: a change of a template, of a reader or of a boundary is seen here first."""
-    monkeypatch.chdir(tmp_path)
-    Path("data.jsonl").write_text(json.dumps(RECORDS[name]) + "\n")
-    out = shown(capsys, folder, "--train-data", "data.jsonl", "--prompt-style", style, "--show-example", "0")
-    assert out == (SHOWN / f"{name}-{style}.txt").read_text(encoding="utf-8")
-    assert os.listdir() == ["data.jsonl"]  # no run directory, no tokenizer
 
 
 def test_show_example_says_what_is_weighted_under_an_estimator_that_samples_answers(folder, tmp_path, capsys):
@@ -133,7 +65,8 @@ def test_a_template_of_one_s_own_replaces_the_words(folder, tmp_path, capsys):
     prompt = out.partition("weight 0\n")[2].partition("\n\nrationale")[0]
     text = prompt.replace("\n  ", "").replace("│", "").replace("\\n", "\n").strip()
     assert text == "what was the growth rate of revenue ? { | 2017 | 2016\nrevenue | $ 12.5 | $ 10.0}<think>"
-    assert "answer y*: 6 tokens" in out and "   │0│.│2│5│<|im_end|>" in out
+    assert "joint: 1 token, given, weight 0\n   \n" in out
+    assert "answer y*: 5 tokens" in out and "\n  0│.│2│5│<|im_end|>" in out
 
 
 @pytest.mark.parametrize(
@@ -141,18 +74,42 @@ def test_a_template_of_one_s_own_replaces_the_words(folder, tmp_path, capsys):
     [("finqa", "warm", "garl"), ("hotpotqa", "cold", "paft"), ("musique", "warm", "grpo"), ("gsm8k", "cold", "rloo")],
 )
 def test_each_data_set_trains_in_each_style(name, style, estimator, folder, tmp_path):
-    """Two steps on format-true records, in one JSON list, evaluated on the same."""
+    """Two steps on format-true records, in one JSON list, evaluated on the same. Engine and trainer agree on ln w, with
+    a joint (warm) and without.
+    """
     identity = "_id" if name == "hotpotqa" else "id"
     records = [{**RECORDS[name], identity: f"record {number}"} for number in range(5)]
     (tmp_path / "data.json").write_text(json.dumps(records, indent=1))
     sources = ["--train-data", str(tmp_path / "data.json"), "--eval-data", str(tmp_path / "data.json")]
     tokens = ["--tokenizer-type", "huggingface", "--tokenizer-model", str(folder), "--max-position-embeddings", "512"]
     argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *sources, *tokens, "--prompt-style", style]
-    (ended,) = run([*argv, "--estimator", estimator, "--train-iters", "2"], tmp_path)
+    scored = ["--score-with", "rollout", "--score-check-interval", "1"]
+    (ended,) = run([*argv, *scored, "--estimator", estimator, "--train-iters", "2"], tmp_path)
     assert ended.code == 0, ended
     assert "5 training and 4 held-out examples" in ended.out
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and metrics[1]["eval_exact_match"] is not None
+    assert all(row["log_w_mismatch_max"] < 1e-3 for row in metrics)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_automatic_normalisation_goes_by_the_format_that_was_found(is_prepared, tmp_path, capsys):
+    """GSM8K's is numbers; `--data-format` says auto."""
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps({**GSM8K, "question": f"Question {n}?"}) + "\n" for n in range(4)))
+    flags = ["--train-data", str(source), "--eval-data", str(source), "--tokenizer-vocab-size", "285"]
+    if is_prepared:
+        assert prepare_main([*flags, "--output", str(tmp_path / "set")]) == 0
+        flags = ["--train-data", str(tmp_path / "set")]
+
+    def tell_the_judge(_rank: int) -> None:
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda *given, judge, **named: print(judge) or evaluate(*given, judge=judge, **named)
+
+    argv = [*SMALL, *flags, "--run-dir", str(tmp_path / "run"), "--train-iters", "1", "--normalise", "auto"]
+    (ended,) = run(argv, tmp_path, prepare=tell_the_judge)
+    assert ended.code == 0, ended
+    assert "Judge(match='exact', rule='number')" in ended.out
 
 
 # Prepared sets

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -138,9 +139,13 @@ def test_a_killed_rank_ends_the_others_at_once_with_step_and_phase(layout, tmp_p
     ranks.signal(0, signal.SIGKILL)
     began = time.monotonic()
     left = ranks.ended(1)[1]
-    assert left.code == 3 and time.monotonic() - began < 10
-    pattern = r"\[rank 1\] megatron-jq: error: step \d+, phase (\w+): a peer ended or was cut off: .*\n"
-    assert re.fullmatch(pattern, left.err)[1] in ("rollout", "score", "train", "metrics", "checkpoint"), left.err
+    assert left.code == 3 and time.monotonic() - began < 20
+    node = re.escape(socket.gethostname())
+    # No torchrun: the store was in rank 0.
+    lost = rf"a peer ended or was cut off: .*; this is {node}; no sign of life from the store on rank 0's node"
+    pattern = rf"\[rank 1\] megatron-jq: error: step \d+, phase (\w+): {lost}"
+    error = left.err.splitlines()[-1]  # torch's own words about the store stand above it
+    assert re.fullmatch(pattern, error)[1] in ("rollout", "score", "train", "metrics", "checkpoint"), left.err
 
 
 def test_a_rank_with_a_fault_of_its_own_shows_it_and_ends_the_others(tmp_path):
@@ -167,11 +172,31 @@ def test_ranks_that_hang_or_never_come_end_the_others_at_the_deadline(tmp_path):
     for ranks in stopped.values():
         left = ranks.ended(0)[0]
         assert left.code == 3
-        assert re.fullmatch(rf"\[rank 0\] megatron-jq: error: step \d+, phase \w+: {late}", left.err), left.err
+        stacks, error = left.err.splitlines(keepends=True)[:-1], left.err.splitlines(keepends=True)[-1]
+        assert re.fullmatch(rf"\[rank 0\] megatron-jq: error: step \d+, phase \w+: {late}", error), left.err
+        node = re.escape(socket.gethostname())
+        assert re.search(rf"no sign of life from rank 1 on {node} \((set-up|step \d+, phase \w+)\)\n$", error), error
+        assert any("in run_training" in line for line in stacks), left.err
     (left,) = alone.ended()
     assert left.code == 3
     assert re.fullmatch(rf"\[rank 0\] megatron-jq: error: set-up: {late}", left.err), left.err
     assert time.monotonic() - began < DEADLINE_SECONDS + 20
+
+
+def stand_still(trainer: Trainer) -> None:
+    time.sleep(1000)
+
+
+def test_a_phase_that_waits_for_something_else_than_a_peer_ends_at_its_own_deadline(tmp_path):
+    seconds = 15
+    flags = ["--phase-timeout-minutes", str(seconds / 60), "--run-dir", str(tmp_path / "run"), *LAYOUTS["DP2"]]
+    other, stuck = run([*SMALL, *flags], tmp_path, size=2, prepare=faulty(tmp_path, rank=1, fault=stand_still))
+    assert stuck.code == 3 and other.code == 3
+    assert "in stand_still" in stuck.err
+    late = rf"not done within {seconds} s \(--phase-timeout-minutes\) on {re.escape(socket.gethostname())}; the stacks"
+    error = stuck.err.splitlines()[-1]
+    assert re.match(rf"\[rank 1\] megatron-jq: error: step \d+, phase \w+: {late} above say where", error), error
+    assert "[rank 0] megatron-jq: error: " in other.err
 
 
 def test_only_faults_of_communication_are_reported_as_a_lost_peer():

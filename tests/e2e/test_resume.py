@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.checkpoint import folder as folders
+from megatron_jq.records import MEASURED
 from megatron_jq.train.recorder import Recorder
 from megatron_jq.train.trainer import Trainer
 from tests.e2e.launch import SMALL, Ranks, run
@@ -20,8 +21,6 @@ from tests.e2e.launch import SMALL, Ranks, run
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 SHARDED = ["--use-distributed-optimizer"]
 LONG = [*SMALL, "--train-iters", "12", "--save-interval", "3", "--no-tensorboard"]
-#: What two runs of the same computation may differ in.
-MEASURED = ("seconds_rollout", "seconds_score", "seconds_train", "peak_memory_bytes")
 
 
 def metrics(run_dir: Path) -> list[str]:

@@ -1,10 +1,15 @@
 """Micro-batches hold every sequence once, within the budget; the cut is even by cost."""
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_jq.model.rows import pack_sequences, sharing_pays
 from megatron_jq.records import Sequence
 from megatron_jq.train.batching import Unit, _decode, micro_batches, units
+
+CPU = torch.device("cpu")
 
 
 def branch(prompt: int, slot: int, length: int, prompt_tokens: int) -> Sequence:
@@ -89,3 +94,26 @@ def test_a_shared_prompt_costs_its_tokens_once_and_its_branches_keys_each_time()
     assert shared.cost(1000) == 140 + (100**2 / 2 + 100 * 40 + 4 * 10**2 / 2) / 3000
     assert [len(piece.sequences) for piece in shared.pieces(3)] == [2, 2]
     assert Unit((branch(0, 0, 8, 100),)).tokens == 110
+
+
+@given(st.integers(1, 80), st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([1, 4, 64]))
+def test_a_group_is_shared_exactly_where_that_takes_fewer_tokens(prompt, lengths, multiple):
+    group = [branch(0, m, length, prompt) for m, length in enumerate(lengths)]
+
+    def tokens(share_prompts):
+        rows = pack_sequences(
+            group, device=CPU, with_rationale=True, sequence_multiple=multiple, share_prompts=share_prompts
+        )
+        return len(rows.token_T)
+
+    plain = sum(-(-len(s) // multiple) * multiple for s in group)
+    tree = prompt + sum(-(-(len(s) - prompt) // multiple) * multiple for s in group)
+    assert tokens(False) == plain
+    assert tokens(True) == Unit(tuple(group), multiple).tokens == (min(tree, plain) if len(group) > 1 else plain)
+
+
+def test_short_prompts_before_padded_branches_are_not_shared():
+    short, long = ([branch(0, m, 4, prompt) for m in range(16)] for prompt in (50, 100))
+    assert not sharing_pays(short, 64) and sharing_pays(short, 1)
+    assert sharing_pays(long, 64)
+    assert Unit(tuple(short), 64).cost(1000) == pytest.approx(sum(Unit((s,), 64).cost(1000) for s in short))

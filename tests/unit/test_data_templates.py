@@ -102,7 +102,7 @@ def test_formats_without_a_template_take_the_plain_one():
         ("[cold]\nprompt = '{question!r}'", r"\{question\} is no piece's name"),
         ("[cold]\nprompt = '{}'", "is no piece's name"),
         ("[warm]\nsystem = 'a'", "system needs chat = true"),
-        ("[warm]\nafter_close = 'So: '", "may hold blanks alone"),
+        ("[warm]\nafter_close = 3", r"\[warm\] after_close = 3: expected str"),
         ("[paper]\ntrain = 5", r"\[paper\] lacks rationale_budget, answer_budget, validation, test"),
         ("[cold\n", "is not valid TOML"),
     ],
@@ -136,11 +136,11 @@ def test_plain_prompts_are_the_reader_s_text_to_the_last_blank(sentencepiece):
 def test_the_joint_is_a_fixed_boundary_and_y_is_tokenised_on_its_own(folder):
     tokenizer = load_tokenizer("huggingface", folder)
     writer = PromptWriter(PromptStyle(after_open="\n", after_close="\n\n"), tokenizer)
-    joint = tokenizer.encode("\n\n")
     for answer in ("42", "\n42", " 42", "step", "\u00e9"):
         example = writer.example(0, Pair("x", answer, "here", ("43",)))
         assert example.prompt_ids[-2:] == (tokenizer.think_open_id, *tokenizer.encode("\n"))
-        assert example.answer_ids == (*joint, *tokenizer.encode(answer), tokenizer.eos_id)
+        assert example.joint_ids == tuple(tokenizer.encode("\n\n"))
+        assert example.answer_ids == (*tokenizer.encode(answer), tokenizer.eos_id)
         assert example.aliases == ("43",)
 
 

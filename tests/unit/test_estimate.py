@@ -184,6 +184,14 @@ def test_optimizer_state_is_shared_out_over_replicas_and_experts_over_their_own(
     assert moe.memory.optimizer == 8 * (experts / 4 + (moe.parameters - experts) / 8)
 
 
+def test_a_frozen_reference_takes_its_parameters_and_no_more():
+    plain, held = (estimated(f"--bf16 --estimator grpo --grpo-kl-beta {beta}", 1).stages[0] for beta in (0, 0.1))
+    assert held.memory.parameters == 2 * plain.memory.parameters
+    same = ("gradients", "optimizer", "activations", "head")
+    assert all(getattr(held.memory, name) == getattr(plain.memory, name) for name in same)
+    assert held.memory.peak - plain.memory.peak == plain.memory.parameters
+
+
 @pytest.mark.parametrize(
     ("flags", "micro_batches", "held"),
     [

@@ -22,14 +22,17 @@ FLOORS = {
     "architecture": 1,
     "config": 1,
     "config_validate": 1,
+    "grid": 1,
     "data": 2,
     "parallel": 2,
     "model": 3,
     "rollout": 3,
+    "corpus": 3,
     "checkpoint": 4,
     "train": 4,
     "evaluate": 4,
     "report": 4,
+    "preflight": 4,
     "bench": 4,
     "estimate": 4,
     "cli": 5,
@@ -41,6 +44,7 @@ SAME_FLOOR = {
     "objective": {"errors"},
     "toml_files": {"errors"},
     "config_validate": {"architecture", "config"},
+    "grid": {"config"},
     "rollout": {"model"},
     "train": {"checkpoint", "evaluate"},
     "evaluate": {"checkpoint"},
@@ -49,7 +53,7 @@ SAME_FLOOR = {
 }
 
 # Rooms a tool may import where Megatron-core is not installed or no process group exists.
-WITHOUT_MEGATRON = [room for room, floor in FLOORS.items() if floor <= 1] + ["data", "report", "estimate"]
+WITHOUT_MEGATRON = [room for room, floor in FLOORS.items() if floor <= 1] + ["data", "report", "estimate", "preflight"]
 
 
 def imported_names(source: str, module: str, *, is_package: bool) -> set[str]:

@@ -1,0 +1,209 @@
+# shellcheck shell=bash
+# What the jobs of this folder share. Sourced by them, once MEGATRON_JQ_HOME is known; settings: site.sh.
+
+# say TEXT…: a line of the job's own output.
+say() {
+    printf '%s %s: %s\n' "$(date +%H:%M:%S)" "$SLURM_JOB_NAME" "$*"
+}
+
+# die TEXT…: bad input: one line, exit code 2.
+die() {
+    printf '%s: error: %s\n' "$SLURM_JOB_NAME" "$*" >&2
+    exit 2
+}
+
+# set_up FLAGS…: settings, and what follows from them. FLAGS: what goes to megatron-jq, to refuse what is set here.
+set_up() {
+    # shellcheck source=launch/slurm/site.sh
+    source "$MEGATRON_JQ_HOME/launch/slurm/site.sh"
+    cd -- "$SLURM_SUBMIT_DIR" || die "no folder $SLURM_SUBMIT_DIR on $(hostname): submit from one that nodes share"
+    RUN_DIR=$(realpath -m -- "$RUN_DIR")
+    [[ $LAUNCHER == torchrun || $LAUNCHER == tasks ]] || die "LAUNCHER=$LAUNCHER: there are torchrun and tasks"
+    [[ $DEVICE == cuda || $DEVICE == cpu ]] || die "DEVICE=$DEVICE: there are cuda and cpu"
+    [[ $RANKS_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "RANKS_PER_NODE=$RANKS_PER_NODE: expected a whole number above 0"
+    local flag
+    for flag in "$@"; do
+        case $flag in
+            --run-dir | --run-dir=* | --run_dir*) die "set RUN_DIR instead of $flag: logs and requeueing go by it" ;;
+        esac
+    done
+    # The repository's source is what runs, also in a container or where another version is installed.
+    export PYTHONPATH="$MEGATRON_JQ_HOME${PYTHONPATH:+:$PYTHONPATH}"
+    mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR="${MASTER_ADDR:-${HOSTS[0]}}"
+    export MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
+    set_up_software
+    # An array's elements are named so: the array's number alone means all of them.
+    JOB=$SLURM_JOB_ID
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    STARTS=$((${SLURM_RESTART_COUNT:-0} + 1))
+    ASKED=0 # 1: USR1 came
+    RUNNING=0
+    trap 'woken=1; ASKED=1; [[ $RUNNING == 0 ]] || on_usr1' USR1
+}
+
+# Sets PYTHON and CONTAINER (srun's flags).
+set_up_software() {
+    CONTAINER=()
+    PYTHON=python3
+    if [[ -n $CONTAINER_IMAGE ]]; then
+        local mounts="$MEGATRON_JQ_HOME:$MEGATRON_JQ_HOME,$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR,$RUN_DIR:$RUN_DIR"
+        CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-workdir="$SLURM_SUBMIT_DIR"
+            --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+        return
+    fi
+    if [[ -z $VENV && -x $MEGATRON_JQ_HOME/.venv/bin/python ]]; then
+        VENV=$MEGATRON_JQ_HOME/.venv
+    fi
+    [[ -z $VENV ]] || PYTHON=$VENV/bin/python
+    command -v -- "$PYTHON" >/dev/null || die "VENV=$VENV: no $PYTHON on $(hostname)"
+}
+
+# in_software COMMAND…: one process in the environment or container, on this node, inside the allocation.
+in_software() {
+    srun --nodes=1 --ntasks=1 --overlap "${CONTAINER[@]}" -- "$@"
+}
+
+# preflight: every node can do its part, or the job ends here, in seconds, with the node's name.
+preflight() {
+    # The first thing of all: a name that does not resolve would hang every later step until its deadline.
+    if ! timeout 5 getent hosts "$MASTER_ADDR" >/dev/null; then
+        say "error: MASTER_ADDR=$MASTER_ADDR does not resolve on $(hostname); name a host that every node knows" >&2
+        exit 3
+    fi
+    mkdir -p -- "$RUN_DIR" || die "RUN_DIR=$RUN_DIR cannot be made on $(hostname)"
+    [[ $PREFLIGHT != 0 ]] || return 0
+    local flags=() gpus=0 hosts
+    read -ra flags <<<"$PREFLIGHT_FLAGS"
+    [[ $DEVICE == cpu ]] || gpus=$RANKS_PER_NODE
+    hosts=$(IFS=,; echo "${HOSTS[*]}")
+    # Every node reports for itself: none is ended because another one left.
+    srun --nodes="${#HOSTS[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 "${CONTAINER[@]}" -- \
+        "$PYTHON" -m megatron_jq preflight --nodes "$hosts" --run-dir "$RUN_DIR" --gpus-per-node "$gpus" \
+        --timeout "$PREFLIGHT_TIMEOUT" "${flags[@]}" || exit 3
+}
+
+# run_ranks FLAGS…: megatron-jq FLAGS on every rank, to the end. USR1 meanwhile calls on_usr1, the job's own function.
+# Sets STATUS to the first failing rank's exit code.
+run_ranks() {
+    local tasks=1 total step flags=()
+    read -ra flags <<<"$STEP_FLAGS"
+    LOGS=$RUN_DIR/logs/$SLURM_JOB_ID.$STARTS
+    mkdir -p -- "$LOGS/failures" "$LOGS/agents" || die "RUN_DIR=$RUN_DIR cannot be written on $(hostname)"
+    [[ $LAUNCHER == torchrun ]] || tasks=$RANKS_PER_NODE
+    total=$((${#HOSTS[@]} * tasks))
+    say "start $STARTS: ${#HOSTS[@]} x $RANKS_PER_NODE ranks ($LAUNCHER), $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
+    # --wait instead of --kill-on-bad-exit: survivors have time to say in which phase they lost a peer.
+    srun --nodes="${#HOSTS[@]}" --ntasks="$total" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 \
+        --wait="$PEER_GRACE_SECONDS" --output="$LOGS/node%n-%N.log" "${flags[@]}" "${CONTAINER[@]}" -- \
+        "$PYTHON" "$MEGATRON_JQ_HOME/launch/slurm/node.py" --launcher "$LAUNCHER" --ranks-per-node "$RANKS_PER_NODE" \
+        --records "$LOGS" -- "$@" &
+    step=$!
+    RUNNING=1
+    while :; do
+        woken=0
+        wait "$step" && STATUS=0 || STATUS=$?
+        [[ $woken == 1 ]] || break # a trapped signal ends `wait` before the step has ended
+    done
+    RUNNING=0
+    [[ $STATUS == 0 ]] || explain_failure
+}
+
+# signal_agents: USR1 to every node.py of the step, which passes it on to its ranks. `scancel --signal` would reach every
+# process: torchrun would die of it, and so would ranks that cannot handle it yet.
+signal_agents() {
+    local tasks=1
+    [[ $LAUNCHER == torchrun ]] || tasks=$RANKS_PER_NODE
+    # shellcheck disable=SC2016 # the node expands it
+    timeout 120 srun --overlap --nodes="${#HOSTS[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 \
+        --kill-on-bad-exit=0 -- bash -c '
+            agents=("$1/$SLURMD_NODENAME".*)
+            until [[ ${#agents[@]} -ge $2 && -s ${agents[0]} ]]; do
+                sleep 0.2
+                agents=("$1/$SLURMD_NODENAME".*)
+            done
+            kill -USR1 $(cat -- "${agents[@]}")
+        ' signal_agents "$LOGS/agents" "$tasks" ||
+        say "warning: not every node could be told; ranks of one node tell the others" >&2
+}
+
+# explain_failure: says which rank failed first and what the ranks said; sets STATUS to that rank's exit code.
+explain_failure() {
+    local first='' class code rank node
+    # node.py's records: class, time, exit code, rank, node. Class 0 failed by itself; 1 and 2 because of others.
+    first=$(cat -- "$LOGS"/failures/* 2>/dev/null | sort -n -k1,1 -k2,2 | sed -n 1p) || true
+    if [[ -n $first ]]; then
+        read -r class _ code rank node <<<"$first"
+        STATUS=$code
+        say "error: rank $rank on $node failed first: exit code $code$( ((code <= 128)) || echo ", signal $(kill -l "$code")")" >&2
+    else
+        say "error: the step ended with $STATUS; no rank left a record" >&2
+    fi
+    grep -h 'megatron-jq: error: ' -- "$LOGS"/node*.log 2>/dev/null | sed -n '1,16p' >&2 || true
+    [[ ${class:-1} == 0 ]] || wait_for_requeue_if_a_node_is_lost
+    say "the logs are in $LOGS" >&2
+}
+
+# Where no rank failed by itself, a node may have died; its peers notice that before Slurm does. A job that ended now
+# would be a failed one; Slurm queues it again once it has noticed.
+wait_for_requeue_if_a_node_is_lost() {
+    local answers='' host lost=()
+    # shellcheck disable=SC2016 # the node expands it
+    answers=$(timeout 20 srun --overlap --nodes="${#HOSTS[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 \
+        --kill-on-bad-exit=0 -- bash -c 'echo "$SLURMD_NODENAME"' 2>/dev/null) || true
+    for host in "${HOSTS[@]}"; do
+        grep -qxF -- "$host" <<<"$answers" || lost+=("$host")
+    done
+    [[ ${#lost[@]} != 0 ]] || return 0
+    say "error: no answer from ${lost[*]}; waiting for Slurm to queue this job again" >&2
+    sleep "$NODE_LOSS_SECONDS" &
+    wait "$!" || true
+}
+
+# steps_done: steps on record in RUN_DIR.
+steps_done() {
+    local last=''
+    [[ ! -s $RUN_DIR/metrics.jsonl ]] || last=$(tail -n 1 -- "$RUN_DIR/metrics.jsonl")
+    [[ $last =~ \"step\":\ ([0-9]+) ]] && echo $((BASH_REMATCH[1] + 1)) || echo 0
+}
+
+# steps_wanted: --train-iters of the run, from its resolved settings.
+steps_wanted() {
+    sed -n 's/^train_iters = //p' -- "$RUN_DIR/config.toml"
+}
+
+# requeue: hand the job back to the queue. Does not return: Slurm ends this script.
+requeue() {
+    scontrol requeue "$JOB"
+    sleep 300
+    die "scontrol requeue had no effect within 300 s"
+}
+
+# A job that is queued again without having got anywhere would be so for ever.
+out_of_time() {
+    say "error: stopped before a step was done: give the job more time (--time), or the signal later (--signal)" >&2
+    exit 3
+}
+
+# train_until_done FLAGS…: one start of a training job: go on with RUN_DIR, save on USR1, queue again where steps are
+# left. Exits with the first failing rank's exit code.
+train_until_done() {
+    local before
+    # shellcheck disable=SC2317 # the trap calls it
+    on_usr1() {
+        say "USR1: the ranks are asked to finish their step and to save"
+        signal_agents
+    }
+    preflight
+    before=$(steps_done)
+    [[ $ASKED == 0 ]] || out_of_time
+    run_ranks train --device "$DEVICE" "$@" --run-dir "$RUN_DIR" --resume
+    [[ $STATUS == 0 ]] || exit "$STATUS"
+    if [[ $ASKED == 0 ]] || (($(steps_done) >= $(steps_wanted))); then
+        say "done: $(steps_done) steps in $RUN_DIR"
+        return
+    fi
+    (($(steps_done) > before)) || out_of_time
+    say "saved after step $(steps_done) of $(steps_wanted); back to the queue"
+    requeue
+}

@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""One task of a job's step: the ranks of a node under torchrun, or one rank; Slurm's variables say where it stands.
+
+    node.py --launcher torchrun|tasks --ranks-per-node N --records DIR -- train --q 0.75 …
+
+What comes behind `--` goes to megatron-jq. SIGUSR1 to this process is passed on to the ranks alone, and to each only
+once it handles the signal: torchrun would die of it, and so would a rank that still imports or a helper of a rank. Its
+number is in DIR/agents/NODE.TASK, for `kill`: Slurm's own signals go to every process of a step.
+
+A rank that fails leaves a file DIR/failures/RANK: "class time exit-code rank node". Class 0: it failed by itself.
+1: exit code 3, which may be for a peer that went away. 2: it was told to end. The least of them is the job's cause.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+#: megatron-jq's code for a run that had to stop.
+_RUN_FAILURE = 3
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--launcher", choices=("torchrun", "tasks"), required=True)
+    parser.add_argument("--ranks-per-node", type=int, required=True, metavar="N")
+    parser.add_argument("--records", type=Path, required=True, metavar="DIR")
+    parser.add_argument("command", nargs="+", help="megatron-jq's command and flags")
+    args = parser.parse_args()
+    run = run_torchrun if args.launcher == "torchrun" else run_task
+    failures = run(args)
+    for rank, code in failures.items():
+        record(args.records / "failures", rank, code)
+    return min(failures.values(), key=failure_class, default=0)
+
+
+def run_torchrun(args: argparse.Namespace) -> dict[int, int]:
+    """All ranks of this node; {rank: exit code} of those that failed."""
+    pass_on_usr1(ranks_below_this_process, args.records)
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    environ, node_rank = os.environ, int(os.environ["SLURM_NODEID"])
+    flags = {
+        "nnodes": environ["SLURM_STEP_NUM_NODES"],
+        "nproc-per-node": args.ranks_per_node,
+        "rdzv-backend": "c10d",
+        "rdzv-endpoint": f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
+        "rdzv-id": environ["SLURM_JOB_ID"],
+        # Said, not guessed: torchrun compares host names, which fails where a host has several.
+        "rdzv-conf": f"is_host={node_rank == 0},join_timeout=300",
+        "local-addr": environ["MASTER_ADDR"] if node_rank == 0 else environ["SLURMD_NODENAME"],
+        "max-restarts": 0,
+    }
+    first = node_rank * args.ranks_per_node
+    try:
+        torchrun([*(f"--{name}={value}" for name, value in flags.items()), "-m", "megatron_jq", *args.command])
+    except ChildFailedError as error:
+        return {rank: as_shell_code(failure.exitcode) for rank, failure in error.failures.items()}
+    except SignalException as error:
+        return {first: 128 + error.sigval}
+    except (RendezvousError, DistError) as error:  # the nodes did not meet
+        print(f"[{environ['SLURMD_NODENAME']}] torchrun: {type(error).__name__}: {error}", file=sys.stderr)
+        return {first: 1}
+    return {}
+
+
+def run_task(args: argparse.Namespace) -> dict[int, int]:
+    """The one rank that this task is."""
+    environ = os.environ
+    rank = environ["RANK"] = environ["SLURM_PROCID"]
+    environ.update(
+        WORLD_SIZE=environ["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=environ["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=str(args.ranks_per_node),
+    )
+    # In a session of its own: what is meant for this process's group is not meant for the rank's.
+    child = subprocess.Popen(
+        [sys.executable, "-m", "megatron_jq", *args.command], start_new_session=True, preexec_fn=die_with_parent
+    )
+    pass_on_usr1(lambda: [child.pid], args.records)
+    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    code = as_shell_code(child.wait())
+    return {int(rank): code} if code else {}
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, however that comes about."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def ranks_below_this_process() -> list[int]:
+    """Process ids of torchrun's workers, which run in this process's children."""
+    found = []
+    for child in psutil.Process().children():
+        try:
+            if "RANK" in child.environ():
+                found.append(child.pid)
+        except psutil.Error:
+            continue  # it ended meanwhile
+    return found
+
+
+def pass_on_usr1(ranks: Callable[[], list[int]], records: Path) -> None:
+    """On SIGUSR1: send it once to each of `ranks()`, as soon as it has a handler for it. Announces this process."""
+    asked = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
+
+    def deliver() -> None:
+        asked.wait()
+        told: set[int] = set()
+        while True:
+            for pid in ranks():
+                if pid not in told and handles(pid, signal.SIGUSR1):
+                    told.add(pid)
+                    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                        os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.2)
+
+    threading.Thread(target=deliver, daemon=True).start()
+    name = f"{os.environ['SLURMD_NODENAME']}.{os.environ['SLURM_LOCALID']}"
+    (records / "agents" / name).write_text(f"{os.getpid()}\n", encoding="utf-8")
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended
+        return False
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def as_shell_code(code: int) -> int:
+    """Popen's exit code as a shell gives it: 137 for a process that SIGKILL ended."""
+    return 128 - code if code < 0 else code
+
+
+def failure_class(code: int) -> int:
+    """0: failed by itself; 1: perhaps because of a peer; 2: told to end by a launcher."""
+    return {128 + signal.SIGTERM: 2, _RUN_FAILURE: 1}.get(code, 0)
+
+
+def record(folder: Path, rank: int, code: int) -> None:
+    line = f"{failure_class(code)} {time.time():.3f} {code} {rank} {os.environ['SLURMD_NODENAME']}\n"
+    (folder / str(rank)).write_text(line, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""F5: `megatron-jq grid`: the points of a sweep's TOML file, for people and for sweep.sbatch."""
+
+import argparse
+
+from megatron_jq.errors import UserError
+from megatron_jq.grid import read_grid
+
+
+class _Parser(argparse.ArgumentParser):
+    """Faults as UserError, in one line."""
+
+    def error(self, message: str):
+        raise UserError(f"grid: {message}; see {self.prog} --help")
+
+
+def run_grid(argv: list[str]) -> int:
+    """Print all points, a line each, or one of them: its name, then its flags, a line each. Returns the exit code."""
+    flags = _Parser(
+        prog="megatron-jq grid",
+        description="A TOML file whose keys are settings and whose lists are values to try, each with each: "
+        'estimator = ["garl", "paft"], q = [0, 0.5, 1] are six runs. Prints a line a run.',
+        allow_abbrev=False,
+    )
+    flags.add_argument("file", metavar="FILE", help="the TOML file")
+    flags.add_argument("--point", type=int, metavar="I", help="one run, from 0: its name, then its flags, a line each")
+    args = flags.parse_args(argv)
+    points = read_grid(args.file)
+    if args.point is None:
+        for i, point in enumerate(points):
+            print(i, point.name, *point.flags)
+        return 0
+    if not 0 <= args.point < len(points):
+        raise UserError(f"{args.file} has {len(points)} points, 0 to {len(points) - 1}; none is {args.point}")
+    print(points[args.point].name, *points[args.point].flags, sep="\n")
+    return 0

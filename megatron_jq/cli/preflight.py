@@ -1,0 +1,92 @@
+"""F5: `megatron-jq preflight`: every node of a job checks itself and meets the others, before any rank starts."""
+
+import argparse
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.preflight.facts import Facts, find_facts
+from megatron_jq.preflight.meeting import Host, report
+from megatron_jq.preflight.verdict import Limits, faults, unseen_marks
+
+
+class _Parser(argparse.ArgumentParser):
+    """Faults as UserError, in one line."""
+
+    def error(self, message: str):
+        raise UserError(f"preflight: {message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = _Parser(
+        prog="megatron-jq preflight",
+        description="Start it on every node of a job. The nodes meet where the ranks will meet and compare themselves: "
+        "versions, source commit, GPUs, free disk and shared memory, clocks, a run directory that all can write. "
+        "Exit code 3, with a line for every fault that names its node, where one cannot do its part.",
+        epilog="Environment: MASTER_ADDR, MASTER_PORT; SLURMD_NODENAME and SLURM_JOB_ID where they are set.",
+        allow_abbrev=False,
+    )
+    flags.add_argument("--nodes", metavar="LIST", help="all nodes' names, by commas, the first one is the host")
+    flags.add_argument("--node", metavar="NAME", help="this one (default: SLURMD_NODENAME, or the host name)")
+    flags.add_argument("--run-dir", required=True, type=Path, metavar="DIR", help="that all nodes will write to")
+    flags.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="at least; 0: not checked (0)")
+    flags.add_argument("--min-free-disk", type=float, default=10.0, metavar="GIB", help="for the run directory (10)")
+    flags.add_argument("--min-shared-memory", type=float, default=1.0, metavar="GIB", help="in /dev/shm (1)")
+    flags.add_argument("--max-clock-skew", type=float, default=2.0, metavar="S", help="from the median node (2)")
+    flags.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for all nodes to report (30)")
+    return flags
+
+
+def run_preflight(argv: list[str]) -> int:
+    """0; 3 where a node is unfit. The first node says why, every other one only what keeps it from the first."""
+    args = parser().parse_args(argv)
+    node = args.node or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    nodes = args.nodes.split(",") if args.nodes else [node]
+    if node not in nodes:
+        raise UserError(f"preflight: --nodes {args.nodes} does not name this node, {node}")
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise UserError("preflight: set MASTER_ADDR and MASTER_PORT, the host and the port where the ranks will meet")
+    # A restarted job's key is another one: its nodes must not meet those of the attempt before.
+    key = f"{os.environ.get('SLURM_JOB_ID', '-')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    deadline = time.monotonic() + args.timeout
+    host = Host(int(port), key, nodes, deadline, time.time) if node == nodes[0] else None
+    facts = find_facts(node, args.run_dir)
+    try:
+        if host is None:
+            return 3 if report(address, int(port), key, facts, deadline, time.time) else 0
+        return _as_host(host, nodes, args, address, key, facts, deadline)
+    finally:
+        if facts.mark is not None:
+            (args.run_dir / facts.mark).unlink(missing_ok=True)
+
+
+def _as_host(
+    host: Host, nodes: list[str], args: argparse.Namespace, address: str, key: str, own: Facts, deadline: float
+) -> int:
+    # This node reports as all do: so the address is known to lead here. Without that no other one will come.
+    failure: list[RunFailure] = []
+
+    def report_own() -> None:
+        try:
+            report(address, host.port, key, own, deadline, time.time)
+        except RunFailure as error:
+            failure.append(error)
+            host.stop_waiting()
+
+    thread = threading.Thread(target=report_own, daemon=True)
+    thread.start()
+    host.wait()
+    limits = Limits(args.gpus_per_node, args.min_free_disk, args.min_shared_memory, args.max_clock_skew)
+    found = faults(nodes, host.facts, host.clocks, limits) + unseen_marks(host.facts, args.run_dir)
+    host.reply(found)
+    thread.join(1)
+    if failure:
+        raise failure[0]
+    if found:
+        raise RunFailure("\n".join(f"preflight: {fault}" for fault in found))
+    print(f"preflight: {len(nodes)} node(s) fit; commit {own.commit}, sources {own.sources}")
+    return 0

@@ -1,0 +1,198 @@
+"""F3: rows to pretrain on, in the order in which Megatron-LM would train on them: megatron.core.datasets makes it.
+
+A row is seq_length + 1 tokens of the shuffled documents laid end to end: the first is context, the others are
+predicted. Documents are not masked from one another, and positions go on over their bounds, as is Megatron's default.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_jq.corpus.files import IndexedFiles, open_files, parse_data_path
+from megatron_jq.data.tokenizers import Tokenizer
+from megatron_jq.errors import UserError
+from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.records import Example
+
+TRAIN, VALID, TEST = range(3)
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """data_path, split, seq_length: as the flags. cache: folder of the sample indices, which every rank can read.
+    train_rows: what the run will read. heldout_rows: at most so many rows of the validation split.
+    """
+
+    data_path: str
+    split: str
+    seq_length: int
+    cache: Path
+    seed: int
+    train_rows: int
+    heldout_rows: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """fingerprint: equal where the same rows come in the same order."""
+
+    train: "Rows"
+    heldout: "Rows | tuple[()]"
+    fingerprint: str
+
+
+class Rows(Sequence[Example]):
+    """The rows of one split as examples: a first token as prompt, an empty rationale, the others as answer."""
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, count: int, vocab_size: int, data_path: str):
+        self._dataset, self._count, self._vocab_size, self._data_path = dataset, count, vocab_size, data_path
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        """UserError: a token that the model does not have."""
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        sample = self._dataset[index]
+        ids = (*sample["tokens"].tolist(), sample["labels"][-1].item())
+        if max(ids) >= self._vocab_size:
+            raise _foreign_token(f"--data-path {self._data_path}", max(ids), self._vocab_size)
+        return Example(index, "", "", ids[:1], ids[1:], rationale_ids=())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to build. held_out: whether the validation split has a row of every file."""
+
+    files: tuple[IndexedFiles, ...]
+    weights: tuple[float, ...]  # one a file
+    config: GPTDatasetConfig
+    tokens: tuple[int, ...]  # of each file, to train on
+    heldout_rows: int
+
+
+class _IndexTokenizer:
+    """What GPTDataset asks of a tokenizer. No id is padding: every token of a row is predicted."""
+
+    pad = -1
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.vocab_size, self.eod, self.eos = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.eos_id
+        self.unique_identifiers = {"fingerprint": tokenizer.fingerprint()}
+
+
+def open_corpus(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int, runtime: Runtime) -> Corpus:
+    """The rows of both splits. Called on all ranks; rank 0 writes the indices, the others read them.
+
+    vocab_size: the model's. UserError on every rank: files that are missing or damaged, too few tokens, a token beyond
+    vocab_size among the first ones of a file, a cache that cannot be written, no compiled helper.
+    """
+    plan = together(runtime, lambda: _plan(options, tokenizer, vocab_size))
+    together(runtime, lambda: _make_cache(options.cache), main_only=True)
+    sizes = [options.train_rows, plan.heldout_rows, 0]
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, plan.config)
+    built = builder.build()
+    heldout = Rows(built[VALID], plan.heldout_rows, vocab_size, options.data_path) if plan.heldout_rows else ()
+    train = Rows(built[TRAIN], options.train_rows, vocab_size, options.data_path)
+    return Corpus(train, heldout, _fingerprint(options, plan, built[TRAIN]))
+
+
+def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Plan:
+    _check_helper()
+    named = parse_data_path(options.data_path)
+    files = tuple(open_files(prefix) for prefix, _ in named)
+    for one in files:
+        largest = one.largest_of_first_tokens()
+        if largest >= vocab_size:
+            raise _foreign_token(f"--data-path {one.prefix}", largest, vocab_size)
+    shares = _split_shares(options.split)
+    train, heldout = ([one.tokens_between(*shares[split]) for one in files] for split in (TRAIN, VALID))
+    for one, tokens in zip(files, train, strict=True):
+        if tokens < options.seq_length + 1:
+            raise UserError(
+                f"--data-path {one.prefix}: --split {options.split} leaves {tokens} tokens to train on, fewer than a "
+                f"row of {options.seq_length + 1} (--seq-length, and the first one); lower it or give more text"
+            )
+    rows = [max(0, tokens - 1) // options.seq_length for tokens in heldout]
+    heldout_rows = min(options.heldout_rows, sum(rows)) if all(rows) else 0
+    # Files without weights count by their tokens: so a run may read them more than once.
+    weights = tuple(float(tokens) if w is None else w for (_, w), tokens in zip(named, train, strict=True))
+    identity = hashlib.sha256("\n".join(one.identity() for one in files).encode()).hexdigest()
+    config = GPTDatasetConfig(
+        random_seed=options.seed,
+        sequence_length=options.seq_length,
+        blend=([one.prefix for one in files], list(weights) if len(files) > 1 else None),
+        split=options.split,
+        # An index is found by its files' names: other files of these names have another folder.
+        path_to_cache=str(options.cache / identity[:16]),
+        tokenizer=_IndexTokenizer(tokenizer),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    config.split_matrix = [shares[TRAIN], shares[VALID] if heldout_rows else None, None]
+    return _Plan(files, weights, config, tuple(train), heldout_rows)
+
+
+def _split_shares(split: str) -> list[tuple[float, float]]:
+    """--split's bounds as fractions of the documents: of training, validation and test. UserError: not 1-3 numbers."""
+    try:
+        numbers = [float(number) for number in split.split(",")]
+    except ValueError:
+        numbers = []
+    if not (1 <= len(numbers) <= 3 and all(math.isfinite(n) and n >= 0 for n in numbers) and numbers[0] > 0):
+        raise UserError(f"--split {split}: write the shares to train, validate and test on, such as 969,30,1")
+    bounds = [0.0, *itertools.accumulate(parse_and_normalize_split(split))]
+    return list(itertools.pairwise(bounds))
+
+
+def _check_helper() -> None:
+    """UserError where Megatron-core's C++ helper is not there: its wheels bring it, a build without a compiler not."""
+    try:
+        from megatron.core.datasets import helpers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "--estimator pretrain needs the compiled helper of megatron.core.datasets, which this installation lacks "
+            f"({error}); install megatron-core from a wheel, or with a C++ compiler"
+        ) from error
+
+
+def _make_cache(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        probe = cache / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        fault = f"--data-cache-path {cache} cannot be written: {error.strerror}"
+        raise UserError(f"{fault}; name a folder that can") from error
+
+
+def _foreign_token(named: str, token: int, vocab_size: int) -> UserError:
+    return UserError(
+        f"{named} holds token {token}, and the model's vocabulary has {vocab_size}: it was written with another "
+        "tokenizer; write it again with the one that --tokenizer-model names"
+    )
+
+
+def _fingerprint(options: CorpusOptions, plan: _Plan, built: GPTDataset | BlendedDataset) -> str:
+    """Of what the order of the rows depends on. A longer run over files that it does not read to their end keeps its
+    order; once it reads them again, Megatron-core shuffles its rounds together, and the run's length is part of it.
+    """
+    parts = built.datasets if isinstance(built, BlendedDataset) else [built]
+    lines = [f"{options.seed} {options.seq_length} {plan.config.split_matrix[TRAIN]}"]
+    for one, weight, tokens, part in zip(plan.files, plan.weights, plan.tokens, parts, strict=True):
+        once = part.num_samples * options.seq_length + 1 <= tokens
+        share = weight / math.fsum(plan.weights)
+        lines.append(f"{one.identity()} {share!r} {'once' if once else part.num_samples}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,117 @@
+"""F4: what a node finds out about itself."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+#: Distributions whose versions must agree over nodes, where they are installed.
+PACKAGES = (
+    "megatron-core", "torch", "numpy", "tyro", "sentencepiece", "transformers", "transformer-engine", "triton",
+    "nvidia-nccl-cu12", "nvidia-nccl-cu13",
+)  # fmt: skip
+SHARED_MEMORY = Path("/dev/shm")
+_SOURCES = Path(__file__).resolve().parents[1]
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One node's own account. Sizes in GiB; None: could not be read, and the reason is in `troubles`."""
+
+    node: str
+    versions: tuple[tuple[str, str], ...]  # (name, version): Python, the driver and PACKAGES
+    commit: str  # "-" where the sources are no git checkout
+    sources: str  # digest of this package's Python files: what runs, whatever the commit says
+    gpus: int
+    free_disk: float | None  # of the run directory's file system
+    shared_memory: float | None  # free
+    mark: str | None  # a file that this node wrote into the run directory
+    troubles: tuple[str, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Facts":
+        raw = json.loads(text)
+        versions = tuple((name, version) for name, version in raw.pop("versions"))
+        return cls(**{**raw, "versions": versions, "troubles": tuple(raw["troubles"])})
+
+
+def find_facts(node: str, run_dir: Path) -> Facts:
+    """This node's facts. Leaves a file in run_dir (`mark`), which the caller removes."""
+    troubles: list[str] = []
+    mark = free_disk = shared_memory = None
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        free_disk = shutil.disk_usage(run_dir).free / _GIB
+        # A name that nobody looked up before: a network file system may remember for a while that one was not there.
+        path = run_dir / f".preflight-{node}-{uuid.uuid4().hex}"
+        path.write_text(node, encoding="utf-8")
+        mark = path.name
+    except OSError as error:
+        troubles.append(f"run directory {run_dir} cannot be written: {error.strerror}")
+    try:
+        shared_memory = shutil.disk_usage(SHARED_MEMORY).free / _GIB
+    except OSError as error:
+        troubles.append(f"{SHARED_MEMORY}: {error.strerror}")
+    gpus, driver = _gpus()
+    versions = (("Python", sys.version.split()[0]), ("NVIDIA driver", driver), *_package_versions())
+    return Facts(
+        node, versions, _commit(), source_digest(_SOURCES), gpus, free_disk, shared_memory, mark, tuple(troubles)
+    )
+
+
+def _package_versions() -> list[tuple[str, str]]:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            found.append((name, "-"))
+    return found
+
+
+def _gpus() -> tuple[int, str]:
+    """(number of GPUs that this process may use, driver version or "-"), by nvidia-smi: CUDA would take seconds."""
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not lines or visible is None:
+        return len(lines), lines[0].strip() if lines else "-"
+    named = [device for device in visible.split(",") if device.strip()]
+    return min(len(lines), len(named)), lines[0].strip()
+
+
+def _commit() -> str:
+    """HEAD of the checkout that this package lies in, "+" behind it where the package was changed since."""
+    head = _output("git", "-C", str(_SOURCES), "rev-parse", "--short=12", "HEAD").strip()
+    if not head:
+        return "-"
+    changed = _output("git", "-C", str(_SOURCES), "status", "--porcelain", "--untracked-files=no", "--", ".").strip()
+    return f"{head}+" if changed else head
+
+
+def _output(*command: str) -> str:
+    """A command's output; empty where it fails, or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def source_digest(folder: Path) -> str:
+    """12 digits that stand for the names and contents of a folder's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:12]

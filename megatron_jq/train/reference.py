@@ -1,0 +1,78 @@
+"""F4: the frozen policy that --grpo-kl-beta holds the trained one to: the one that the run began with.
+
+It is kept once, as weights in SAVE/reference, when a run begins: --load may name a folder that has moved on by the time
+of a --resume, and a resumed policy is not the one that the run began with.
+"""
+
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.metadata import version
+
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from megatron_jq.checkpoint.folder import Manifest
+from megatron_jq.checkpoint.store import CheckpointWriter, check_architecture, find_checkpoint, load_weights
+from megatron_jq.config import Config, to_toml
+from megatron_jq.config_validate import Derived
+from megatron_jq.errors import UserError
+from megatron_jq.model.build import BuildOptions, TrainingModel, build_policies
+from megatron_jq.model.policy import Policy
+from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.train.beginning import Beginning, save_folder
+
+#: Folder beside a run's checkpoints. The one in it has number 0, whatever step the run began at.
+FOLDER = "reference"
+
+
+class Reference:
+    """The reference of one run. Every method is called on all ranks alike."""
+
+    def __init__(self, config: Config, derived: Derived, options: BuildOptions, runtime: Runtime):
+        """Parameters alone, in the trained policy's layout: no gradients, no optimizer."""
+        self._config, self._derived, self._options, self._runtime = config, derived, options, runtime
+        policies = build_policies(derived.architecture, options, runtime)
+        half = policies[0].config.bf16
+        chunks = [Float16Module(policy.config, policy) if half else policy for policy in policies]
+        for chunk in chunks:
+            chunk.requires_grad_(requires_grad=False)
+        self.model = TrainingModel(chunks)
+        self._folder = save_folder(config) / FOLDER
+
+    def begin(self, beginning: Beginning, policies: list[Policy]) -> None:
+        """Take the weights that the run began with: those of `policies`, which hold the beginning's, or the kept ones.
+
+        UserError on every rank where a run that is taken up again has none.
+        """
+        if not _taken_up(beginning):
+            with torch.no_grad():
+                for mine, theirs in zip(self.model.policies, policies, strict=True):
+                    for frozen, trained in zip(mine.parameters(), theirs.parameters(), strict=True):
+                        frozen.copy_(trained)
+            return
+        found = find_checkpoint(self._folder, "--resume: --grpo-kl-beta:", self._runtime, print, missing_ok=True)
+        if found is None:
+            raise UserError(
+                f"--resume: --grpo-kl-beta needs the policy that the run began with, and {self._folder} does not hold "
+                "it; restore that folder, or begin a new run with --load and --finetune"
+            )
+        check_architecture(found, self._derived.architecture, self._options.vocab_size)
+        load_weights(found, self.model.policies, self._runtime)
+
+    def keep(self, beginning: Beginning, deadline: timedelta) -> None:
+        """Write the weights, unless the run was taken up again. RunFailure on every rank where that fails."""
+        if _taken_up(beginning):
+            return
+        manifest = Manifest(
+            step=0,
+            architecture=asdict(self._derived.architecture),
+            vocab_size=self._options.vocab_size,
+            bf16=self._config.model.bf16,
+            config=to_toml(self._config),
+            versions={name: version(name) for name in ("megatron-jq", "megatron-core", "torch")},
+        )
+        CheckpointWriter(self._folder, self._runtime, deadline).save_weights(self.model.policies, manifest)
+
+
+def _taken_up(beginning: Beginning) -> bool:
+    return beginning.resumed and beginning.found is not None

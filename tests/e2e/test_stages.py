@@ -1,0 +1,205 @@
+"""pretrain → sft → garl, each from the last one's checkpoint, in one program; and what is the same computation by two
+names: a run that was stopped, another layout, a schedule of q in two commands.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from examples.stages.make_data import main as make_data
+from megatron_jq.checkpoint.folder import find
+from megatron_jq.config import parse_args
+from megatron_jq.config_validate import validate
+from megatron_jq.data.tokenizers import train_sentencepiece
+from tests.e2e.launch import Ranks, run
+from tests.e2e.test_resume import metrics as compared
+from tests.e2e.test_training import metrics
+from tools.preprocess_data import main as preprocess
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "stages"
+QUIET = ["--sample-interval", "0", "--device", "cpu", "--no-tensorboard"]
+BUDGET = ["--rationale-budget", "24", "--answer-budget", "8"]
+
+
+def train(folder: Path, name: str, *flags: str, size: int = 1) -> Path:
+    """The run's directory, once it ended well."""
+    ended = run(["train", *QUIET, "--run-dir", str(folder / name), *flags], folder, size=size)
+    assert [end.code for end in ended] == [0] * size, ended
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Text, problems in GSM8K's format, and the text's indexed files with a tokenizer of their own."""
+    folder = tmp_path_factory.mktemp("stages")
+    make_data(str(folder))
+    flags = ["--output-prefix", f"{folder}/corpus", "--append-eod", "--tokenizer-vocab-size", "384"]
+    assert preprocess(["--input", f"{folder}/corpus.jsonl", *flags]) == 0
+    return folder
+
+
+def pretraining(folder: Path, steps: int = 30) -> list[str]:
+    return [
+        "--estimator", "pretrain", "--data-path", f"{folder}/corpus_text_document", "--seq-length", "64",
+        "--tokenizer-model", f"{folder}/corpus.tokenizer.model", "--prompts-per-step", "8", "--lr", "5e-3",
+        "--train-iters", str(steps), "--eval-examples", "8",
+    ]  # fmt: skip
+
+
+def problems(folder: Path, steps: int, *flags: str) -> list[str]:
+    return [
+        "--train-data", f"{folder}/train.jsonl", "--eval-data", f"{folder}/test.jsonl", "--eval-examples", "8",
+        "--prompts-per-step", "8", "--train-iters", str(steps), *BUDGET, *flags,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(folder) -> dict[str, Path]:
+    pretrain = train(folder, "pretrain", *pretraining(folder), "--eval-interval", "15")
+    load = ["--finetune", "--load"]
+    sft = train(
+        folder, "sft", "--estimator", "sft", *problems(folder, 20, "--lr", "3e-3"), *load, f"{pretrain}/checkpoints"
+    )
+    flags = ["--num-rationales", "4", "--lr", "1e-3", *load, f"{sft}/checkpoints"]
+    garl = train(folder, "garl", "--estimator", "garl", *problems(folder, 3), *flags)
+    return {"pretrain": pretrain, "sft": sft, "garl": garl}
+
+
+def mean(lines: list[dict], key: str) -> float:
+    return sum(line[key] for line in lines) / len(lines)
+
+
+def test_each_stages_loss_falls_from_where_the_last_one_ended(chain):
+    pretrain, sft, garl = (metrics(chain[name]) for name in ("pretrain", "sft", "garl"))
+    vocabulary = 384
+    assert pretrain[0]["loss"] == pytest.approx(math.log(vocabulary), rel=0.1)  # nats a token, of random weights
+    assert mean(pretrain[-3:], "loss") < 0.6 * pretrain[0]["loss"]
+    losses = {line["step"]: line["eval_loss"] for line in pretrain if line["eval_loss"] is not None}
+    assert list(losses) == [14, 29] and losses[29] < losses[14] < pretrain[0]["loss"]
+    assert mean(sft[-3:], "loss") < 0.5 * sft[0]["loss"]
+    assert all(line["eval_exact_match"] is None for line in pretrain)
+    assert sft[-1]["eval_exact_match"] is not None
+    # The answer's share of SFT's loss is what GARL's prompts begin with, give or take other prompts and drawn z.
+    assert garl[0]["log_p_mean"] > sft[0]["log_p_mean"] + 2.0
+
+
+def test_a_stage_begins_at_the_weights_of_the_one_before(chain, folder):
+    """Without an update between: what pretraining leaves scores the next stage's first batch as that stage does."""
+    begun = metrics(chain["sft"])[0]
+    again = train(
+        folder, "sft-again", "--estimator", "sft", *problems(folder, 1, "--lr", "0"),
+        "--load", f"{chain['pretrain']}/checkpoints", "--finetune",
+    )  # fmt: skip
+    untrained = train(
+        folder, "sft-random", "--estimator", "sft", *problems(folder, 1, "--lr", "0"),
+        "--tokenizer-model", f"{folder}/corpus.tokenizer.model",
+    )  # fmt: skip
+    assert metrics(again)[0]["loss"] == begun["loss"] < 0.7 * metrics(untrained)[0]["loss"]
+    states = [weights(find(path / "checkpoints")) for path in (chain["pretrain"], again)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 10
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors, read by torch's own reader."""
+    reader = FileSystemReader(checkpoint)
+    entries = reader.read_metadata().state_dict_metadata
+    wanted = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(("optimizer", "rng"))
+    }
+    load(wanted, storage_reader=reader, no_dist=True)
+    return wanted
+
+
+def test_every_metric_of_the_imitating_stages_is_what_it_says(chain):
+    for name, tokens in (("pretrain", 8 * 65), ("sft", None)):
+        for line in metrics(chain[name]):
+            assert line["q"] is None and line["reward_mean"] is None and line["log_prob_mismatch_max"] is None
+            assert line["num_rationales_valid"] == 8 and line["forced_fraction"] == 0.0 and line["ess_mean"] == 1.0
+            assert tokens is None or line["tokens_trained"] == tokens
+            scored = line["tokens_computed"] - line["tokens_trained"]
+            assert scored == 0, "no pass before the training pass"
+    first = metrics(chain["pretrain"])[0]
+    assert first["loss"] == pytest.approx(-first["log_p_mean"] / 64)
+
+
+@pytest.mark.parametrize("estimator", ["pretrain", "sft"])
+def test_a_run_that_stops_goes_on_exactly_and_at_any_number_of_replicas(estimator, folder, chain, tmp_path):
+    flags = {
+        "pretrain": pretraining(folder, 8),
+        "sft": ["--estimator", "sft", *problems(folder, 8), "--load", f"{chain['pretrain']}/checkpoints", "--finetune"],
+    }[estimator]
+    whole = train(tmp_path, "whole", *flags, "--save-interval", "4")
+    # The corpus is read less than once: a shorter run's rows are the longer one's first.
+    train(tmp_path, "part", *flags, "--train-iters", "4")
+    again = train(tmp_path, "part", *flags, "--resume")
+    lines = [[json.loads(line) for line in compared(path)] for path in (whole, again)]
+    for line in lines[1][3], lines[0][3]:  # the shorter run was also evaluated at its own end
+        line.update(dict.fromkeys(("eval_loss", "eval_exact_match", "eval_pass_at_k", "eval_maj_at_k")))
+    assert lines[0] == lines[1] and len(lines[0]) == 8
+    two = train(tmp_path, "two", *flags, size=2)
+    for ours, theirs in zip(metrics(two), metrics(whole), strict=True):
+        for key in ("loss", "log_p_mean", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+        assert ours["tokens_trained"] == theirs["tokens_trained"]
+    key = {"pretrain": "eval_loss", "sft": "eval_exact_match"}[estimator]
+    assert metrics(two)[-1][key] == pytest.approx(metrics(whole)[-1][key], rel=1e-4)
+
+
+def test_sft_then_rlvr_as_a_q_schedule_is_two_runs_with_the_optimizer_carried_on(tmp_path):
+    """--q 1 --q-schedule step --q-final 0 is q = 1 to the step, and from its checkpoint q = 0: one computation."""
+    common = ["--estimator", "garl", "--prompts-per-step", "4", "--num-rationales", "4", "--rationale-budget", "4",
+              "--train-examples", "32", "--eval-examples", "4"]  # fmt: skip
+    schedule = ["--q", "1", "--q-schedule", "step", "--q-final", "0", "--q-schedule-iters", "3", "--train-iters", "6"]
+    one = train(tmp_path, "one", *common, *schedule)
+    first = train(tmp_path, "first", *common, "--q", "1", "--train-iters", "3")
+    then = train(tmp_path, "then", *common, "--q", "0", "--train-iters", "6", "--load", f"{first}/checkpoints")
+    lines = [json.loads(line) for line in [*compared(first), *compared(then)]]
+    expected = [json.loads(line) for line in compared(one)]
+    assert [line["q"] for line in lines] == [line["q"] for line in expected] == [1.0] * 3 + [0.0] * 3
+    for ours, theirs in zip(lines, expected, strict=True):
+        for key in ("step", "loss", "log_p_mean", "grad_norm", "rationale_tokens_mean"):
+            assert ours[key] == theirs[key], (ours["step"], key)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "garl"])
+def test_the_examples_settings_are_valid(stage):
+    files = ["--data-path", "p", "--tokenizer-model", "m"] if stage == "pretrain" else []
+    config = parse_args(["--config", f"{EXAMPLE}/{stage}.toml", *files])
+    validate(config, 1)
+    assert config.objective.estimator == stage
+
+
+BAD = {
+    "--data-path {}/none: there is no {}/none.idx": ["--data-path", "{}/none"],
+    "holds token": ["--tokenizer-model", "{}/small.model"],
+    "leaves no row of 65 tokens": ["--split", "100,0,0", "--eval-interval", "5"],
+    "fewer than a row of 401": ["--split", "1,1999", "--seq-length", "400"],
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_ends_the_run_with_one_line_on_all_ranks(words, folder, tmp_path):
+    train_sentencepiece(["the cat sat on a mat"] * 9, folder / "small.model", vocab_size=275)
+    flags = [flag.format(folder) for flag in BAD[words]]
+    ranks = Ranks(["train", *QUIET, *pretraining(folder), "--run-dir", str(tmp_path / "run"), *flags], tmp_path, size=2)
+    ended = ranks.ended()
+    assert [end.code for end in ended] == [2, 2], ended
+    assert words.format(folder, folder) in ended[0].err and "Traceback" not in ended[0].err + ended[1].err
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_set_without_rationales_is_refused_under_sft(folder, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text('{"prompt": "one and one", "answer": "2"}\n')
+    ended = run(["train", *QUIET, "--estimator", "sft", "--train-data", str(path), "--run-dir", str(tmp_path / "r"),
+                 "--prompts-per-step", "1"], tmp_path)  # fmt: skip
+    assert ended[0].code == 2 and f"{path}:1: no given rationale to imitate" in ended[0].err

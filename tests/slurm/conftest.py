@@ -1,0 +1,15 @@
+"""One cluster for all tests of this folder."""
+
+import pytest
+
+from tests.slurm.cluster import Cluster, leaves_nothing_behind, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Two nodes; afterwards nothing of them is left, whatever the tests did."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with leaves_nothing_behind(), Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as up:
+        yield up

@@ -1,0 +1,215 @@
+"""`megatron-jq preflight`: unfit nodes are named, whatever is wrong with them, and no wait is without an end."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from megatron_jq.cli.main import main
+from megatron_jq.errors import RunFailure
+from megatron_jq.preflight.facts import Facts, find_facts, source_digest
+from megatron_jq.preflight.meeting import Host, report
+from megatron_jq.preflight.verdict import Limits, Reading, faults, unseen_marks
+
+NODES = ("a", "b", "c")
+FIT = Facts(
+    node="a",
+    versions=(("Python", "3.11"), ("torch", "2.13")),
+    commit="c0ffee",
+    sources="123",
+    gpus=8,
+    free_disk=100.0,
+    shared_memory=10.0,
+    mark=None,
+    troubles=(),
+)
+LIMITS = Limits(gpus=8, free_disk=10.0, shared_memory=1.0, clock_skew=2.0)
+
+
+def verdict(**changes: dict) -> list[str]:
+    """Of three nodes, fit but for `changes`: {node: {field: value}}."""
+    facts = {node: replace(FIT, node=node, **changes.get(node, {})) for node in NODES}
+    return faults(NODES, facts, {}, LIMITS)
+
+
+def test_fit_nodes_have_no_faults():
+    assert verdict() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"gpus": 7}, "b: 7 of 8 GPUs (nvidia-smi, CUDA_VISIBLE_DEVICES)"),
+        ({"free_disk": 9.5}, "b: 9.50 GiB of free disk for the run directory, 10 wanted"),
+        ({"shared_memory": 0.25}, "b: 0.25 GiB of free shared memory in /dev/shm, 1 wanted"),
+        ({"commit": "bad"}, "b: source commit bad, but c0ffee on 2 node(s)"),
+        ({"sources": "9"}, "b: source digest 9, but 123 on 2 node(s)"),
+        ({"versions": (("Python", "3.11"), ("torch", "2.9"))}, "b: torch 2.9, but 2.13 on 2 node(s)"),
+        ({"versions": (("Python", "3.11"),)}, "b: torch -, but 2.13 on 2 node(s)"),
+        ({"troubles": ("run directory /r cannot be written: Permission denied",)}, "b: run directory /r cannot"),
+    ],
+)
+def test_each_fault_names_its_node(change, fault):
+    (found,) = verdict(b=change)
+    assert found.startswith(fault)
+
+
+def test_the_odd_one_is_the_one_that_differs_from_most_even_if_it_is_the_first():
+    assert verdict(a={"commit": "old"}) == ["a: source commit old, but c0ffee on 2 node(s)"]
+
+
+def test_a_node_that_did_not_report_is_named():
+    assert faults(NODES, {"a": FIT}, {}, LIMITS) == ["b: did not report", "c: did not report"]
+
+
+def test_a_clock_is_judged_by_the_median_and_a_slow_answer_is_no_skew():
+    facts = {node: replace(FIT, node=node) for node in NODES}
+    clocks = {"a": Reading(-60.0, 0.0), "b": Reading(0.0, 0.0), "c": Reading(0.1, 0.0)}
+    assert faults(NODES, facts, clocks, LIMITS) == ["a: clock -60.0 s from the other nodes', 2 allowed"]
+    clocks = {"a": Reading(-6.0, 5.0), "b": Reading(0.0, 0.0), "c": Reading(0.0, 0.0)}
+    assert faults(NODES, facts, clocks, LIMITS) == []
+
+
+def test_a_file_that_the_first_node_does_not_see_is_on_another_file_system(tmp_path):
+    (tmp_path / "here").touch()
+    facts = {"a": replace(FIT, mark="here"), "b": replace(FIT, node="b", mark="elsewhere"), "c": FIT}
+    (found,) = unseen_marks(facts, tmp_path)
+    assert found.startswith(f"b: run directory {tmp_path} is not shared")
+
+
+def test_a_nodes_facts_survive_the_wire_and_leave_one_mark(tmp_path):
+    facts = find_facts("n", tmp_path / "new" / "run")
+    assert Facts.from_json(facts.to_json()) == facts
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == [facts.mark]
+    assert facts.troubles == () and facts.free_disk > 0 and dict(facts.versions)["torch"] != "-"
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_trouble_of_the_node(tmp_path):
+    (tmp_path / "file").touch()
+    facts = find_facts("n", tmp_path / "file" / "run")
+    assert facts.mark is None and "cannot be written" in facts.troubles[0]
+
+
+def test_the_digest_changes_with_a_files_name_and_content(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    digests = [source_digest(tmp_path)]
+    (tmp_path / "a.py").write_text("x = 2\n")
+    digests.append(source_digest(tmp_path))
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    digests.append(source_digest(tmp_path))
+    (tmp_path / "notes.txt").write_text("not Python")
+    assert len(set(digests)) == 3 and source_digest(tmp_path) == digests[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_nodes_meet_and_a_wrong_clock_is_measured():
+    port, deadline = free_port(), time.monotonic() + 60
+    host = Host(port, "job.0", NODES, deadline, time.time)
+    heard: dict[str, list[str]] = {}
+
+    def node(name: str, offset: float) -> None:
+        facts = replace(FIT, node=name)
+        heard[name] = report("127.0.0.1", port, "job.0", facts, deadline, lambda: time.time() + offset)
+
+    threads = [threading.Thread(target=node, args=(name, 30.0 * (name == "c"))) for name in NODES]
+    for thread in threads:
+        thread.start()
+    host.wait()
+    found = faults(NODES, host.facts, host.clocks, LIMITS)
+    host.reply(found)
+    for thread in threads:
+        thread.join(10)
+    assert len(found) == 1 and found[0].startswith("c: clock +") and heard == dict.fromkeys(NODES, found)
+    assert 30 - host.clocks["c"].error <= host.clocks["c"].skew <= 30 + host.clocks["c"].error
+
+
+def test_a_stranger_at_the_port_is_not_taken_for_a_node_and_waiting_ends_at_the_deadline():
+    port = free_port()
+    host = Host(port, "job.1", ("a",), time.monotonic() + 1.0, time.time)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\n")
+        with pytest.raises(RunFailure, match=f"a: 127.0.0.1:{port} is answered by something else"):
+            report("127.0.0.1", port, "job.2", FIT, time.monotonic() + 1.0, time.time)
+        host.wait()
+    assert host.facts == {}
+    host.reply([])
+
+
+def test_nobody_at_the_port_and_a_taken_port_are_told_apart():
+    port = free_port()
+    with pytest.raises(RunFailure, match=f"a: 127.0.0.1:{port} does not answer within"):
+        report("127.0.0.1", port, "k", FIT, time.monotonic() + 0.3, time.time)
+    with socket.create_server(("", port)):
+        with pytest.raises(RunFailure, match=f"a: port {port} cannot be opened: .*; set MASTER_PORT"):
+            Host(port, "k", ("a",), time.monotonic() + 1, time.time)
+
+
+@pytest.fixture
+def meeting_point(monkeypatch):
+    port = str(free_port())
+    for name in ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_RESTART_COUNT", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    return port
+
+
+LITTLE = ["--min-free-disk", "0", "--min-shared-memory", "0"]
+
+
+def test_the_command_passes_a_fit_node_and_cleans_up(meeting_point, tmp_path, capsys):
+    assert main(["preflight", "--node", "n", "--run-dir", str(tmp_path / "run"), *LITTLE]) == 0
+    assert capsys.readouterr().out.startswith("preflight: 1 node(s) fit; commit ")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_command_names_an_unfit_node_and_a_missing_one(meeting_point, tmp_path, capsys):
+    began = time.monotonic()
+    flags = ["--nodes", "n,m", "--node", "n", "--min-free-disk", "1e9", "--timeout", "1"]
+    assert main(["preflight", "--run-dir", str(tmp_path), *flags]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "megatron-jq: error: preflight: m: did not report"
+    assert lines[1].startswith("megatron-jq: error: preflight: n: ") and "1e+09 wanted" in lines[1]
+    assert time.monotonic() - began < 10 and list(tmp_path.iterdir()) == []
+
+
+def test_a_master_address_that_does_not_resolve_is_told_at_once(meeting_point, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    began = time.monotonic()
+    assert main(["preflight", "--nodes", "n,m", "--node", "n", "--run-dir", str(tmp_path), "--timeout", "60"]) == 3
+    assert time.monotonic() - began < 10
+    assert "preflight: n: MASTER_ADDR=no-such-host.invalid does not resolve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--node", "x", "--nodes", "a,b"], "--nodes a,b does not name this node, x"),
+        (["--gpus", "8"], "unrecognized arguments"),
+        ([], "set MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_bad_flags_are_refused(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["preflight", "--run-dir", str(tmp_path), *flags]) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+
+
+def test_preflight_imports_no_torch():
+    code = (
+        "import sys, json, megatron_jq.cli.main; "
+        "print(json.dumps([name for name in ('torch', 'megatron') if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
