@@ -141,7 +141,7 @@ def plot_bias(exponents: Sequence[dict], scaling: Sequence[dict], path: Path) ->
     for row in (row for row in scaling if row["family"] == "rare"):
         axes[2].loglog(row["num_rationales"], row["relative_bias"], "o-", color=q_colour(row["q"]), markersize=3.5)
     axes[2].axvline(1e3, color="0.6", linewidth=0.8)
-    axes[2].text(0.48, 0.93, "M P = 1", color="0.4", fontsize=8, transform=axes[2].transAxes, ha="right")
+    axes[2].text(0.58, 0.93, "M P = 1", color="0.4", fontsize=8, transform=axes[2].transAxes)
     _dress(axes[2], "Relative bias against M, rare, P = 0.001", "M", "|bias| / |gradient|")
     figure.savefig(path)
 
