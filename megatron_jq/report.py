@@ -149,9 +149,7 @@ def plot_runs(runs: Sequence[RunLog], output: str | Path, title: str | None = No
         right.plot([], [], color="0.3", label="held out", marker="o", markersize=3.5)
         right.plot([], [], color="0.3", linestyle=":", label="training samples")
         right.legend(loc="best", frameon=False, fontsize=8)
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 6), frameon=False
-    )
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 6), frameon=False)
     if title:
         figure.suptitle(title, fontsize=12)
     output = Path(output)

@@ -53,8 +53,9 @@ def line(off: dict, auto: dict, prompt: int, rationales: int) -> list[str]:
     phases = [{phase["phase"]: phase for phase in figures["phases"]} for figures in (off, auto)]
     cells = [f"{prompt}", f"{rationales}"]
 
-    def pair(values: list[float], form: str) -> None:
-        cells.extend([f"{format(values[0], form)} → {format(values[1], form)}", f"{max(values) / min(values):.2f}"])
+    def pair(values: list[float], form: str, *, more_is_better: bool = False) -> None:
+        gain = values[1] / values[0] if more_is_better else values[0] / values[1]  # below 1 where sharing loses
+        cells.extend([f"{format(values[0], form)} → {format(values[1], form)}", f"{gain:.2f}"])
 
     def passes(figure: str, combine) -> list[float]:
         return [combine(of["score"][figure], of["train"][figure]) for of in phases]
@@ -62,7 +63,7 @@ def line(off: dict, auto: dict, prompt: int, rationales: int) -> list[str]:
     pair(passes("tokens_processed", lambda a, b: a + b), ",d")
     pair(passes("seconds", lambda a, b: a + b), ".2f")
     pair([peak / 1e6 for peak in passes("peak_memory_bytes", max)], ",.0f")
-    pair([of["rollout"]["tokens_per_second"] for of in phases], ",.0f")
+    pair([of["rollout"]["tokens_per_second"] for of in phases], ",.0f", more_is_better=True)
     pair([figures["cache_bytes"] / 1e6 for figures in (off, auto)], ",.1f")
     return cells
 

@@ -26,11 +26,12 @@ from megatron_jq.config_validate import Derived
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout, Sequence
-from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
+from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.optimizer import build_optimizer, build_schedule
+from megatron_jq.train.rollouts import sequences_of
 
 #: Runs one phase's work, given its name, and returns the work's result.
 Observer = Callable[[str, Callable[[], Any]], Any]
@@ -99,17 +100,7 @@ class StepBench:
     def _step(self, step: int, observe: Observer) -> None:
         rollouts = observe("rollout", lambda: self.engine.generate(self._requests(), self._sampling(step)))
         assert all(r.num_sampled == self.load.rationale_tokens for r in rollouts), "a padding row was sampled"
-        sequences = [
-            Sequence(
-                r.prompt_slot,
-                r.rationale_slot,
-                self.prompts[r.prompt_slot].prompt_ids,
-                r.rationale_ids,
-                r.num_sampled,
-                self.prompts[r.prompt_slot].answer_ids,
-            )
-            for r in rollouts
-        ]
+        sequences = sequences_of(rollouts, self.prompts, gold=True)
         scores = observe("score", lambda: self._score(rollouts, sequences))
         observe("train", lambda: self._train(step, sequences, scores))
 
@@ -133,13 +124,8 @@ class StepBench:
             self.optimizer.step()
 
     def _requests(self) -> list[RolloutRequest]:
-        dp = self.runtime.groups.dp
-        share = share_of_replica(len(self.prompts), self.config.rollout.num_rationales, dp.rank(), dp.size())
-        prompts = self.prompts
-        return [
-            RolloutRequest(b, prompts[b].prompt_ids, slots, prompts[b].answer_ids if self.score_with_rollout else None)
-            for b, slots in share
-        ]
+        count, dp = self.config.rollout.num_rationales, self.runtime.groups.dp
+        return requests_of_replica(self.prompts, count, dp.rank(), dp.size(), score=self.score_with_rollout)
 
     def _sampling(self, step: int) -> SamplingOptions:
         r = self.config.rollout

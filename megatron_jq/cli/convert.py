@@ -6,26 +6,20 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_jq.cli.parser import CommandParser
 from megatron_jq.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Faults as UserError, in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{self.prog.removeprefix('megatron-jq ')}: {message}; see {self.prog} --help")
-
-
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(
+    top = CommandParser(
         prog="megatron-jq convert",
         description="Checkpoints from and to Hugging Face folders, cut for another layout, or described.",
         allow_abbrev=False,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     command = _command(commands, "hf-to-megatron", "a Hugging Face folder of safetensors → SAVE/iter_0000000")
     command.add_argument("--hf", required=True, type=Path, metavar="DIR", help="the folder to read")
     command.add_argument("--save", required=True, type=Path, metavar="DIR", help="where to; new, or empty")

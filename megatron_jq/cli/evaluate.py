@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from megatron_jq.cli.parser import CommandParser
 from megatron_jq.config import Config, TrainingConfig, parse_args
 from megatron_jq.errors import UserError
 
@@ -15,15 +16,8 @@ PROG = "megatron-jq evaluate"
 _FOR_RESCORING = ("match", "normalise", "seed")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Faults as UserError, in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"evaluate: {message}; see {self.prog} --help")
-
-
 def parser() -> argparse.ArgumentParser:
-    flags = _Parser(
+    flags = CommandParser(
         prog=PROG,
         usage=f"{PROG} (--load DIR | --hf DIR | --rescore FILE) [--name value ...]",
         description="Sample answers to held-out prompts and report pass@k, maj@k and ln P̂ with intervals. A killed "

@@ -1,21 +1,13 @@
 """F5: `megatron-jq grid`: the points of a sweep's TOML file, for people and for sweep.sbatch."""
 
-import argparse
-
+from megatron_jq.cli.parser import CommandParser
 from megatron_jq.errors import UserError
 from megatron_jq.grid import read_grid
 
 
-class _Parser(argparse.ArgumentParser):
-    """Faults as UserError, in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"grid: {message}; see {self.prog} --help")
-
-
 def run_grid(argv: list[str]) -> int:
     """Print all points, a line each, or one of them: its name, then its flags, a line each. Returns the exit code."""
-    flags = _Parser(
+    flags = CommandParser(
         prog="megatron-jq grid",
         description="A TOML file whose keys are settings and whose lists are values to try, each with each: "
         'estimator = ["garl", "paft"], q = [0, 0.5, 1] are six runs. Prints a line a run.',

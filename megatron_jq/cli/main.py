@@ -100,7 +100,7 @@ def _run(argv: list[str]) -> int:
         from megatron_jq.train.setup import show_example
 
         return show_example(config)
-    from megatron_jq.train.trainer import run_training
+    from megatron_jq.train.run import run_training
 
     return run_training(config)
 

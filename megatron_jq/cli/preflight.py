@@ -7,21 +7,15 @@ import threading
 import time
 from pathlib import Path
 
+from megatron_jq.cli.parser import CommandParser
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.preflight.facts import Facts, find_facts
 from megatron_jq.preflight.meeting import Host, report
 from megatron_jq.preflight.verdict import Limits, faults, unseen_marks
 
 
-class _Parser(argparse.ArgumentParser):
-    """Faults as UserError, in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"preflight: {message}; see {self.prog} --help")
-
-
 def parser() -> argparse.ArgumentParser:
-    flags = _Parser(
+    flags = CommandParser(
         prog="megatron-jq preflight",
         description="Start it on every node of a job. The nodes meet where the ranks will meet and compare themselves: "
         "versions, source commit, GPUs, free disk and shared memory, clocks, a run directory that all can write. "
@@ -48,7 +42,7 @@ def run_preflight(argv: list[str]) -> int:
     if node not in nodes:
         raise UserError(f"preflight: --nodes {args.nodes} does not name this node, {node}")
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not address or not port.isdigit():
+    if not address or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         raise UserError("preflight: set MASTER_ADDR and MASTER_PORT, the host and the port where the ranks will meet")
     # A restarted job's key is another one: its nodes must not meet those of the attempt before.
     key = f"{os.environ.get('SLURM_JOB_ID', '-')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"

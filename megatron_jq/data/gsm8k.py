@@ -5,21 +5,12 @@ alone (SFT); elsewhere the rationale is latent.
 """
 
 import re
-from pathlib import Path
 
-from megatron_jq.data.faults import BadRecords, RecordError
-from megatron_jq.data.jsonl import read_records, text_field
+from megatron_jq.data.faults import RecordError
+from megatron_jq.data.jsonl import text_field
 from megatron_jq.data.pair import Pair
 
 GOLD_MARK = "####"
-
-
-def read_gsm8k(path: str | Path, *, flag: str = "--train-data") -> list[Pair]:
-    """(question, gold) for every line. UserError as in read_jsonl, and for an answer without its mark or gold."""
-    bad = BadRecords()
-    pairs = bad.sieve(read_records(path, flag=flag), lambda record: gsm8k_pair(*record))
-    bad.settle(f"{flag} {path}", len(pairs))
-    return pairs
 
 
 def gsm8k_pair(where: str, record: dict) -> Pair:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_jq.data.faults import BadRecords, RecordError
+from megatron_jq.data.faults import RecordError
 from megatron_jq.data.pair import Pair
 from megatron_jq.errors import UserError
 from megatron_jq.toml_files import did_you_mean
@@ -21,17 +21,6 @@ Record = tuple[str, dict]
 
 class NumberText(str):
     """A JSON number as it stands in the file: 0.10 stays "0.10", 1e3 stays "1e3", no digit is rounded away."""
-
-
-def read_jsonl(path: str | Path, prompt_field: str, answer_field: str, *, flag: str = "--train-data") -> list[Pair]:
-    """Every pair of the file in order; `where` is "path:line", 1-based. Blank lines are passed over.
-
-    `flag` is the option that named the file. UserError: no such file, nothing in it, or a bad record (see pair_of).
-    """
-    bad = BadRecords()
-    pairs = bad.sieve(read_records(path, flag=flag), lambda record: pair_of(*record, prompt_field, answer_field))
-    bad.settle(f"{flag} {path}", len(pairs))
-    return pairs
 
 
 def pair_of(where: str, record: dict, prompt_field: str, answer_field: str) -> Pair:
@@ -144,16 +133,20 @@ def _parse(line: bytes, where: str) -> Record | RecordError:
 
 
 def _list_items(data: bytes, path: str | Path) -> Iterator[Record | RecordError]:
-    """The items of one JSON list, each with the line on which it begins. Bytes that are not UTF-8 become halves of
-    surrogate pairs, which as_text refuses where a field that is read holds one.
+    """The items of one JSON list, each with the line on which it begins, and its place in the list, from 0, where the
+    one before begins on the same line. Bytes that are not UTF-8 become halves of surrogate pairs, which as_text refuses
+    where a field that is read holds one.
     """
     text = data.decode("utf-8-sig", errors="surrogateescape")
     del data  # such files are large
     at, line = _SPACE.match(text, text.index("[") + 1).end(), 1
-    counted = 0
-    while not text.startswith("]", at):
+    counted = line_before = 0
+    for item in itertools.count():
+        if text.startswith("]", at):
+            return
         line += text.count("\n", counted, at)
-        counted, where = at, f"{path}:{line}"
+        counted, where = at, f"{path}:{line}" + f"[{item}]" * (line == line_before)
+        line_before = line
         try:
             value, end = _DECODER.raw_decode(text, at)
         except json.JSONDecodeError as error:

@@ -126,22 +126,6 @@ def select_fitting(
     return EncodedExamples(examples, report, where, tuple(misfits))
 
 
-def encode_examples(
-    pairs: Sequence[Pair],
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_tokens: int,
-    answer_budget: int | None = None,
-    overlong: str = "error",
-) -> EncodedExamples:
-    """Token ids for every pair as it stands, without a template. UserError as for select_fitting, and for a text that
-    the tokenizer cannot read.
-    """
-    writer = PromptWriter(PromptStyle(), tokenizer)
-    placed = [Placed(writer.example(index, pair), pair.where) for index, pair in enumerate(pairs)]
-    return select_fitting(placed, max_prompt_tokens=max_prompt_tokens, answer_budget=answer_budget, overlong=overlong)
-
-
 def longest_joint(placed: Iterable[Placed]) -> int:
     """Tokens of the longest joint between `</think>` and an answer: what a row needs for it."""
     return max((len(one.example.joint_ids) for one in placed), default=0)

@@ -78,6 +78,16 @@ def _convert(hf: Path, folder: Path) -> None:
     hf_to_megatron(hf, folder, Cut(1, 128))
 
 
+def _settings_of_run(found: Found) -> Config | None:
+    """The settings of the run that wrote the checkpoint. None where nothing in them says how to evaluate: a conversion
+    has none, and pretraining knows neither prompts nor rationales.
+    """
+    if found.manifest.config is None:
+        return None
+    saved = settings_of_text(found.manifest.config, f"{found.folder}: its settings")
+    return None if saved.objective.estimator == "pretrain" else saved
+
+
 def settings_of(found: Found) -> Config:
     """The checkpoint's own settings as far as an evaluation has them: data, budgets, sampling, seed.
 
@@ -85,9 +95,7 @@ def settings_of(found: Found) -> Config:
     temperature, or that of its rollouts where the run evaluated greedily.
     """
     manifest, default = found.manifest, Config()
-    saved = default
-    if manifest.config is not None:
-        saved = settings_of_text(manifest.config, f"{found.folder}: its settings")
+    saved = _settings_of_run(found) or default
     t = saved.training
     return replace(
         default,
@@ -146,8 +154,8 @@ class HeldOut:
 def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, architecture: Architecture) -> HeldOut:
     """UserError: no source, one that cannot be read or holds nothing that fits."""
     d, r = config.data, config.rollout
-    # A conversion's manifest knows no data, and the default is a task that its policy never saw.
-    source = heldout_source(config) if found.manifest.config is not None else d.eval_data
+    # Without such settings the default is a task that the policy never saw.
+    source = d.eval_data if _settings_of_run(found) is None else heldout_source(config)
     if source is None:
         raise UserError("--eval-data is missing: name the prompts and answers to evaluate on")
     reading = read_source(config, source, "heldout", "--eval-data", count=d.eval_examples)

@@ -222,9 +222,12 @@ def build_policies(architecture: Architecture, options: BuildOptions, runtime: R
 
 
 class TrainingModel:
-    """A pipeline rank's model chunks inside Megatron-core's mixed-precision and data-parallel wrappers."""
+    """A pipeline rank's model chunks inside Megatron-core's mixed-precision and data-parallel wrappers.
 
-    def __init__(self, chunks: list[DistributedDataParallel]):
+    A frozen model has no data-parallel wrapper and no gradients.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module]):
         self.chunks = chunks
 
     @property

@@ -80,6 +80,7 @@ class _Row:
 
 
 def padded(tokens: int, multiple: int) -> int:
+    """Tokens up to the next multiple."""
     return -(-tokens // multiple) * multiple
 
 

@@ -8,6 +8,7 @@ from megatron_jq.objective.baselines import (
     maxrl_coefficients,
     rloo_coefficients,
     sft_coefficients,
+    star_coefficients,
 )
 from megatron_jq.objective.clipping import (
     TokenFigures,
@@ -62,4 +63,5 @@ __all__ = [
     "resample_counts",
     "rloo_coefficients",
     "sft_coefficients",
+    "star_coefficients",
 ]

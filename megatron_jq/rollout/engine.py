@@ -1,5 +1,6 @@
 """F3: what a rollout engine is asked for, and the protocol that every engine meets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,3 +72,11 @@ def share_of_replica(
     for slot in range(start, end):
         share.setdefault(slot // num_rationales, []).append(slot % num_rationales)
     return [(prompt, tuple(slots)) for prompt, slots in share.items()]
+
+
+def requests_of_replica(
+    examples: Sequence[Example], num_rationales: int, replica: int, num_replicas: int, *, first: int = 0, score: bool
+) -> list[RolloutRequest]:
+    """What replica `replica` draws of num_rationales rationales an example. first: the first example's prompt slot."""
+    share = share_of_replica(len(examples), num_rationales, replica, num_replicas)
+    return [request_for(examples[b], first + b, slots, score=score) for b, slots in share]

@@ -161,10 +161,10 @@ def _all_gather(sequences: list[Sequence], runtime: Runtime) -> list[list[Sequen
     counts = torch.empty(dp.size(), dtype=torch.int64, device=device)
     all_gather_flat(counts, torch.tensor([len(numbers)], device=device), dp)
     longest = int(counts.max())
-    padded = torch.zeros(longest, dtype=torch.int32, device=device)
-    padded[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32, device=device)
+    mine = torch.zeros(longest, dtype=torch.int32, device=device)
+    mine[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32, device=device)
     everyones = torch.empty(dp.size() * longest, dtype=torch.int32, device=device)
-    all_gather_flat(everyones, padded, dp)
+    all_gather_flat(everyones, mine, dp)
     parts = everyones.view(dp.size(), longest).tolist()
     return [_decode(part[:count]) for part, count in zip(parts, counts.tolist(), strict=True)]
 

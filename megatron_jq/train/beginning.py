@@ -14,7 +14,7 @@ from megatron_jq.parallel.runtime import Runtime, agree
 _FREE = {
     "train_iters", "share_prompts", "micro_batch_size", "max_tokens_per_micro_batch", "pad_sequences_to_multiple_of",
     "run_dir", "log_interval", "sample_interval", "eval_interval", "tensorboard", "score_with", "score_check_interval",
-    "score_mismatch_alarm", "rollout_batch_size",
+    "score_mismatch_alarm", "rollout_batch_size", "data_cache_path",
 }  # fmt: skip
 _FREE_GROUPS = ("parallel", "checkpoint")
 

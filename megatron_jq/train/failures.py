@@ -73,6 +73,7 @@ def non_finite(
     kept: list[list[Sequence]] = [[]] * runtime.world_size
     dist.all_gather_object(kept, sequences)
     path = run_dir / f"nonfinite_step_{step:07d}.json"
+    where = f"the batch is in {path}"
     if runtime.is_main:
         unique = {(s.prompt_slot, s.rationale_slot): s for replica in kept for s in replica}
         batch = {
@@ -81,7 +82,10 @@ def non_finite(
             "prompts": [{"index": p.index, "prompt": p.prompt_text, "answer": p.answer_text} for p in prompts],
             "sequences": [vars(unique[slot]) for slot in sorted(unique)],
         }
-        path.write_text(json.dumps(batch), encoding="utf-8")
+        try:
+            path.write_text(json.dumps(batch), encoding="utf-8")
+        except OSError as fault:  # the run's own fault is the one to tell, and the others wait below
+            where = f"the batch could not be kept in {path}: {fault.strerror}"
     dist.barrier()  # a launcher ends all ranks once the first has left: none leaves before the batch is on disk
     ids = [p.index for p in prompts]
-    return RunFailure(f"step {step}: {what} is not finite; prompts {ids}; the batch is in {path}")
+    return RunFailure(f"step {step}: {what} is not finite; prompts {ids}; {where}")

@@ -10,8 +10,13 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_jq.config import Config
 from megatron_jq.errors import RunFailure
+from megatron_jq.model.build import BuildOptions, kernels
+from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import StepMetrics
+from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.setup import DataSets
 
 
 class Recorder:
@@ -112,3 +117,31 @@ class Recorder:
 def finite_values(metrics: StepMetrics) -> dict[str, float | None]:
     """A line of metrics.jsonl. JSON has no NaN: a value without meaning is null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(metrics).items()}
+
+
+def opening_line(
+    config: Config,
+    data: DataSets,
+    estimator: Estimator,
+    options: BuildOptions,
+    runtime: Runtime,
+    *,
+    with_experts: bool,
+) -> str:
+    """What is about to run, on what, and where its results go."""
+    o, r, g = config.objective, config.rollout, runtime.groups
+    dropped = f", {data.dropped} overlong examples dropped" if data.dropped else ""
+    expert = f" EP {g.collection.ep.size()}" if with_experts else ""
+    batch = f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step"
+    if estimator.imitates:
+        of = f"rows of {estimator.row_tokens} tokens" if o.estimator == "pretrain" else "given rationales"
+        batch = f"{r.prompts_per_step} {of} a step"
+    parts = [
+        f"{o.estimator} q={o.q:g}" if estimator.uses_q else o.estimator,
+        f"{len(data.train)} training and {len(data.heldout)} held-out examples{dropped}",
+        batch,
+        f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()}{expert} on {runtime.device.type}, "
+        f"{kernels(options, runtime)}",
+        config.training.run_dir,
+    ]
+    return " | ".join(parts)

@@ -82,9 +82,10 @@ class Saving:
         saved, optimizer = found.manifest, self._config.optimizer.optimizer
         remedy = "or begin a new run from its weights with --load and --finetune"
         if saved.data != self._data:
-            raise UserError(
-                f"{found.folder} was trained on other data than --train-data gives now; restore it, {remedy}"
-            )
+            flag = "--train-data"
+            if self._config.objective.estimator == "pretrain":
+                flag = "--data-path (and --train-iters, where files are read more than once)"
+            raise UserError(f"{found.folder} was trained on other data than {flag} gives now; restore it, {remedy}")
         if saved.optimizer["name"] != optimizer:
             raise UserError(
                 f"{found.folder} was trained with --optimizer {saved.optimizer['name']}, not {optimizer}; "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_jq.architecture import Architecture
-from megatron_jq.config import Config, to_toml
+from megatron_jq.config import Config, DataConfig, to_toml
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
@@ -148,6 +148,15 @@ def _prepare_corpus(
 ) -> DataSets:
     """The rows of --data-path that the run trains on and is evaluated on. UserError: bad input, on every rank."""
     d = config.data
+    for flag, is_given in (
+        ("--train-data", d.train_data != DataConfig().train_data),
+        ("--eval-data", d.eval_data is not None),
+    ):
+        if is_given:
+            raise UserError(
+                f"{flag} is not read by --estimator pretrain: leave it out; --data-path and --split say what is "
+                "trained and validated on"
+            )
     path = Path(d.tokenizer_model or run_dir / "tokenizer.model")
     if d.tokenizer_model is None:
         together(runtime, lambda: _own_tokenizer(config, None, path, carried), main_only=True)

@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_jq.model.build import TrainingModel
 from megatron_jq.model.moe import balances_experts, begin_balancing, mean_balance
-from megatron_jq.model.rows import Rows, ScoreHead, pack_sequences, prompt_groups
+from megatron_jq.model.rows import Rows, ScoreHead, pack_sequences, padded, prompt_groups
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, Rollout, Sequence
 from megatron_jq.train.batching import Unit, balance, in_step_with_expert_peers, micro_batches
@@ -240,7 +240,7 @@ def row_tokens(batch: list[Sequence], options: BatchOptions, row_multiple: int, 
     """Tokens of a micro-batch's row, as pack_sequences lays it out."""
     groups = prompt_groups(batch, share_prompts=share_prompts, multiple=options.sequence_multiple)
     total = sum(Unit(tuple(batch[n] for n in group), options.sequence_multiple).tokens for group in groups)
-    return -(-total // row_multiple) * row_multiple or row_multiple
+    return padded(total, row_multiple) or row_multiple
 
 
 def complete_table(

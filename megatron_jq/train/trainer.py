@@ -3,77 +3,37 @@
 import gc
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_jq.checkpoint.folder import TOKENIZER
 from megatron_jq.config import Config
-from megatron_jq.config_validate import Derived, derive
+from megatron_jq.config_validate import Derived
 from megatron_jq.data.answers import rule_of
 from megatron_jq.data.sampler import InOrder, PromptSampler
-from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, answer_matches, evaluate
-from megatron_jq.model.build import build_options, build_policies, kernels, wrap_for_training
+from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, evaluate
+from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
-from megatron_jq.parallel import runtime as runtime_module
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, Example, Rollout, Sequence, StepMetrics
-from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, request_for, share_of_replica
+from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train import step as passes
-from megatron_jq.train.beginning import Beginning, find_beginning, save_folder
+from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.estimators import Estimator
-from megatron_jq.train.failures import Phase, non_finite, peers_must_answer
+from megatron_jq.train.failures import Phase, non_finite
 from megatron_jq.train.figures import Tables, step_metrics
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
 from megatron_jq.train.pace import PaceMaker
-from megatron_jq.train.recorder import Recorder
+from megatron_jq.train.recorder import Recorder, opening_line
 from megatron_jq.train.reference import Reference
+from megatron_jq.train.rollouts import rewards, sequences_of
 from megatron_jq.train.saving import Saving
-from megatron_jq.train.setup import (
-    DataSets,
-    check_run_directory,
-    check_save_folder,
-    claim_run_directory,
-    prepare_data,
-)
+from megatron_jq.train.setup import DataSets
 from megatron_jq.train.stopping import StopRequest
 from megatron_jq.train.updates import Trained, Updates
-from megatron_jq.train.watch import Watch
-
-
-def run_training(config: Config) -> int:
-    """Train to --train-iters and evaluate. Returns the exit code. UserError before work starts on any bad input."""
-    derived = derive(config, runtime_module.world_size_from_environment())
-    deadline, phase = timedelta(minutes=config.parallel.distributed_timeout_minutes), Phase()
-    with peers_must_answer(phase, deadline):
-        runtime = runtime_module.start_configured(config.parallel, config.training.seed)
-    watch = Watch(phase, runtime, timedelta(minutes=config.parallel.phase_timeout_minutes))
-    with watch, peers_must_answer(phase, deadline, watch.missing_peers):
-        run_dir, resume = Path(config.training.run_dir), config.checkpoint.resume
-        together(runtime, lambda: check_run_directory(run_dir, resume=resume), main_only=True)
-        together(runtime, lambda: check_save_folder(save_folder(config)), main_only=True)
-        beginning = find_beginning(config, runtime)
-        carried = None if beginning.found is None else beginning.found.folder / TOKENIZER
-        data = prepare_data(config, derived.architecture, runtime, run_dir, carried=carried)
-        trainer = Trainer(config, derived, data, runtime, phase)
-        vocab_size = trainer.build_options.vocab_size
-        saving = Saving(config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline)
-        saving.load(beginning)
-        if trainer.reference is not None:
-            trainer.reference.begin(beginning, trainer.model.policies)
-        trainer.schedule.step(increment=beginning.step)
-        # Last: a folder whose run was refused for another fault stays free for the next try.
-        together(runtime, lambda: claim_run_directory(run_dir, config, resume=resume), main_only=True)
-        if trainer.reference is not None:
-            trainer.reference.keep(beginning, deadline)
-        with StopRequest().listening() as stop:
-            trainer.run(beginning, saving, stop)
-    runtime_module.stop()
-    return 0
 
 
 class Trainer:
@@ -127,7 +87,9 @@ class Trainer:
                 first_step=beginning.step,
                 metrics_bytes=beginning.metrics_bytes,
             )
-            self.recorder.say(self._opening_line())
+            has_experts = self.model.config.num_moe_experts is not None
+            given = (self.config, self.data, self.estimator, self.build_options, self.runtime)
+            self.recorder.say(opening_line(*given, with_experts=has_experts))
         # What stands now stays: a full collection that walks through it costs a quarter of a second every so often.
         gc.collect()
         gc.freeze()
@@ -156,11 +118,13 @@ class Trainer:
         rolled = time.monotonic()
 
         self.phase.enter(step, "score")
-        gold = [self._sequence(rollout, prompts, gold=True) for rollout in rollouts if rollout.valid]
+        gold = sequences_of(rollouts, prompts, gold=True)
         shape = (len(prompts), self.config.rollout.num_rationales)
         scores, mismatch = self._score(step, rollouts, gold, shape)
         log_w_BM, valid_BM = scores.log_answer_BM, scores.present_BM
-        reward_BM = self._rewards(rollouts, prompts, shape) if self.estimator.samples_answers else torch.zeros(shape)
+        reward_BM = torch.zeros(shape)
+        if self.estimator.samples_answers:
+            reward_BM = rewards(rollouts, prompts, shape, self.data.tokenizer, self.runtime)
         self._check(step, prompts, gold, "ln p(y*|x,z)", log_w_BM[valid_BM])
         scored = time.monotonic()
 
@@ -170,7 +134,7 @@ class Trainer:
         self._check(step, prompts, gold, "coefficient of ln p(y|x,z)", coefficients.answer_BM)
         sequences = gold
         if self.estimator.samples_answers:
-            sequences = [self._sequence(rollout, prompts, gold=False) for rollout in rollouts if rollout.valid]
+            sequences = sequences_of(rollouts, prompts, gold=False)
         updates = self._updates(step, prompts, sequences, coefficients, valid_BM)
         pace = self.pace.compare((rolled - began, scored - rolled, time.monotonic() - scored))
 
@@ -179,10 +143,10 @@ class Trainer:
             self.recorder.say(pace.remark)
         if self.estimator.imitates:
             log_w_BM = updates.scores.log_answer_BM
-        if self._samples_due(step) and self.recorder is not None:
+        if self._samples_due(step) and self.recorder is not None and rollouts:  # rank 0's replica may be an idle one
             self._show_sample(step, prompts, rollouts, log_w_BM)
-        rewards = reward_BM if self.estimator.samples_answers else None
-        tables = Tables(log_w_BM, valid_BM, rewards, coefficients, scores, updates)
+        sampled = reward_BM if self.estimator.samples_answers else None
+        tables = Tables(log_w_BM, valid_BM, sampled, coefficients, scores, updates)
         return step_metrics(
             step, q, self.estimator, tables, rollouts, sequences, self.runtime,
             log_w_mismatch=mismatch, grad_norm=updates.grad_norm, lr=learning_rate(self.optimizer),
@@ -205,7 +169,7 @@ class Trainer:
         self.phase.enter(step, "evaluation")
         rows = list(self.data.heldout)
         rollouts = self.rationales.generate(self._requests(rows), self._sampling(step))
-        sequences = [self._sequence(rollout, rows, gold=True) for rollout in rollouts]
+        sequences = sequences_of(rollouts, rows, gold=True)
         scores = passes.score(self.model, sequences, (len(rows), 1), self.runtime, self.score_options)
         return -scores.log_answer_BM.sum().item() / sum(len(row.answer_ids) for row in rows)
 
@@ -258,10 +222,8 @@ class Trainer:
         return scores, mismatch
 
     def _requests(self, prompts: list[Example]) -> list[RolloutRequest]:
-        dp = self.runtime.groups.dp
-        share = share_of_replica(len(prompts), self.config.rollout.num_rationales, dp.rank(), dp.size())
-        score = self.config.rollout.score_with == "rollout"
-        return [request_for(prompts[b], b, slots, score=score) for b, slots in share]
+        r, dp = self.config.rollout, self.runtime.groups.dp
+        return requests_of_replica(prompts, r.num_rationales, dp.rank(), dp.size(), score=r.score_with == "rollout")
 
     def _sampling(self, step: int) -> SamplingOptions:
         r = self.config.rollout
@@ -275,25 +237,6 @@ class Trainer:
             seed=self.config.training.seed,
             step=step,
         )
-
-    def _sequence(self, rollout: Rollout, prompts: list[Example], *, gold: bool) -> Sequence:
-        example = prompts[rollout.prompt_slot]
-        return Sequence(
-            rollout.prompt_slot,
-            rollout.rationale_slot,
-            example.prompt_ids,
-            example.joined(rollout.rationale_ids),
-            rollout.num_sampled,
-            example.answer_ids if gold else rollout.answer_ids,
-        )
-
-    def _rewards(self, rollouts: list[Rollout], prompts: list[Example], shape: tuple[int, int]) -> torch.Tensor:
-        """1 where the sampled answer matches the gold one, [B, M] float64, completed over replicas."""
-        reward_BM = torch.zeros(shape, dtype=torch.float64, device=self.runtime.device)
-        for r in rollouts:
-            if answer_matches(r.answer_ids, prompts[r.prompt_slot], self.data.tokenizer):
-                reward_BM[r.prompt_slot, r.rationale_slot] = 1.0
-        return self.runtime.groups.sum_over_replicas(reward_BM).cpu()
 
     def _updates(
         self,
@@ -364,21 +307,3 @@ class Trainer:
     def _evaluation_due(self, step: int) -> bool:
         t = self.config.training
         return step + 1 == t.train_iters or (t.eval_interval > 0 and (step + 1) % t.eval_interval == 0)
-
-    def _opening_line(self) -> str:
-        o, r, g = self.config.objective, self.config.rollout, self.runtime.groups
-        dropped = f", {self.data.dropped} overlong examples dropped" if self.data.dropped else ""
-        expert = f" EP {g.collection.ep.size()}" if self.model.config.num_moe_experts is not None else ""
-        batch = f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step"
-        if self.estimator.imitates:
-            of = f"rows of {self.estimator.row_tokens} tokens" if o.estimator == "pretrain" else "given rationales"
-            batch = f"{r.prompts_per_step} {of} a step"
-        parts = [
-            f"{o.estimator} q={o.q:g}" if self.estimator.uses_q else o.estimator,
-            f"{len(self.data.train)} training and {len(self.data.heldout)} held-out examples{dropped}",
-            batch,
-            f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()}{expert} on {self.runtime.device.type}, "
-            f"{kernels(self.build_options, self.runtime)}",
-            self.config.training.run_dir,
-        ]
-        return " | ".join(parts)

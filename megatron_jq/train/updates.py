@@ -65,11 +65,13 @@ def train_by_token(
     """
 
     def head_of(number: int, head: ScoreHead) -> ScoreHead:
-        weight_N, pick = None, lambda lists: None if lists is None else lists[number]
+        old_N = None if off_policy.old is None else off_policy.old[number]
+        reference_N = None if off_policy.reference is None else off_policy.reference[number]
+        weight_N = None
         if off_policy.kl_weight_BM is not None:
             slots = [off_policy.kl_weight_BM[s.prompt_slot, s.rationale_slot].item() for s in batches[number]]
             weight_N = torch.tensor(slots, dtype=torch.float64, device=runtime.device)[head.cell_N // 2]
-        rule = TokenRule(off_policy.lower, off_policy.upper, pick(off_policy.old), pick(off_policy.reference), weight_N)
+        rule = TokenRule(off_policy.lower, off_policy.upper, old_N, reference_N, weight_N)
         return replace(head, by_token=True, rule=rule)
 
     begin_expert_balance(model, batches, runtime)

@@ -46,8 +46,7 @@ def _both(runtime, sequence_parallel: bool, virtual_stages: int):
     model = wrap_for_training(policies, options, runtime)
     dp = runtime.groups.dp
     requests = [
-        RolloutRequest(b, _prompt(b), slots, _gold(b))
-        for b, slots in share_of_replica(*TABLE, dp.rank(), dp.size())
+        RolloutRequest(b, _prompt(b), slots, _gold(b)) for b, slots in share_of_replica(*TABLE, dp.rank(), dp.size())
     ]
     results = []
     for answer_budget, max_rows, budget in ((0, None, 9), (5, 7, 9), (0, None, 1)):

@@ -20,8 +20,9 @@ from megatron_jq.corpus.reading import CorpusOptions, open_corpus
 from megatron_jq.data.sampler import InOrder
 from megatron_jq.errors import UserError
 from megatron_jq.records import Example, Sequence
-from megatron_jq.rollout.engine import SamplingOptions, request_for, share_of_replica
+from megatron_jq.rollout.engine import SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
+from megatron_jq.train import rollouts
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.step import BatchOptions
 from tests.distributed import reference
@@ -50,15 +51,9 @@ def examples() -> list[Example]:
 
 
 def sequences_of(batch: list[Example], replica: int, num_replicas: int) -> list[Sequence]:
-    """A replica's sequences, as the trainer makes them."""
-    shares = share_of_replica(len(batch), 1, replica, num_replicas)
-    rollouts = GivenRationales().generate([request_for(batch[b], b, m, score=False) for b, m in shares], SAMPLING)
-    found = []
-    for r in rollouts:
-        e = batch[r.prompt_slot]
-        rationale = e.joined(r.rationale_ids)
-        found.append(Sequence(r.prompt_slot, 0, e.prompt_ids, rationale, r.num_sampled, e.answer_ids))
-    return found
+    """A replica's sequences, by the trainer's own way."""
+    requests = requests_of_replica(batch, 1, replica, num_replicas, score=False)
+    return rollouts.sequences_of(GivenRationales().generate(requests, SAMPLING), batch, gold=True)
 
 
 def rotate_by_float32(x_Td: torch.Tensor, base: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 # Imported here, before any fork, so that no rank pays for it again.
-import megatron_jq.train.trainer  # noqa: F401
+import megatron_jq.train.run  # noqa: F401
 from megatron_jq.cli.main import main
 
 DEADLINE_SECONDS = 90

@@ -19,7 +19,7 @@ from megatron_jq.bench.meters import Memory, MessageCounter, Meter
 from megatron_jq.errors import UserError
 from megatron_jq.model.build import BuildOptions, build_policies
 from tests.distributed.ranks import run_ranks
-from tools import bench_step
+from tools import bench_sharing, bench_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -248,3 +248,15 @@ def test_lengths_default_to_the_settings_of_a_run(monkeypatch):
     args, config = bench_step.parse("--rationale-budget 11 --rationale-tokens 12 --prompt-tokens 5:7".split())
     assert (args.rationale_tokens, config.rollout.rationale_budget) == (12, 12)
     assert (args.vocab_size, args.prompt_tokens, config.data.max_prompt_tokens) == (1024, (5, 7), 7)
+
+
+def test_what_sharing_loses_is_below_1_in_its_table():
+    def figures(seconds: float, tokens: int, rate: float, cache: float) -> dict:
+        phase = {"tokens_processed": tokens, "seconds": seconds, "peak_memory_bytes": 8e6, "tokens_per_second": rate}
+        return {"phases": [{"phase": name, **phase} for name in ("rollout", "score", "train")], "cache_bytes": cache}
+
+    cells = bench_sharing.line(figures(1.0, 600, 50.0, 4e6), figures(2.0, 300, 25.0, 1e6), 16, 4)
+    assert cells[:3] == ["16", "4", "1,200 → 600"] and cells[4] == "2.00 → 4.00"
+    assert list(zip(bench_sharing.COLUMNS[3::2], cells[3::2], strict=True)) == [
+        ("fewer", "2.00"), ("faster", "0.50"), ("smaller", "1.00"), ("faster", "0.50"), ("smaller", "4.00")
+    ]  # fmt: skip

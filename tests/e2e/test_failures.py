@@ -105,6 +105,15 @@ def test_a_nan_on_one_rank_stops_all_with_the_quantity_and_the_batch(layout, fau
     assert_stopped_with_batch(ended, tmp_path, quantity)
 
 
+def test_a_batch_that_cannot_be_kept_does_not_hide_why_the_run_stopped(tmp_path):
+    (tmp_path / "run" / f"nonfinite_step_{STEP:07d}.json").mkdir(parents=True)
+    argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *LAYOUTS["TP2"]]
+    ended = run(argv, tmp_path, size=2, prepare=faulty(tmp_path, rank=1, fault=poison_weights))
+    assert [end.code for end in ended] == [3, 3], ended
+    assert all(f"step {STEP}: ln p(y*|x,z) is not finite; prompts [" in end.err for end in ended), ended
+    assert "the batch could not be kept in" in ended[0].err and "Is a directory" in ended[0].err
+
+
 def test_an_update_that_ruins_the_weights_stops_the_next_step(tmp_path):
     flags = ["--lr", "1e30", "--clip-grad", "0"]
     argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *LAYOUTS["TP2"], *flags]

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.records import MEASURED
-from megatron_jq.train import trainer
+from megatron_jq.train import rollouts
 from tests.e2e.launch import SMALL, Ended, run
 
 KL = ["--estimator", "grpo", "--grpo-kl-beta", "0.05", "--no-tensorboard"]
@@ -19,7 +19,7 @@ TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-si
 
 def lottery(rank: int) -> None:
     """Every other answer is right: an untrained policy's never are, and there would be nothing to train on."""
-    trainer.answer_matches = lambda ids, example, tokenizer: sum(ids) % 2 == 0
+    rollouts.answer_matches = lambda ids, example, tokenizer: sum(ids) % 2 == 0
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -154,6 +154,27 @@ def test_a_run_that_stops_goes_on_exactly_and_at_any_number_of_replicas(estimato
     assert metrics(two)[-1][key] == pytest.approx(metrics(whole)[-1][key], rel=1e-4)
 
 
+def test_a_longer_run_that_reads_its_files_again_is_refused_with_the_flags_that_did_it(folder, tmp_path):
+    flags = [*pretraining(folder, 1), "--eval-examples", "1"]
+    run_dir = train(tmp_path, "short", *flags)
+    (end,) = run(["train", *QUIET, *flags, "--run-dir", str(run_dir), "--resume", "--train-iters", "2000"], tmp_path)
+    assert end.code == 2, end
+    assert "was trained on other data than --data-path (and --train-iters, where files are read more than" in end.err
+    elsewhere = ["--train-iters", "2", "--data-cache-path", str(tmp_path / "cache")]
+    assert len(metrics(train(tmp_path, "short", *flags, "--resume", *elsewhere))) == 2
+
+
+def test_a_pretrained_policy_is_evaluated_on_the_data_that_is_named(chain, folder, tmp_path):
+    argv = ["evaluate", "--device", "cpu", "--load", f"{chain['pretrain']}/checkpoints", "--output", f"{tmp_path}/out"]
+    (end,) = run(argv, tmp_path)
+    assert end.code == 2 and "--eval-data is missing" in end.err, end
+    few = ["--eval-examples", "2", "--eval-samples", "2"]
+    (end,) = run([*argv, "--eval-data", f"{folder}/test.jsonl", *few, *BUDGET], tmp_path)
+    assert end.code == 0, end
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert results["evaluation"]["num_prompts"] == 2 and results["log_p_mean"]["value"] < 0
+
+
 def test_sft_then_rlvr_as_a_q_schedule_is_two_runs_with_the_optimizer_carried_on(tmp_path):
     """--q 1 --q-schedule step --q-final 0 is q = 1 to the step, and from its checkpoint q = 0: one computation."""
     common = ["--estimator", "garl", "--prompts-per-step", "4", "--num-rationales", "4", "--rationale-budget", "4",
@@ -183,6 +204,8 @@ BAD = {
     "holds token": ["--tokenizer-model", "{}/small.model"],
     "leaves no row of 65 tokens": ["--split", "100,0,0", "--eval-interval", "5"],
     "fewer than a row of 401": ["--split", "1,1999", "--seq-length", "400"],
+    "--train-data is not read by --estimator pretrain": ["--train-data", "builtin:addition"],
+    "--eval-data is not read by --estimator pretrain": ["--eval-data", "{}/test.jsonl"],
 }
 
 

@@ -102,6 +102,12 @@ def test_the_layout_does_not_change_the_training(layout, alone, tmp_path):
     assert_same_training(train(tmp_path, *LAYOUTS[layout], size=2), metrics(alone))
 
 
+def test_replicas_without_a_rationale_change_nothing(tmp_path):
+    """One sequence a step on two replicas: the first, whose rank 0 shows samples, has none to show."""
+    flags = ["--estimator", "paft", "--prompts-per-step", "1", "--num-rationales", "1", "--sample-interval", "1"]
+    assert_same_training(train(tmp_path / "two", *flags, size=2), train(tmp_path / "one", *flags))
+
+
 def test_torchrun_trains_the_same_with_tensor_parallel_ranks(alone, tmp_path):
     run_dir = tmp_path / "run"
     ended = finish(start_torchrun([*SMALL, "--run-dir", str(run_dir), *LAYOUTS["TP2"]], 2))

@@ -192,23 +192,29 @@ def _die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def leaves_nothing_behind() -> Iterator[None]:
-    """Assert that daemons, mounts, network devices and /etc/hosts are afterwards what they were before."""
-    before = machine()
+def leaves_nothing_behind(folder: Path) -> Iterator[None]:
+    """Assert that a cluster in `folder` leaves no process, mount, network device, namespace or line in /etc/hosts."""
+    before = left_by(folder)
     yield
-    after = machine()
-    for name, was in before.items():
-        assert after[name] == was, (name, was ^ after[name])
+    after = left_by(folder)
+    assert after == before, {name: after[name] ^ was for name, was in before.items()}
 
 
-def machine() -> dict[str, set[str]]:
-    """What a cluster could leave on this machine."""
-    daemons = ("slurmctld", "slurmd", "munged")
+def left_by(folder: Path) -> dict[str, set[str]]:
+    """What is on this machine of a cluster in `folder`, and what of it cannot be told from others'."""
     netns = Path("/run/netns")
     return {
-        "daemons": {f"{p.info['name']} {p.pid}" for p in psutil.process_iter(["name"]) if p.info["name"] in daemons},
-        "mounts": set(Path("/proc/self/mounts").read_text().splitlines()),
+        "processes": set(_processes(str(folder / "slurm.conf"))),
+        "mounts": {line for line in Path("/proc/self/mounts").read_text().splitlines() if str(folder) in line},
         "devices": set(os.listdir("/sys/class/net")),
         "namespaces": set(os.listdir(netns)) if netns.exists() else set(),
         "hosts": set(Path("/etc/hosts").read_text().splitlines()),
     }
+
+
+def _processes(slurm_conf: str) -> Iterator[str]:
+    """The cluster's daemons, its jobs, and all that they started: Slurm's configuration is in their environment."""
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == slurm_conf:
+                yield f"{process.info['name']} {process.pid}"

@@ -11,5 +11,6 @@ def cluster(tmp_path_factory):
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    with leaves_nothing_behind(), Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as up:
+    folder = tmp_path_factory.mktemp("slurm") / "cluster"
+    with leaves_nothing_behind(folder), Cluster(folder) as up:
         yield up

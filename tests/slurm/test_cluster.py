@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.cluster import Cluster, leaves_nothing_behind, machine, why_not
+from tests.slurm.cluster import Cluster, leaves_nothing_behind, left_by, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -26,25 +26,29 @@ with Cluster(Path(sys.argv[1])) as cluster:
 
 
 def test_after_a_failure_nothing_is_left(tmp_path):
-    with pytest.raises(ZeroDivisionError), leaves_nothing_behind(), Cluster(tmp_path / "cluster") as cluster:
-        cluster.kill_node("node2")
-        raise ZeroDivisionError
+    folder = tmp_path / "cluster"
+    with leaves_nothing_behind(folder):
+        with pytest.raises(ZeroDivisionError), Cluster(folder) as cluster:
+            cluster.kill_node("node2")
+            raise ZeroDivisionError
 
 
 def test_when_the_tester_is_killed_nothing_is_left(tmp_path):
-    before = machine()
+    folder = tmp_path / "cluster"
+    before = left_by(folder)
     tester = subprocess.Popen(
-        [sys.executable, "-c", BUSY, str(tmp_path / "cluster"), str(tmp_path)],
+        [sys.executable, "-c", BUSY, str(folder), str(tmp_path)],
         stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
     )  # fmt: skip
     assert tester.stdout.readline() == "up\n"
     inside = psutil.Process(tester.pid).children(recursive=True)
     assert {"slurmctld", "slurmd", "munged", "srun"} <= {process.name() for process in inside}
+    assert len(left_by(folder)["processes"]) >= 5
     tester.kill()
     tester.communicate(timeout=30)
     _, alive = psutil.wait_procs(inside, timeout=30)
     assert not alive
     end = time.monotonic() + 30
-    while machine() != before and time.monotonic() < end:  # the kernel takes a network away a moment later
+    while left_by(folder) != before and time.monotonic() < end:  # the kernel takes a network away a moment later
         time.sleep(0.05)
-    assert machine() == before
+    assert left_by(folder) == before

@@ -99,7 +99,7 @@ def environment(home: Path) -> dict[str, str]:
     foreign = ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS")
     ours = {name: value for name, value in os.environ.items() if name not in foreign}
     # Wide, or nemo-run breaks its lines.
-    return {**ours, "NEMORUN_HOME": str(home), "COLUMNS": "400", "OMP_NUM_THREADS": "1"}
+    return {**ours, "NEMORUN_HOME": str(home), "COLUMNS": "1200", "OMP_NUM_THREADS": "1"}
 
 
 def normalised(text: str, home: Path) -> str:

@@ -5,9 +5,8 @@ import os
 
 import pytest
 
-from megatron_jq.data.dataset import load_pairs
-from megatron_jq.data.gsm8k import gold_answer, read_gsm8k
-from megatron_jq.data.jsonl import read_jsonl
+from megatron_jq.data.dataset import ReadOptions, load_pairs, load_source
+from megatron_jq.data.gsm8k import gold_answer
 from megatron_jq.data.pair import Pair
 from megatron_jq.errors import UserError
 
@@ -22,7 +21,7 @@ def write(tmp_path, content: bytes):
 
 def test_pairs_come_in_order_with_their_lines(tmp_path):
     path = write(tmp_path, GOOD + b"\n  \n" + b'{"answer": "b", "prompt": "a", "id": null}')
-    assert read_jsonl(path, "prompt", "answer") == [
+    assert load_pairs(str(path), data_format="jsonl") == [
         Pair("two and two", "four", f"{path}:1"),
         Pair("a", "b", f"{path}:4"),
     ]
@@ -30,20 +29,21 @@ def test_pairs_come_in_order_with_their_lines(tmp_path):
 
 def test_fields_are_chosen_by_name(tmp_path):
     path = write(tmp_path, b'{"x": "a", "y": "b", "answer": "c"}\n')
-    assert read_jsonl(path, "x", "y")[0].answer == "b"
+    options = ReadOptions("jsonl", prompt_field="x", answer_field="y")
+    assert load_source(str(path), options).pairs[0].answer == "b"
 
 
 @pytest.mark.parametrize("number", ["3", "-0.10", "1e3", "109200000", "12345678901234567890123.5000", "9" * 5000])
 def test_a_number_is_its_text_in_the_file(tmp_path, number):
     path = write(tmp_path, b'{"prompt": "n", "answer": %s}\n' % number.encode())
-    (pair,) = read_jsonl(path, "prompt", "answer")
+    (pair,) = load_pairs(str(path), data_format="jsonl")
     assert pair.answer == number and type(pair.answer) is str
 
 
 def test_windows_line_ends_a_byte_order_mark_and_line_separators_inside_strings_are_read(tmp_path):
     text = json.dumps({"prompt": "a\u2028b\x85c", "answer": "d"}, ensure_ascii=False)
     path = write(tmp_path, b"\xef\xbb\xbf" + text.encode() + b"\r\n" + GOOD)
-    assert [(p.prompt, p.where) for p in read_jsonl(path, "prompt", "answer")] == [
+    assert [(p.prompt, p.where) for p in load_pairs(str(path), data_format="jsonl")] == [
         ("a\u2028b\x85c", f"{path}:1"),
         ("two and two", f"{path}:2"),
     ]
@@ -74,7 +74,7 @@ def test_windows_line_ends_a_byte_order_mark_and_line_separators_inside_strings_
 def test_a_bad_line_is_refused_with_its_file_and_line(tmp_path, line, fault):
     path = write(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD)
     with pytest.raises(UserError) as error:
-        read_jsonl(path, "prompt", "answer")
+        load_pairs(str(path), data_format="jsonl")
     assert str(error.value).startswith(f"{path}:3: ")
     assert fault in str(error.value)
 
@@ -122,7 +122,7 @@ def test_the_gold_follows_the_mark_and_loses_its_grouping_commas(solution, gold)
 def test_a_solution_without_its_gold_is_refused_with_file_and_line(tmp_path, solution, fault):
     path = write(tmp_path, SOLVED + gsm8k_line("And now?", solution))
     with pytest.raises(UserError) as error:
-        read_gsm8k(path)
+        load_pairs(str(path), data_format="gsm8k")
     assert str(error.value).startswith(f"{path}:2: ") and fault in str(error.value)
 
 

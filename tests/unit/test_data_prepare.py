@@ -300,6 +300,20 @@ def test_rows_that_are_left_out_are_counted_by_reason_and_named_by_file_and_line
     assert [one.where for one in read_prepared(str(done.folder), "train").placed] == [f"{path}:1", f"{path}:5"]
 
 
+def test_records_of_a_list_on_one_line_are_told_apart(tmp_path):
+    path = tmp_path / "data.json"
+    rows = [{"prompt": "and " * (90 if i == 3 else 1) + str(i), "answer": "1"} for i in range(5)]
+    path.write_text(json.dumps(rows))
+    limits = ("--max-prompt-tokens", "30", "--tokenizer-vocab-size", "270")
+    with pytest.raises(UserError, match=r"data.json:1\[3\] \(\d+ prompt tokens\)"):
+        made(tmp_path, "--train-data", str(path), *limits)
+    done = made(tmp_path, "--train-data", str(path), *limits, "--overlong-prompts", "drop")
+    (dropped,) = (json.loads(line) for line in (done.folder / "dropped.jsonl").read_text().splitlines())
+    assert dropped["where"] == f"{path}:1[3]"
+    kept = read_prepared(str(done.folder), "train").placed
+    assert [one.where for one in kept] == [f"{path}:1", *(f"{path}:1[{i}]" for i in (1, 2, 4))]
+
+
 def test_the_paper_s_sizes_are_a_preset_where_there_are_some(tmp_path, capsys):
     path = write(tmp_path)
     argv = ["--output", str(tmp_path / "set"), "--train-data", path, "--tokenizer-vocab-size", "280"]
@@ -326,6 +340,7 @@ def test_the_paper_s_sizes_are_a_preset_where_there_are_some(tmp_path, capsys):
         (["--split-sizes", "train=3", "--test-data", "{here}/data.jsonl"], "--split-sizes train=3 lacks test"),
         (["--tokenizer-type", "huggingface"], "--tokenizer-type huggingface needs --tokenizer-model"),
         (["--outptu", "x"], "unknown flag --outptu"),
+        (["--estimator", "pretrain"], "--estimator pretrain reads --data-path"),
         (["--train-data", "builtin:recall", "--test-data", "builtin:recall"], "built-in tasks have no third split"),
     ],
 )

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_jq.data.dataset import load_pairs, train_tokenizer
 from megatron_jq.data.pair import Pair
-from megatron_jq.data.prompts import encode_examples
+from megatron_jq.data.prompts import EncodedExamples, Placed, PromptWriter, select_fitting
+from megatron_jq.data.template import PromptStyle
 from megatron_jq.errors import UserError
 from megatron_jq.records import Example
 
@@ -12,6 +13,13 @@ from megatron_jq.records import Example
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return train_tokenizer("builtin:recall", [], tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def encode_examples(pairs, tokenizer, **limits) -> EncodedExamples:
+    """Every pair as it stands, without a template, and then what fits of them."""
+    writer = PromptWriter(PromptStyle(), tokenizer)
+    placed = [Placed(writer.example(index, one), one.where) for index, one in enumerate(pairs)]
+    return select_fitting(placed, **limits)
 
 
 def pair(words: int, answer_words: int, line: int) -> Pair:

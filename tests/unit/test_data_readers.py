@@ -7,6 +7,7 @@ where one lies beside the repository.
 import copy
 import json
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -254,8 +255,11 @@ def test_a_json_list_reads_as_its_lines_do(tmp_path):
         path.write_text(text, encoding="utf-8")
         pairs = load_pairs(str(path))
         assert [(p.prompt, p.answer) for p in pairs] == [(p.prompt, p.answer) for p in lines]
-        for pair in pairs:  # the line that is named is the one on which the record begins
-            line = int(pair.where.rpartition(":")[2])
+        assert len({pair.where for pair in pairs}) == len(pairs)
+        for item, pair in enumerate(pairs):  # the line that is named is the one on which the record begins
+            line, place = re.fullmatch(r".*:(\d+)(?:\[(\d+)\])?", pair.where).groups()
+            assert place in (None, str(item))
+            line = int(line)
             assert path.read_text(encoding="utf-8-sig").split("\n")[line - 1].lstrip(" [")[:1] == "{"
 
 

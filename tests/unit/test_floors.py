@@ -200,7 +200,7 @@ def test_the_exceptions_stay_on_one_floor_and_form_no_circle():
         ("megatron_jq.errors", "from megatron_jq.objective import garl"),
         ("megatron_jq.data.jsonl", "from megatron_jq.parallel.runtime import Runtime"),
         ("megatron_jq.model.policy", "from megatron_jq.rollout.engine import RolloutRequest"),
-        ("megatron_jq.evaluate", "from megatron_jq.train.trainer import run_training"),
+        ("megatron_jq.evaluate", "from megatron_jq.train.run import run_training"),
         ("megatron_jq.train.step", "from megatron_jq.cli.main import main"),
         ("megatron_jq", "from megatron_jq.config import Config"),
         ("megatron_jq.train.step", "from megatron_jq.helpers.odds import ends"),

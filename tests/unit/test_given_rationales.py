@@ -128,6 +128,22 @@ def test_a_rationale_over_its_budget_close_token_included_is_refused_or_dropped(
     assert (len(data.train), data.dropped) == (20, 1)
 
 
+def test_a_prepared_set_leaves_out_or_refuses_rationales_over_their_budget(tmp_path):
+    long = {**ROW, "why": "two ones are two " * 9}
+    path = write(tmp_path / "a.jsonl", [ROW] * 20 + [long])
+    argv = ["--train-data", path, "--estimator", "sft", "--rationale-field", "why", "--rationale-budget", "30"]
+
+    def made(name: str, *flags: str):
+        config = parse_args([*argv, *flags, *tokenizer_flags(tmp_path)])
+        return prepare(config, tmp_path / name, test_data=None, split_sizes=None, context=None)
+
+    with pytest.raises(UserError, match=rf"{path}:21 \(\d+ rationale tokens\)"):
+        made("refused")
+    done = made("dropped", "--overlong-prompts", "drop")
+    assert f"--train-data {path}: 1 rationale too long" in done.report
+    assert len(prepare_data_from(done.folder, tmp_path).train) == 20
+
+
 def test_a_prepared_set_keeps_rationales_and_one_without_is_refused(tmp_path):
     path, flags = write(tmp_path / "a.jsonl", [ROW] * 20), ["--rationale-field", "why"]
     base = ["--train-data", path, *tokenizer_flags(tmp_path), *flags]

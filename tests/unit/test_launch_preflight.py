@@ -206,6 +206,14 @@ def test_bad_flags_are_refused(flags, words, tmp_path, capsys, monkeypatch):
     assert words in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("port", ["", "ssh", "0", "65536", "²"])
+def test_a_port_that_is_none_is_refused(port, meeting_point, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert main(["preflight", "--run-dir", str(tmp_path), *LITTLE]) == 2
+    err = capsys.readouterr().err
+    assert "set MASTER_ADDR and MASTER_PORT" in err and len(err.splitlines()) == 1
+
+
 def test_preflight_imports_no_torch():
     code = (
         "import sys, json, megatron_jq.cli.main; "

@@ -159,3 +159,14 @@ def test_iwae_is_garl_at_q_one():
     rationale, answer = garl_coefficients(log_w, 1.0, normalize=False)
     torch.testing.assert_close(answer, 4 * torch.softmax(log_w, dim=1))
     torch.testing.assert_close(rationale, 4 * torch.softmax(log_w, dim=1) - 1)
+
+
+def test_trice_is_paft_at_q_one():
+    """Its gradient is the posterior mean of that of ln p(z,y|x) (Phan et al., arXiv:2312.02179), without a factor P.
+    Of M rationales, posterior weights are w_m / Σw: each draw has weight 1, and m is drawn as often as these say.
+    """
+    log_w = torch.tensor([[-3.0, -700.0, -2.0, -2.5], [-800.0, -801.0, -802.0, -900.0]], dtype=torch.float64)
+    resamples = 100_000
+    joint = paft_coefficients(log_w, 1.0, resamples, generator=torch.Generator().manual_seed(3), normalize=False)
+    assert torch.equal(joint, joint.round()) and joint.sum(dim=1).tolist() == [resamples] * 2
+    torch.testing.assert_close(joint / resamples, torch.softmax(log_w, dim=1), rtol=0, atol=0.01)

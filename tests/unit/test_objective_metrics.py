@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,13 @@ def test_pass_at_k_is_unbiased_for_best_of_k():
         chance = p ** sum(outcome) * (1 - p) ** (n - sum(outcome))
         expectation += chance * pass_at_k(n, sum(outcome), k)
     assert expectation == pytest.approx(1 - (1 - p) ** k, rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(200, 1, 1), (200, 13, 10), (200, 40, 100), (200, 150, 100), (16, 3, 16)])
+def test_pass_at_k_is_the_published_program_s(n, c, k):
+    """The numerically stable script of Chen et al. 2021 (arXiv:2107.03374, figure 3)."""
+    published = 1.0 if n - c < k else 1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1))
+    assert pass_at_k(n, c, k) == pytest.approx(published, rel=1e-12)
 
 
 def test_pass_at_k_keeps_its_digits_for_large_n():
