@@ -188,7 +188,8 @@ def test_ranks_that_hang_or_never_come_end_the_others_at_the_deadline(tmp_path):
         assert any("in run_training" in line for line in stacks), left.err
     (left,) = alone.ended()
     assert left.code == 3
-    assert re.fullmatch(rf"\[rank 0\] megatron-jq: error: set-up: {late}", left.err), left.err
+    error = left.err.splitlines(keepends=True)[-1]
+    assert re.fullmatch(rf"\[rank 0\] megatron-jq: error: set-up: {late}", error), left.err
     assert time.monotonic() - began < DEADLINE_SECONDS + 20
 
 
