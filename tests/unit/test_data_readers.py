@@ -65,8 +65,7 @@ HOTPOTQA_TEXT = (
     "What office did the author of The Long Ferry hold?"
 )
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-REAL = Path(os.environ.get("MEGATRON_JQ_DATA", REPOSITORY.parent / "shared" / "data"))
+REAL = Path(os.environ.get("MEGATRON_JQ_DATA", "a-folder-that-nobody-named"))
 real = pytest.mark.skipif(not REAL.is_dir(), reason="MEGATRON_JQ_DATA names no folder of real rows")
 
 
