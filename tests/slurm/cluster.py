@@ -28,11 +28,13 @@ def why_not() -> str | None:
     """Why no cluster can be made here; None where it can."""
     if os.geteuid() != 0:
         return "a Slurm of two nodes needs root"
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    path = _environment()["PATH"]
+    missing = [tool for tool in _TOOLS if shutil.which(tool, path=path) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge iproute2)"
     flags = [*_NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-    tried = subprocess.run(["unshare", *flags, "ip", "link", "add", "bridge0", "type", "bridge"], capture_output=True)
+    command = ["unshare", *flags, "ip", "link", "add", "bridge0", "type", "bridge"]
+    tried = subprocess.run(command, capture_output=True, env=_environment())
     return "namespaces with a network of their own are not allowed here" if tried.returncode else None
 
 
@@ -183,7 +185,9 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
+    """The tester's own, with the folders of daemons, which not every root has on the path."""
+    kept = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
+    return {**kept, "PATH": f"{kept.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
 
 
 def _die_with_parent() -> None:
