@@ -179,9 +179,9 @@ requeue() {
     die "scontrol requeue had no effect within 300 s"
 }
 
-# A job that is queued again without having got anywhere would be so for ever.
+# out_of_time WHAT: a job that is queued again without having got anywhere would be so for ever.
 out_of_time() {
-    say "error: stopped before a step was done: give the job more time (--time), or the signal later (--signal)" >&2
+    say "error: stopped before $1: give the job more time (--time), or the signal later (--signal)" >&2
     exit 3
 }
 
@@ -196,14 +196,14 @@ train_until_done() {
     }
     preflight
     before=$(steps_done)
-    [[ $ASKED == 0 ]] || out_of_time
+    [[ $ASKED == 0 ]] || out_of_time "a step was done"
     run_ranks train --device "$DEVICE" "$@" --run-dir "$RUN_DIR" --resume
     [[ $STATUS == 0 ]] || exit "$STATUS"
     if [[ $ASKED == 0 ]] || (($(steps_done) >= $(steps_wanted))); then
         say "done: $(steps_done) steps in $RUN_DIR"
         return
     fi
-    (($(steps_done) > before)) || out_of_time
+    (($(steps_done) > before)) || out_of_time "a step was done"
     say "saved after step $(steps_done) of $(steps_wanted); back to the queue"
     requeue
 }

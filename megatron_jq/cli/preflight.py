@@ -1,6 +1,7 @@
 """F5: `megatron-jq preflight`: every node of a job checks itself and meets the others, before any rank starts."""
 
 import argparse
+import math
 import os
 import socket
 import threading
@@ -26,12 +27,29 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--nodes", metavar="LIST", help="all nodes' names, by commas, the first one is the host")
     flags.add_argument("--node", metavar="NAME", help="this one (default: SLURMD_NODENAME, or the host name)")
     flags.add_argument("--run-dir", required=True, type=Path, metavar="DIR", help="that all nodes will write to")
-    flags.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="at least; 0: not checked (0)")
-    flags.add_argument("--min-free-disk", type=float, default=10.0, metavar="GIB", help="for the run directory (10)")
-    flags.add_argument("--min-shared-memory", type=float, default=1.0, metavar="GIB", help="in /dev/shm (1)")
-    flags.add_argument("--max-clock-skew", type=float, default=2.0, metavar="S", help="from the median node (2)")
-    flags.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for all nodes to report (30)")
+    flags.add_argument("--gpus-per-node", type=_count, default=0, metavar="N", help="at least; 0: not checked (0)")
+    flags.add_argument("--min-free-disk", type=_amount, default=10.0, metavar="GIB", help="for the run directory (10)")
+    flags.add_argument("--min-shared-memory", type=_amount, default=1.0, metavar="GIB", help="in /dev/shm (1)")
+    flags.add_argument("--max-clock-skew", type=_amount, default=2.0, metavar="S", help="from the median node (2)")
+    flags.add_argument("--timeout", type=_amount, default=30.0, metavar="S", help="for all nodes to report (30)")
     return flags
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    """A wait without an end is none of the values: not a number, infinity."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
 
 
 def run_preflight(argv: list[str]) -> int:

@@ -51,7 +51,7 @@ def test_two_nodes_train_as_one_does_and_an_evaluation_follows(cluster, folder, 
     flags = [*TP2, "--estimator", "garl"]
     job = submit(cluster, folder, "my run", *TINY, *flags, ranks=2, LAUNCHER="torchrun")
     after = cluster.sbatch(
-        "evaluate.sbatch", "--eval-samples", "2", flags=(f"--dependency=afterok:{job}",), cwd=folder,
+        "evaluate.sbatch", *SLOWLY, flags=(f"--dependency=afterok:{job}",), cwd=folder,
         **REHEARSAL, RUN_DIR="my run", RANKS_PER_NODE="1",
     )  # fmt: skip
     assert cluster.job(after).state == "PENDING"
@@ -59,10 +59,37 @@ def test_two_nodes_train_as_one_does_and_an_evaluation_follows(cluster, folder, 
     assert metrics(folder / "my run") == on_one_node(4, *flags)
     assert {path.name for path in folder.glob(f"my run/logs/{job}.1/*.log")} == {"node0-node1.log", "node1-node2.log"}
     inspected = cluster.sbatch("convert.sbatch", "inspect", "--load", "my run/checkpoints", cwd=folder, **REHEARSAL)
-    finished(cluster, after, folder)
     assert "iter_0000003" in finished(cluster, inspected, folder)
-    report = json.loads((folder / "my run" / "evaluation" / "evaluation.json").read_text())
-    assert "pass@2" in json.dumps(report)
+    an_evaluation_is_queued_again_and_goes_on(cluster, after, folder, folder / "my run")
+
+
+#: An evaluation of one prompt after the other, so that it can be met between two.
+SLOWLY = ["--eval-samples", "32", "--rollout-batch-size", "8"]
+
+
+def an_evaluation_is_queued_again_and_goes_on(cluster, job, folder, run_dir):
+    """At USR1, with the samples of an evaluation that nothing stopped."""
+    samples = run_dir / "evaluation" / "samples.jsonl"
+    cluster.until(lambda: samples.exists() and samples.read_text().count("\n") > 1, 120, "samples", every=0.01)
+    ranks = [process for process, _ in cluster.ranks().values()]
+    for process in ranks:
+        process.suspend()  # or all prompts would be done before the signal comes
+    done = samples.read_text().count("\n")
+    assert done < 1 + 4 * 32
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.until(lambda: cluster.job(job).restarts == 1, 60, "the job in the queue again", every=0.2)
+    said = finished(cluster, job, folder)
+    assert "USR1: back to the queue" in said and "evaluation.json" in said
+    assert (
+        f"{done // 32} of 4 prompts are done already" in (run_dir / "logs" / f"{job}.2" / "node0-node1.log").read_text()
+    )
+    argv = ["evaluate", "--load", str(run_dir / "checkpoints"), "--output", str(folder / "whole"), *SLOWLY]
+    [whole] = run([*argv, "--device", "cpu"], folder)
+    assert whole.code == 0, whole
+    results = [
+        json.loads((path / "evaluation.json").read_text()) for path in (run_dir / "evaluation", folder / "whole")
+    ]
+    assert results[0]["metrics"] == results[1]["metrics"] and "pass@32" in results[0]["metrics"]
 
 
 def test_slurm_can_start_every_rank_itself(cluster, folder, on_one_node):

@@ -196,6 +196,10 @@ def test_a_master_address_that_does_not_resolve_is_told_at_once(meeting_point, t
     [
         (["--node", "x", "--nodes", "a,b"], "--nodes a,b does not name this node, x"),
         (["--gpus", "8"], "unrecognized arguments"),
+        (["--timeout", "nan"], "--timeout: nan is not a number of at least 0"),
+        (["--max-clock-skew", "inf"], "--max-clock-skew: inf is not a number of at least 0"),
+        (["--min-free-disk", "much"], "--min-free-disk: much is not a number of at least 0"),
+        (["--gpus-per-node", "-1"], "--gpus-per-node: -1 is not a whole number of at least 0"),
         ([], "set MASTER_ADDR and MASTER_PORT"),
     ],
 )
