@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_jq.architecture import Architecture, architecture_problems, load_architecture, with_overrides
-from megatron_jq.config import GIVEN_RATIONALES, Config, DataConfig, ObjectiveConfig, ParallelConfig
+from megatron_jq.config import Config, ParallelConfig
+from megatron_jq.config_estimators import SAMPLES_ANSWERS, estimator_problems, unread_problems
 from megatron_jq.errors import UserError
-
-# Estimators that need another rationale of the same prompt, for a baseline or a group mean
-LEAVE_ONE_OUT = ("garl", "grpo", "rloo", "maxrl")
-# Estimators whose reward is the exact match of an answer that was sampled; GARL and PAFT score y* itself
-SAMPLES_ANSWERS = ("grpo", "rloo", "maxrl", "star")
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,8 @@ def resolve_architecture(config: Config) -> Architecture:
 
 
 def derive(config: Config, world_size: int) -> Derived:
-    """Every derived value. UserError, as validate raises it, where the configuration is not a valid one."""
-    validate(config, world_size)
+    """Every derived value. UserError, as validate_training raises it, where the configuration is not a valid one."""
+    validate_training(config, world_size)
     p, rationales = config.parallel, config.rollout.prompts_per_step * config.rollout.num_rationales
     replicas = world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
     return Derived(
@@ -76,19 +72,29 @@ def validate(config: Config, world_size: int | None, architecture: Architecture 
 
     world_size None: not known yet; only then the checks that need it are left out. architecture None: the settings'.
     """
-    architecture = architecture or resolve_architecture(config)
-    problems = [
+    _refuse(_problems(config, world_size, architecture or resolve_architecture(config)))
+
+
+def validate_training(config: Config, world_size: int | None) -> None:
+    """validate, and no setting of another estimator: an evaluation takes on those of a run, and may."""
+    _refuse([*_problems(config, world_size, resolve_architecture(config)), *unread_problems(config)])
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _problems(config: Config, world_size: int | None, architecture: Architecture) -> list[str]:
+    return [
         *_range_problems(config),
-        *_objective_problems(config),
-        *_given_problems(config, architecture),
+        *estimator_problems(config, architecture),
         *architecture_problems(architecture),
         *_layout_problems(config, architecture, world_size),
         *_length_problems(config, architecture),
         *_schedule_problems(config),
         *_checkpoint_problems(config),
     ]
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 # Lower bounds, inclusive, of every numeric setting that has one; None (a default to be derived) passes.
@@ -149,69 +155,6 @@ def _range_problems(config: Config) -> list[str]:
     ):
         if values[name] == "":
             problems.append(f"--{name.replace('_', '-')} must not be empty")
-    return problems
-
-
-def _objective_problems(config: Config) -> list[str]:
-    o, problems = config.objective, []
-    if o.estimator in LEAVE_ONE_OUT and config.rollout.num_rationales == 1:
-        problems.append(
-            f"--num-rationales must be at least 2 for --estimator {o.estimator}: its baseline is the other rationales "
-            "of the prompt (paft can do with 1)"
-        )
-    if o.q_schedule == "constant" and (o.q_final is not None or o.q_schedule_iters is not None):
-        problems.append("--q-final and --q-schedule-iters need --q-schedule step, linear or cosine")
-    if o.q_schedule != "constant" and o.q_final is None:
-        problems.append(f"--q-schedule {o.q_schedule} needs --q-final")
-    if o.q_schedule == "step" and o.q_schedule_iters is None:
-        problems.append("--q-schedule step needs --q-schedule-iters: the step at which q jumps to --q-final")
-    if o.num_resamples is not None and o.estimator != "paft":
-        problems.append(f"--num-resamples is PAFT's; remove it, or choose --estimator paft instead of {o.estimator}")
-    return problems + _grpo_problems(config)
-
-
-def _grpo_problems(config: Config) -> list[str]:
-    o, default = config.objective, ObjectiveConfig()
-    names = ("grpo_iterations", "grpo_clamp_eps_lower", "grpo_clamp_eps_upper", "grpo_kl_beta")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(o, name) != getattr(default, name)]
-    if given and o.estimator != "grpo":
-        return [f"{', '.join(given)}: for --estimator grpo alone, not {o.estimator}"]
-    if (o.grpo_iterations > 1 or o.grpo_kl_beta > 0) and config.rollout.top_p < 1:
-        return [
-            "--grpo-iterations above 1 and --grpo-kl-beta need --top-p 1: a token can lie outside another policy's "
-            "nucleus, where its probability is 0"
-        ]
-    return []
-
-
-def _given_problems(config: Config, architecture: Architecture) -> list[str]:
-    """Of the estimators that imitate, and of the settings that are theirs alone."""
-    d, r, name, problems = config.data, config.rollout, config.objective.estimator, []
-    if name in GIVEN_RATIONALES and r.num_rationales != 1:
-        problems.append(f"--num-rationales must be 1 for --estimator {name}: the data gives one and none is drawn")
-    if name != "pretrain":
-        settings, untouched = ("data_path", "split", "seq_length", "data_cache_path"), DataConfig()
-        for setting in settings:
-            if getattr(d, setting) != getattr(untouched, setting):
-                problems.append(f"--{setting.replace('_', '-')} is for --estimator pretrain alone, not {name}")
-        return problems
-    if d.data_path is None:
-        problems.append("--estimator pretrain needs --data-path: the files that tools/preprocess_data.py writes")
-    if d.tokenizer_model is None and config.checkpoint.load is None:
-        problems.append("--estimator pretrain needs --tokenizer-model: the one that --data-path was written with")
-    context, most = architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch
-    if d.seq_length is not None and d.seq_length > context:
-        problems.append(
-            f"--seq-length {d.seq_length} exceeds the model's context of {context} tokens; lower it, or raise "
-            "--max-position-embeddings"
-        )
-    if most is not None and most < (d.seq_length or context) + 1:
-        problems.append(
-            f"--max-tokens-per-micro-batch {most} is below a row of {(d.seq_length or context) + 1} tokens "
-            "(--seq-length, and the first one); raise it, or lower --seq-length"
-        )
-    if config.checkpoint.keep_best is not None and config.checkpoint.keep_best != "log_p_mean":
-        problems.append(f"--keep-best {config.checkpoint.keep_best} is not known in pretraining; log_p_mean is")
     return problems
 
 

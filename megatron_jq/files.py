@@ -17,3 +17,8 @@ def write_synced(path: Path, text: str) -> None:
     """Write a file and sync it. OSError where that cannot be done."""
     path.write_text(text, encoding="utf-8")
     sync(path)
+
+
+def reason(fault: OSError) -> str:
+    """What the system said; a library's own words where it did not pass that on."""
+    return fault.strerror or str(fault) or type(fault).__name__

@@ -17,7 +17,6 @@ Peak is memory beyond inputs and gradients, from the allocator on CUDA and from 
 that a machine whose speed drifts blurs them less.
 """
 
-import argparse
 import ctypes
 import json
 import os
@@ -34,6 +33,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.logprob import default_chunk_tokens, linear_log_probs, weighted_log_probs
 from megatron_jq.parallel.runtime import Runtime
@@ -234,7 +234,12 @@ def table(case: Case, ranks: int, results: list[Result]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Returns the exit code."""
+    return run_tool(__file__, _run)
+
+
+def _run() -> int:
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--tokens", type=int, help="rows T (default: 2048 on CPU, 16384 on CUDA)")
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=151_936)

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_jq.cli.parser import run_tool, tool_parser
+
 BENCH_STEP = Path(__file__).with_name("bench_step.py")
 COLUMNS = (
     "Lp", "M", "tokens off → auto", "fewer", "score + train off → auto, s", "faster", "peak off → auto, MB", "smaller",
@@ -24,9 +26,7 @@ COLUMNS = (
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16, 128, 512, 2048], metavar="Lp")
     parser.add_argument("--num-rationales", type=int, nargs="+", default=[4, 16], metavar="M")
     parser.add_argument("--model", default="small")
@@ -69,6 +69,11 @@ def line(off: dict, auto: dict, prompt: int, rationales: int) -> list[str]:
 
 
 def main() -> int:
+    """Returns the exit code."""
+    return run_tool(__file__, _run)
+
+
+def _run() -> int:
     args, rest = parse(sys.argv[1:])
     common = [
         f"--model={args.model}", f"--prompts-per-step={args.prompts_per_step}",

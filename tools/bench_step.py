@@ -20,19 +20,14 @@ import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
+from megatron_jq.cli.parser import json_output_problems, run_tool, tool_parser
 from megatron_jq.config import Config, parse_args
-from megatron_jq.config_validate import resolve_architecture, validate
+from megatron_jq.config_validate import resolve_architecture, validate_training
 from megatron_jq.errors import UserError
 
 DEFAULT_VOCABULARY = 1024
 DEFAULT_ANSWER = 8
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _length_range(text: str) -> tuple[int, int]:
@@ -45,9 +40,7 @@ def _length_range(text: str) -> tuple[int, int]:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     """Own flags, and a valid Config whose budgets are the benchmark's lengths. UserError on bad input."""
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, prog="bench_step"
-    )
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument(
         "--prompt-tokens", type=_length_range, default=(64, 64), metavar="N|LOW:HIGH",
         help="length of a prompt, or the range it is drawn from (64)",
@@ -81,10 +74,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         problems.append(f"--prompt-tokens {low}:{high}: lengths must be at least 1, and LOW not above HIGH")
     if config.objective.estimator != "garl":
         problems.append("--estimator must be garl: its training pass holds every rationale, at any weights")
-    if args.json is not None and args.json.is_dir():
-        problems.append(f"--json {args.json} is a folder; name a file")
-    elif args.json is not None and not os.access(args.json.parent, os.W_OK):
-        problems.append(f"--json {args.json}: the folder does not exist or cannot be written")
+    problems += json_output_problems(args.json)
     if problems:
         raise UserError("\n".join(problems))
     config = replace(
@@ -92,7 +82,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         rollout=replace(config.rollout, rationale_budget=args.rationale_tokens, answer_budget=args.answer_tokens),
         data=replace(config.data, max_prompt_tokens=high, tokenizer_vocab_size=None),
     )
-    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    validate_training(config, int(os.environ.get("WORLD_SIZE", "1")))
     return args, config
 
 
@@ -132,8 +122,8 @@ def _machine() -> str:
     return ", ".join([*parts, f"{platform.system()} {platform.machine()}"])
 
 
-def measure(args: argparse.Namespace, config: Config, argv: list[str]) -> None:
-    """Run the benchmark on this rank; rank 0 prints and writes."""
+def measure(args: argparse.Namespace, config: Config, argv: list[str]) -> int:
+    """Run the benchmark on this rank; rank 0 prints and writes. Returns the exit code."""
 
     from megatron_jq.bench.figures import Load, heading, table
     from megatron_jq.bench.step import StepBench
@@ -152,19 +142,14 @@ def measure(args: argparse.Namespace, config: Config, argv: list[str]) -> None:
         if args.json is not None:
             args.json.write_text(json.dumps({**origin, **report.as_json()}, indent=1) + "\n", encoding="utf-8")
     runtime_module.stop()
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 2 on bad input, as the main command does."""
+    """Returns the exit code, as the main command does."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # missing kernels, once a rank
-    try:
-        measure(*parse(argv), argv)
-    except UserError as error:
-        prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        sys.stderr.write("".join(f"{prefix}bench_step: error: {line}\n" for line in str(error).splitlines()))
-        return 2
-    return 0
+    return run_tool(__file__, lambda: measure(*parse(argv), argv))
 
 
 if __name__ == "__main__":

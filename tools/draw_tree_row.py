@@ -6,11 +6,12 @@
 The picture is measured, not drawn by hand: keys that move a query's output are those that it attends to.
 """
 
-import argparse
+import sys
 
 import matplotlib
 import torch
 
+from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.model.rows import pack_sequences
 from megatron_jq.records import Sequence
 
@@ -38,8 +39,13 @@ def attended(plan, tokens: int) -> torch.Tensor:
     return weight[:, 0] > 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Returns the exit code."""
+    return run_tool(__file__, _run)
+
+
+def _run() -> int:
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("file")
     path = parser.parse_args().file
     rows = pack_sequences(SEQUENCES, device=torch.device("cpu"), with_rationale=True, share_prompts=True)
@@ -68,7 +74,8 @@ def main() -> None:
     figure.savefig(path, dpi=110)
     plain = sum(len(s) for s in SEQUENCES)
     print(f"{path}: {len(tokens)} tokens in place of {plain}, {int(mask.sum())} pairs attended to")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,12 +14,11 @@ Exit codes: 0; 1 where --memory-limit is not kept (by any size of a sweep); 2 on
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
+from megatron_jq.cli.parser import json_output_problems, run_tool, tool_parser
 from megatron_jq.config import Config, parse_args
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.errors import UserError
@@ -29,21 +28,15 @@ from megatron_jq.estimate.report import GIB, Estimate, estimate, sweep_table, te
 DEFAULT_VOCABULARY = 1024
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     """Own flags, and a Config whose budgets are the lengths. UserError on bad input."""
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, prog="estimate"
-    )
+    parser = tool_parser(__file__, __doc__)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--world-size", "--gpus", type=int, metavar="N", help="processes (one replica's)")
     sizes.add_argument("--sweep", type=int, nargs="+", metavar="N", help="several sizes, a line each")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of the longest prompt (--max-prompt-tokens)")
-    parser.add_argument("--rationale-tokens", type=int, metavar="N", help="sampled ones (--rationale-budget)")
+    parser.add_argument("--rationale-tokens", type=int, metavar="N", help="sampled or given ones (--rationale-budget)")
+    parser.add_argument("--joint-tokens", type=int, default=0, metavar="N", help="of a template, before the answer (0)")
     parser.add_argument("--answer-tokens", type=int, metavar="N", help="of the longest answer (--answer-budget)")
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help=f"(the model's or tokenizer's own, or {DEFAULT_VOCABULARY})"
@@ -55,54 +48,77 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     r, d = config.rollout, config.data
     given = resolve_architecture(config).vocab_size or d.tokenizer_vocab_size or DEFAULT_VOCABULARY
     args.vocab_size = given if args.vocab_size is None else args.vocab_size
-    args.rationale_tokens = r.rationale_budget if args.rationale_tokens is None else args.rationale_tokens
-    args.prompt_tokens = d.max_prompt_tokens if args.prompt_tokens is None else args.prompt_tokens
-    args.answer_tokens = r.answer_budget if args.answer_tokens is None else args.answer_tokens
     if args.world_size is None:
         args.world_size = smallest_world_size(config)
-    _check(args)
+    data = replace(d, tokenizer_vocab_size=None)
+    if config.objective.estimator == "pretrain":
+        _take_rows(args, config)
+        _check(args, [])
+        return args, replace(config, data=data)
+    args.prompt_tokens = d.max_prompt_tokens if args.prompt_tokens is None else args.prompt_tokens
+    args.rationale_tokens = r.rationale_budget if args.rationale_tokens is None else args.rationale_tokens
+    args.answer_tokens = r.answer_budget if args.answer_tokens is None else args.answer_tokens
+    _check(args, _length_problems(args))
     lengths = {"rationale_budget": args.rationale_tokens, "answer_budget": args.answer_tokens}
-    data = replace(d, max_prompt_tokens=args.prompt_tokens, tokenizer_vocab_size=None)
+    data = replace(data, max_prompt_tokens=args.prompt_tokens)
     return args, replace(config, rollout=replace(r, **lengths), data=data)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _take_rows(args: argparse.Namespace, config: Config) -> None:
+    """The lengths of pretraining: a row is a first token, and those that it predicts."""
+    names = ("prompt_tokens", "rationale_tokens", "joint_tokens", "answer_tokens")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    if given:
+        raise UserError(f"{', '.join(given)}: rows of --estimator pretrain are as long as --seq-length says; leave out")
+    args.prompt_tokens, args.rationale_tokens = 1, 0
+    args.answer_tokens = config.data.seq_length or resolve_architecture(config).max_position_embeddings
+
+
+def _length_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     for name, setting in (("prompt_tokens", "--max-prompt-tokens"), ("answer_tokens", "--answer-budget")):
         if getattr(args, name) is None:
             problems.append(f"--{name.replace('_', '-')} is needed (or {setting}): memory follows the longest one")
-    least = {"world_size": 1, "vocab_size": 2, "prompt_tokens": 1, "rationale_tokens": 1, "answer_tokens": 1}
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and value < bound:
-            problems.append(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+    least = {"prompt_tokens": 1, "rationale_tokens": 1, "joint_tokens": 0, "answer_tokens": 1}
+    return problems + _too_small(args, least)
+
+
+def _too_small(args: argparse.Namespace, least: dict[str, int]) -> list[str]:
+    values = {name: getattr(args, name) for name in least}
+    return [
+        f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}"
+        for name, value in values.items()
+        if value is not None and value < least[name]
+    ]
+
+
+def _check(args: argparse.Namespace, problems: list[str]) -> None:
+    """UserError with the problems and those of all other flags."""
+    problems = problems + _too_small(args, {"world_size": 1, "vocab_size": 2})
     if args.sweep is not None and min(args.sweep) < 1:
         problems.append(f"--sweep: sizes must be at least 1, not {min(args.sweep)}")
     if args.memory_limit is not None and not args.memory_limit > 0:
         problems.append(f"--memory-limit must be above 0, not {args.memory_limit}")
-    if args.json is not None and args.json.is_dir():
-        problems.append(f"--json {args.json} is a folder; name a file")
-    elif args.json is not None and not os.access(args.json.parent, os.W_OK):
-        problems.append(f"--json {args.json}: the folder does not exist or cannot be written")
+    problems += json_output_problems(args.json)
     if problems:
         raise UserError("\n".join(problems))
 
 
 def estimates(args: argparse.Namespace, config: Config) -> list[Estimate]:
     """One for each size asked for. UserError, as training raises it, where a layout is not possible."""
-    lengths = Lengths(args.prompt_tokens, args.rationale_tokens, args.answer_tokens)
+    lengths = Lengths(args.prompt_tokens, args.rationale_tokens, args.answer_tokens, args.joint_tokens)
     sizes = args.sweep or [args.world_size]
     return [estimate(make_plan(config, size, lengths, args.vocab_size)) for size in sizes]
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args, config = parse(argv)
-        found = estimates(args, config)
-    except UserError as error:
-        sys.stderr.write("".join(f"estimate: error: {line}\n" for line in str(error).splitlines()))
-        return 2
+    """Returns the exit code."""
+    return run_tool(__file__, lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
+    args, config = parse(argv)
+    found = estimates(args, config)
     limit = None if args.memory_limit is None else args.memory_limit * GIB
     print(sweep_table(found, limit) if args.sweep else text(found[0]))
     verdicts = [] if limit is None else [verdict(one, limit) for one in found]

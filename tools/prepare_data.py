@@ -15,27 +15,18 @@ Exit codes: 0; 2 on bad input.
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.config import Config, ModelConfig, parse_args
+from megatron_jq.config_estimators import unread_problems
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.data.prepare import prepare
 from megatron_jq.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     """Own flags, and the settings. UserError on bad input."""
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        prog="prepare_data",
-    )
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist")
     parser.add_argument(
         "--test-data", metavar="SOURCE", help="of the test split; --eval-data is the validation split's"
@@ -52,15 +43,18 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    try:
-        args, config = parse(sys.argv[1:] if argv is None else argv)
-        # The default model is nobody's choice: its context would say nothing.
-        chosen = config.model != ModelConfig()
-        context = resolve_architecture(config).max_position_embeddings if chosen else None
-        done = prepare(config, args.output, test_data=args.test_data, split_sizes=args.split_sizes, context=context)
-    except UserError as error:
-        sys.stderr.write("".join(f"prepare_data: error: {line}\n" for line in str(error).splitlines()))
-        return 2
+    return run_tool(__file__, lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
+    args, config = parse(argv)
+    # Of what an estimator does not read, this alone would change the set; the rest may be the run's for another one.
+    if problems := unread_problems(config, ("rationale_field",)):
+        raise UserError("\n".join(problems))
+    # The default model is nobody's choice: its context would say nothing.
+    chosen = config.model != ModelConfig()
+    context = resolve_architecture(config).max_position_embeddings if chosen else None
+    done = prepare(config, args.output, test_data=args.test_data, split_sizes=args.split_sizes, context=context)
     print(done.report)
     print(done.folder)
     return 0

@@ -15,8 +15,8 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
+from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.data.documents import Text, encode_texts, read_texts
 from megatron_jq.data.faults import BAD_RECORD_POLICIES, BadRecords, summary_of
 from megatron_jq.data.tokenizers import load_tokenizer, train_sentencepiece
@@ -27,19 +27,9 @@ KINDS = {"SentencePieceTokenizer": "sentencepiece", "HuggingFaceTokenizer": "hug
 TRAINING_CHARACTERS = 10_000_000
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """UserError on bad input."""
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        prog="preprocess_data",
-    )
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--input", required=True, metavar="FILE", help="JSON objects, one a line")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the files, without .bin")
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text; files each")
@@ -78,8 +68,8 @@ def first_characters(texts: Iterable[Text], limit: int) -> Iterator[str]:
             yield one
 
 
-def run(args: argparse.Namespace) -> None:
-    """UserError on bad input."""
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code. UserError on bad input."""
     # Here, not above: Megatron-core takes seconds to import, and warns of GPU kernels that no text needs.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
     from megatron_jq.corpus.writing import prefixes_of, write_documents
@@ -114,16 +104,12 @@ def run(args: argparse.Namespace) -> None:
     if bad.faults:
         print(f"warning: --input {args.input}: {summary_of(bad.faults)}")
     print(progress)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        sys.stderr.write("".join(f"preprocess_data: error: {line}\n" for line in str(error).splitlines()))
-        return 2
-    return 0
+    return run_tool(__file__, lambda: run(parse(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

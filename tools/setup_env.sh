@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by tests/run.sh and examples/quickstart.sh: a Python environment with megatron-jq in it, active afterwards.
+# Sourced by tests/run.sh, examples/quickstart.sh and examples/stages/run.sh: a Python environment with megatron-jq in it,
+# active afterwards.
 #
 # Which one: $MEGATRON_JQ_VENV if set (made where it does not exist), else the active one ($VIRTUAL_ENV), else .venv in
 # the repository. Other settings:

@@ -8,7 +8,6 @@ written. At the end metrics.jsonl must be equal, line by line, but for times and
 and moments. Exit code 1 where they are not.
 """
 
-import argparse
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.records import MEASURED
 
 LAYOUTS = {
@@ -128,7 +128,12 @@ def soak(layout: str, kills: int, iterations: int, dice: random.Random, bar: tqd
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Returns the exit code."""
+    return run_tool(__file__, _run)
+
+
+def _run() -> int:
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--kills", type=int, default=20, help="over all layouts")
     parser.add_argument("--train-iters", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

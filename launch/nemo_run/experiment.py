@@ -97,8 +97,12 @@ def evaluation(args: argparse.Namespace, config: Config) -> "run.Script":
 
 
 def drawing(args: argparse.Namespace, run_dirs: list[str], output: str) -> "run.Script":
-    where = str(REPOSITORY) if args.executor == "local" else _repository(args)
-    return run.Script(f"{where}/tools/plot_run.py", args=[*run_dirs, "--output", output], entrypoint="python")
+    flags = [*run_dirs, "--output", output]
+    if args.executor == "local":
+        return run.Script(f"{REPOSITORY}/tools/plot_run.py", args=flags, entrypoint="python")
+    # Without a launcher nemo-run writes the words into its batch script as they are.
+    path, *flags = map(shlex.quote, [f"{_repository(args)}/tools/plot_run.py", *flags])
+    return run.Script(path, args=flags, entrypoint="python")
 
 
 def _on_ranks(args: argparse.Namespace, *words: str) -> "run.Script":
@@ -125,6 +129,12 @@ def executor(args: argparse.Namespace, *, nodes: int, ranks: int) -> "run.Execut
         raise UserError("--executor slurm: --account NAME must be given")
     gpus = ranks if args.gpus_per_node is None else min(ranks, args.gpus_per_node)
     mounts = [mount for mount in args.container_mounts.split(",") if mount]
+    # nemo-run writes them into its script as they are
+    variables = {
+        "PYTHONPATH": shlex.quote(_repository(args)) + '"${PYTHONPATH:+:$PYTHONPATH}"',
+        "OMP_NUM_THREADS": _threads(),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
     found = run.SlurmExecutor(
         account=args.account,
         partition=args.partition,
@@ -140,12 +150,8 @@ def executor(args: argparse.Namespace, *, nodes: int, ranks: int) -> "run.Execut
         launcher="torchrun" if ranks else None,
         container_image=args.container_image,
         container_mounts=[f"{_repository(args)}:{_repository(args)}", *mounts] if args.container_image else [],
-        # nemo-run writes them into its script as they are
-        env_vars={
-            "PYTHONPATH": shlex.quote(_repository(args)) + '"${PYTHONPATH:+:$PYTHONPATH}"',
-            "OMP_NUM_THREADS": _threads(),
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        },
+        env_vars=variables,
+        container_env=list(variables) if args.container_image else None,  # or the image's own values would win
         setup_lines=_setup(args),
         poll_estimated_start_time=False,
     )

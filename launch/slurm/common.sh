@@ -21,6 +21,7 @@ set_up() {
     [[ $LAUNCHER == torchrun || $LAUNCHER == tasks ]] || die "LAUNCHER=$LAUNCHER: there are torchrun and tasks"
     [[ $DEVICE == cuda || $DEVICE == cpu ]] || die "DEVICE=$DEVICE: there are cuda and cpu"
     [[ $RANKS_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "RANKS_PER_NODE=$RANKS_PER_NODE: expected a whole number above 0"
+    [[ -z ${SLURM_HET_SIZE:-} ]] || die "a heterogeneous job: ranks are the same on all nodes, submit one without ' : '"
     local flag
     for flag in "$@"; do
         case $flag in
@@ -29,6 +30,8 @@ set_up() {
     done
     # The repository's source is what runs, also in a container or where another version is installed.
     export PYTHONPATH="$MEGATRON_JQ_HOME${PYTHONPATH:+:$PYTHONPATH}"
+    # What this script exports reaches the steps, also after `sbatch --export=NONE`.
+    export SLURM_EXPORT_ENV=ALL
     mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR="${MASTER_ADDR:-${HOSTS[0]}}"
     export MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
@@ -38,6 +41,7 @@ set_up() {
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     STARTS=$((${SLURM_RESTART_COUNT:-0} + 1))
     ASKED=0 # 1: USR1 came
+    TOLD=0  # 1: no rank failed, all were told to end
     RUNNING=0
     trap 'woken=1; ASKED=1; [[ $RUNNING == 0 ]] || on_usr1' USR1
 }
@@ -48,8 +52,11 @@ set_up_software() {
     PYTHON=python3
     if [[ -n $CONTAINER_IMAGE ]]; then
         local mounts="$MEGATRON_JQ_HOME:$MEGATRON_JQ_HOME,$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR,$RUN_DIR:$RUN_DIR"
+        # Without --container-env the image's own values win over ours.
         CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-workdir="$SLURM_SUBMIT_DIR"
-            --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+            --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+            --container-env="$(compgen -e | grep -E '^(CUDA_DEVICE|GLOO|MASTER|NCCL|OMP|PYTHON|PYTORCH|TOKENIZERS)' |
+                paste -sd,)")
         return
     fi
     if [[ -z $VENV && -x $MEGATRON_JQ_HOME/.venv/bin/python ]]; then
@@ -61,13 +68,13 @@ set_up_software() {
 
 # in_software COMMAND…: one process in the environment or container, on this node, inside the allocation.
 in_software() {
-    srun --nodes=1 --ntasks=1 --overlap "${CONTAINER[@]}" -- "$@"
+    srun --nodes=1 --ntasks=1 --overlap --cpu-bind=none "${CONTAINER[@]}" -- "$@"
 }
 
 # preflight: every node can do its part, or the job ends here, in seconds, with the node's name.
 preflight() {
     # The first thing of all: a name that does not resolve would hang every later step until its deadline.
-    if ! timeout 5 getent hosts "$MASTER_ADDR" >/dev/null; then
+    if ! timeout 5 getent ahosts "$MASTER_ADDR" >/dev/null; then
         say "error: MASTER_ADDR=$MASTER_ADDR does not resolve on $(hostname); name a host that every node knows" >&2
         exit 3
     fi
@@ -77,14 +84,28 @@ preflight() {
     read -ra flags <<<"$PREFLIGHT_FLAGS"
     [[ $DEVICE == cpu ]] || gpus=$RANKS_PER_NODE
     hosts=$(IFS=,; echo "${HOSTS[*]}")
-    # Every node reports for itself: none is ended because another one left.
-    srun --nodes="${#HOSTS[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 "${CONTAINER[@]}" -- \
+    # Every node reports for itself: none is ended because another one left, unless it hangs (--wait).
+    srun --nodes="${#HOSTS[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=20 \
+        "${CONTAINER[@]}" -- \
         "$PYTHON" -m megatron_jq preflight --nodes "$hosts" --run-dir "$RUN_DIR" --gpus-per-node "$gpus" \
         --timeout "$PREFLIGHT_TIMEOUT" "${flags[@]}" || exit 3
 }
 
+# own DIR: no second job works in DIR meanwhile. The link DIR/job names the one that does; one that has ended let go.
+own() {
+    local file=$1/job holder
+    mkdir -p -- "$1" || die "$1 cannot be made on $(hostname)"
+    until ln -sT -- "$JOB" "$file" 2>/dev/null; do
+        holder=$(readlink -- "$file") || die "$1 cannot be written on $(hostname)"
+        [[ $holder != "$JOB" ]] || return 0 # this job, queued again
+        [[ -z $(squeue --noheader --states=PENDING,RUNNING,SUSPENDED --jobs="$holder" 2>/dev/null) ]] ||
+            die "job $holder works in ${1%/logs}: wait for its end, scancel it, or name another folder"
+        rm -f -- "$file"
+    done
+}
+
 # run_ranks FLAGS…: megatron-jq FLAGS on every rank, to the end. USR1 meanwhile calls on_usr1, the job's own function.
-# Sets STATUS to the first failing rank's exit code.
+# Sets STATUS to the first failing rank's exit code, and TOLD.
 run_ranks() {
     local tasks=1 total step flags=()
     read -ra flags <<<"$STEP_FLAGS"
@@ -94,8 +115,9 @@ run_ranks() {
     total=$((${#HOSTS[@]} * tasks))
     say "start $STARTS: ${#HOSTS[@]} x $RANKS_PER_NODE ranks ($LAUNCHER), $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
     # --wait instead of --kill-on-bad-exit: survivors have time to say in which phase they lost a peer.
-    srun --nodes="${#HOSTS[@]}" --ntasks="$total" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 \
-        --wait="$PEER_GRACE_SECONDS" --output="$LOGS/node%n-%N.log" "${flags[@]}" "${CONTAINER[@]}" -- \
+    srun --nodes="${#HOSTS[@]}" --ntasks="$total" --ntasks-per-node="$tasks" --distribution=block \
+        --kill-on-bad-exit=0 --wait="$PEER_GRACE_SECONDS" --output="${LOGS//%/%%}/node%n-%N.log" \
+        "${flags[@]}" "${CONTAINER[@]}" -- \
         "$PYTHON" "$MEGATRON_JQ_HOME/launch/slurm/node.py" --launcher "$LAUNCHER" --ranks-per-node "$RANKS_PER_NODE" \
         --records "$LOGS" -- "$@" &
     step=$!
@@ -106,6 +128,10 @@ run_ranks() {
         [[ $woken == 1 ]] || break # a trapped signal ends `wait` before the step has ended
     done
     RUNNING=0
+    # srun ends with 0 where it could not launch a task because of its output. This node's own records are seen at once.
+    if [[ $STATUS == 0 && -z $(ls -A -- "$LOGS/agents") ]]; then
+        STATUS=3
+    fi
     [[ $STATUS == 0 ]] || explain_failure
 }
 
@@ -135,6 +161,11 @@ explain_failure() {
     if [[ -n $first ]]; then
         read -r class _ code rank node <<<"$first"
         STATUS=$code
+        if [[ $class == 2 ]]; then
+            TOLD=1
+            say "rank $rank on $node, and all that ended before their work was done, were told to: exit code $code"
+            return
+        fi
         say "error: rank $rank on $node failed first: exit code $code$( ((code <= 128)) || echo ", signal $(kill -l "$code")")" >&2
     else
         say "error: the step ended with $STATUS; no rank left a record" >&2
@@ -155,25 +186,40 @@ wait_for_requeue_if_a_node_is_lost() {
         grep -qxF -- "$host" <<<"$answers" || lost+=("$host")
     done
     [[ ${#lost[@]} != 0 ]] || return 0
+    if ! may_be_requeued; then
+        say "error: no answer from ${lost[*]}; this job may not be queued again (--no-requeue)" >&2
+        return
+    fi
     say "error: no answer from ${lost[*]}; waiting for Slurm to queue this job again" >&2
     sleep "$NODE_LOSS_SECONDS" &
     wait "$!" || true
 }
 
-# steps_done: steps on record in RUN_DIR.
-steps_done() {
-    local last=''
-    [[ ! -s $RUN_DIR/metrics.jsonl ]] || last=$(tail -n 1 -- "$RUN_DIR/metrics.jsonl")
-    [[ $last =~ \"step\":\ ([0-9]+) ]] && echo $((BASH_REMATCH[1] + 1)) || echo 0
+# setting NAME: of the run in RUN_DIR, from its resolved settings; nothing where it has none of this name.
+setting() {
+    [[ ! -e $RUN_DIR/config.toml ]] || sed -n "s/^$1 = //p" -- "$RUN_DIR/config.toml"
 }
 
-# steps_wanted: --train-iters of the run, from its resolved settings.
-steps_wanted() {
-    sed -n 's/^train_iters = //p' -- "$RUN_DIR/config.toml"
+# steps_saved: in the run's newest checkpoint. Not those in metrics.jsonl: steps behind a checkpoint are done anew.
+steps_saved() {
+    local save
+    save=$(setting save | sed 's/^"//;s/"$//')
+    cat -- "${save:-$RUN_DIR/checkpoints}/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
 }
 
-# requeue: hand the job back to the queue. Does not return: Slurm ends this script.
+# may_be_requeued: whether Slurm would take this job back (not after sbatch --no-requeue, nor while it is cancelled).
+may_be_requeued() {
+    local record
+    record=$(scontrol show job "$JOB") && [[ $record == *JobState=RUNNING* && $record == *Requeue=1* ]]
+}
+
+# requeue WHAT: hand the job back to the queue. Does not return: Slurm ends this script.
 requeue() {
+    if ! may_be_requeued; then
+        say "error: $1; this job may not be queued again (--no-requeue): submit it anew, and it goes on" >&2
+        exit 3
+    fi
+    say "$1; back to the queue"
     scontrol requeue "$JOB"
     sleep 300
     die "scontrol requeue had no effect within 300 s"
@@ -188,22 +234,24 @@ out_of_time() {
 # train_until_done FLAGS…: one start of a training job: go on with RUN_DIR, save on USR1, queue again where steps are
 # left. Exits with the first failing rank's exit code.
 train_until_done() {
-    local before
+    local before saved wanted
     # shellcheck disable=SC2317 # the trap calls it
     on_usr1() {
         say "USR1: the ranks are asked to finish their step and to save"
         signal_agents
     }
     preflight
-    before=$(steps_done)
+    own "$RUN_DIR/logs"
+    before=$(steps_saved)
     [[ $ASKED == 0 ]] || out_of_time "a step was done"
     run_ranks train --device "$DEVICE" "$@" --run-dir "$RUN_DIR" --resume
-    [[ $STATUS == 0 ]] || exit "$STATUS"
-    if [[ $ASKED == 0 ]] || (($(steps_done) >= $(steps_wanted))); then
-        say "done: $(steps_done) steps in $RUN_DIR"
-        return
+    [[ $STATUS == 0 || $TOLD == 1 ]] || exit "$STATUS"
+    saved=$(steps_saved)
+    wanted=$(setting train_iters)
+    # Steps are left where this script asked the ranks to stop, or Slurm did: before a preemption it sends them SIGTERM.
+    if ((saved < ${wanted:-0})); then
+        ((saved > before)) || out_of_time "a step was done"
+        requeue "saved after step $saved of $wanted"
     fi
-    (($(steps_done) > before)) || out_of_time "a step was done"
-    say "saved after step $(steps_done) of $(steps_wanted); back to the queue"
-    requeue
+    say "done: $saved steps in $RUN_DIR"
 }

@@ -59,7 +59,8 @@ def run_torchrun(args: argparse.Namespace) -> dict[int, int]:
         "nproc-per-node": args.ranks_per_node,
         "rdzv-backend": "c10d",
         "rdzv-endpoint": f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
-        "rdzv-id": environ["SLURM_JOB_ID"],
+        # A restarted job's agents must not meet those of the attempt before.
+        "rdzv-id": f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', '0')}",
         # Said, not guessed: torchrun compares host names, which fails where a host has several.
         "rdzv-conf": f"is_host={node_rank == 0},join_timeout=300",
         "local-addr": environ["MASTER_ADDR"] if node_rank == 0 else environ["SLURMD_NODENAME"],

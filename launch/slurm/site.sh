@@ -34,6 +34,8 @@ RANKS_PER_NODE=${RANKS_PER_NODE##*:} # h100:8
 
 # Or a container, which takes precedence: image and extra mounts as pyxis takes them (--container-image,
 # --container-mounts). The repository, the submit folder and RUN_DIR are mounted in any case; name your data here.
+# What is exported here wins over the image's own variables (--container-env, pyxis 0.15 or later), PYTHONPATH too: where
+# the image finds packages by it, repeat its value at sbatch.
 : "${CONTAINER_IMAGE:=}"
 : "${CONTAINER_MOUNTS:=}"
 
@@ -49,6 +51,12 @@ RANKS_PER_NODE=${RANKS_PER_NODE##*:} # h100:8
 : "${PREFLIGHT:=1}"                 # 0: begin without it
 : "${PREFLIGHT_TIMEOUT:=60}"        # seconds that nodes may differ in starting (a container image is unpacked here)
 : "${PREFLIGHT_FLAGS:=}"            # such as --min-free-disk 200 --min-shared-memory 8
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+# sbatch's flags for the job that draws a sweep's comparison, where that must not have the sweep's own account, partition
+# and quality of service: it needs one core and no GPU.
+: "${PLOT_FLAGS:=}"
 
 # --- stopping --------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """F4: generation in which every rationale has its own copy of its prompt's keys and values, for benchmarks."""
 
+import copy
+
 import torch
 
 from megatron_jq.rollout.cache import Bucket, WaveCache
@@ -18,9 +20,12 @@ class CopyingEngine(MegatronEngine):
 
 
 def _copied(bucket: Bucket) -> Bucket:
-    copies = Bucket(bucket.length, [1] * sum(bucket.rows_per_prompt))
-    counts = torch.tensor(bucket.rows_per_prompt, device=next(iter(bucket.layers.values()))[0].device)
+    counts = torch.tensor(bucket.rows_per_prompt, device=bucket.token_GL.device)
+    copies = copy.copy(bucket)
+    copies.rows_per_prompt = [1] * sum(bucket.rows_per_prompt)
     copies.layers = {
         layer: tuple(x.repeat_interleave(counts, dim=0) for x in pair) for layer, pair in bucket.layers.items()
     }
+    if bucket.padding_G11L is not None:
+        copies.padding_G11L = bucket.padding_G11L.repeat_interleave(counts, dim=0)
     return copies

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -72,7 +71,7 @@ def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
             architecture=asdict(architecture),
             vocab_size=architecture.vocab_size,
             bf16=kept["model.embed_tokens.weight"][1] == torch.bfloat16,
-            versions={name: version(name) for name in ("megatron-jq", "megatron-core", "torch", "safetensors")},
+            versions=folders.package_versions("safetensors"),
             source={"kind": "huggingface", "folder": source.resolve().name},
         )
         return folders.commit(partial, manifest)

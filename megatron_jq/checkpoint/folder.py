@@ -14,9 +14,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_jq import __version__
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync, write_synced
 
@@ -52,6 +54,11 @@ class Manifest:
     source: dict[str, Any] | None = None  # of a conversion: what it was made from
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → bytes, sha256
     format: int = _FORMAT
+
+
+def package_versions(*others: str) -> dict[str, str]:
+    """For a manifest: of this package, which may run from its sources, of the engine, and of `others`."""
+    return {"megatron-jq": __version__, **{name: version(name) for name in ("megatron-core", "torch", *others)}}
 
 
 def folder_name(step: int) -> str:

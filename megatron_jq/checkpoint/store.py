@@ -35,7 +35,7 @@ from megatron_jq.checkpoint.shards import (
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.policy import Policy
-from megatron_jq.parallel.runtime import Runtime, agree, together
+from megatron_jq.parallel.runtime import Runtime, together
 
 T = TypeVar("T")
 
@@ -99,7 +99,12 @@ class CheckpointWriter:
             self._finished(self._attempt(shards, manifest))
             return
         shards = _copies(shards)
-        work = lambda: self._outcome.append(self._attempt(shards, manifest))  # noqa: E731
+
+        def work() -> None:
+            if self._runtime.device.type == "cuda":
+                torch.cuda.set_device(self._runtime.device)  # a new thread begins on the node's first one
+            self._outcome.append(self._attempt(shards, manifest))
+
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -195,14 +200,9 @@ def find_checkpoint(
     Every file's checksum is verified, files shared out over ranks. Damaged checkpoints are said (on rank 0) and passed
     over. UserError on all ranks where `load` is no folder (unless missing_ok), or holds damaged checkpoints only.
     """
-    listed: list = [[], None]
-    if runtime.is_main and (load.is_dir() or not missing_ok):
-        try:
-            listed[0] = folders.candidates(load, flag)
-        except UserError as fault:
-            listed[1] = str(fault)
+    names = lambda: folders.candidates(load, flag) if load.is_dir() or not missing_ok else []  # noqa: E731
+    listed = [together(runtime, names, main_only=True)]
     dist.broadcast_object_list(listed, src=0)
-    agree(runtime, listed[1])
     damage: list[str] = []
     for folder in listed[0]:
         manifest, fault = None, None

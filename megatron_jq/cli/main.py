@@ -15,10 +15,11 @@ from megatron_jq import __version__
 from megatron_jq.cli.convert import run_convert
 from megatron_jq.cli.evaluate import run_evaluate
 from megatron_jq.cli.grid import run_grid
+from megatron_jq.cli.parser import exit_code
 from megatron_jq.cli.preflight import run_preflight
 from megatron_jq.config import parse_args
-from megatron_jq.config_validate import validate
-from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.config_validate import validate_training
+from megatron_jq.errors import UserError
 from megatron_jq.toml_files import did_you_mean
 
 COMMANDS = ("train", "evaluate", "convert", "preflight", "grid")
@@ -42,14 +43,7 @@ commands:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; argv without the program's name. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        return _run(argv)
-    except (UserError, RunFailure) as error:
-        ranked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-        prefix = f"[rank {os.environ['RANK']}] " if ranked else ""
-        # One write: several ranks share the terminal, and lines of several writes would mix.
-        sys.stderr.write("".join(f"{prefix}megatron-jq: error: {line}\n" for line in str(error).splitlines()))
-        return 3 if isinstance(error, RunFailure) else 2
+    return exit_code("megatron-jq", lambda: _run(argv))
 
 
 def program() -> NoReturn:
@@ -94,7 +88,7 @@ def _run(argv: list[str]) -> int:
     config = parse_args(rest)
     # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.
     world_size = os.environ.get("WORLD_SIZE")
-    validate(config, None if world_size is None else int(world_size))
+    validate_training(config, None if world_size is None else int(world_size))
     _silence_known_warnings()
     if config.data.show_example is not None:
         from megatron_jq.train.setup import show_example

@@ -1,13 +1,60 @@
-"""F5: how the commands with flags of their own read them."""
+"""F5: how commands and tools with flags of their own read them, and how they tell what is wrong."""
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from megatron_jq.errors import UserError
+from megatron_jq.errors import RunFailure, UserError
+
+_COMMAND = "megatron-jq "
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse with its faults as UserError, in one line that names the command."""
+    """argparse with its faults as UserError, in one line: of a command of megatron-jq it begins with the command."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog.removeprefix('megatron-jq ')}: {message}; see {self.prog} --help")
+        command = f"{self.prog.removeprefix(_COMMAND)}: " if self.prog.startswith(_COMMAND) else ""
+        raise UserError(f"{command}{message}; see {self.prog} --help")
+
+
+def tool_parser(file: str, description: str) -> CommandParser:
+    """The parser of tools/NAME.py, which gives its `__file__` and its docstring: shown as it is written."""
+    return CommandParser(
+        prog=f"tools/{Path(file).name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run_tool(file: str, work: Callable[[], int]) -> int:
+    """exit_code of tools/NAME.py, by its name."""
+    return exit_code(Path(file).stem, work)
+
+
+def exit_code(name: str, work: Callable[[], int]) -> int:
+    """What work returns; 2 for bad input, 3 for a run that had to stop: both told on standard error, `NAME: error: …`,
+    a line each, with the rank where there are several.
+    """
+    try:
+        return work()
+    except (UserError, RunFailure) as error:
+        ranked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+        prefix = f"[rank {os.environ['RANK']}] " if ranked else ""
+        # One write: several ranks share the terminal, and lines of several writes would mix.
+        sys.stderr.write("".join(f"{prefix}{name}: error: {line}\n" for line in str(error).splitlines()))
+        return 3 if isinstance(error, RunFailure) else 2
+
+
+def json_output_problems(path: Path | None) -> list[str]:
+    """What keeps --json from being written, in a line; nothing where all is well, or the flag was not given."""
+    if path is None:
+        return []
+    if path.is_dir():
+        return [f"--json {path} is a folder; name a file"]
+    if not os.access(path.parent, os.W_OK):
+        return [f"--json {path}: the folder does not exist or cannot be written"]
+    return []

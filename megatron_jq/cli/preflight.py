@@ -1,9 +1,11 @@
 """F5: `megatron-jq preflight`: every node of a job checks itself and meets the others, before any rank starts."""
 
 import argparse
+import faulthandler
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,9 @@ from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.preflight.facts import Facts, find_facts
 from megatron_jq.preflight.meeting import Host, report
 from megatron_jq.preflight.verdict import Limits, faults, unseen_marks
+
+#: Longer than any wait behind --timeout (meeting.report).
+_HUNG_SECONDS = 15.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,14 +71,18 @@ def run_preflight(argv: list[str]) -> int:
     key = f"{os.environ.get('SLURM_JOB_ID', '-')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     deadline = time.monotonic() + args.timeout
     host = Host(int(port), key, nodes, deadline, time.time) if node == nodes[0] else None
-    facts = find_facts(node, args.run_dir)
+    facts = None
+    # No deadline of Python's ends the wait for a file system that does not answer: this one does, with the stacks.
+    faulthandler.dump_traceback_later(args.timeout + _HUNG_SECONDS, exit=True, file=sys.__stderr__)
     try:
+        facts = find_facts(node, args.run_dir)
         if host is None:
             return 3 if report(address, int(port), key, facts, deadline, time.time) else 0
         return _as_host(host, nodes, args, address, key, facts, deadline)
     finally:
-        if facts.mark is not None:
+        if facts is not None and facts.mark is not None:
             (args.run_dir / facts.mark).unlink(missing_ok=True)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _as_host(

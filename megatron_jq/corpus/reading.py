@@ -1,16 +1,21 @@
 """F3: rows to pretrain on, in the order in which Megatron-LM would train on them: megatron.core.datasets makes it.
 
 A row is seq_length + 1 tokens of the shuffled documents laid end to end: the first is context, the others are
-predicted. Documents are not masked from one another, and positions go on over their bounds, as is Megatron's default.
+predicted. Where documents end is not marked: the trainer knows it by the end of text (--eod-mask-loss and its like).
 """
 
+import copy
 import hashlib
 import itertools
 import math
+import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
@@ -19,6 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_jq.corpus.files import IndexedFiles, open_files, parse_data_path
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.files import reason, sync
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example
 
@@ -71,13 +77,14 @@ class Rows(Sequence[Example]):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to build. held_out: whether the validation split has a row of every file."""
+    """What to build. tokens: of each file, to train on. key: name of the folder of its sample indices."""
 
     files: tuple[IndexedFiles, ...]
     weights: tuple[float, ...]  # one a file
     config: GPTDatasetConfig
-    tokens: tuple[int, ...]  # of each file, to train on
+    tokens: tuple[int, ...]
     heldout_rows: int
+    key: str
 
 
 class _IndexTokenizer:
@@ -89,6 +96,9 @@ class _IndexTokenizer:
         self.vocab_size, self.eod, self.eos = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.eos_id
         self.unique_identifiers = {"fingerprint": tokenizer.fingerprint()}
 
+    def __repr__(self) -> str:
+        return f"{self.vocab_size} {self.eod} {self.unique_identifiers}"
+
 
 def open_corpus(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int, runtime: Runtime) -> Corpus:
     """The rows of both splits. Called on all ranks; rank 0 writes the indices, the others read them.
@@ -97,13 +107,75 @@ def open_corpus(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int, r
     vocab_size among the first ones of a file, a cache that cannot be written, no compiled helper.
     """
     plan = together(runtime, lambda: _plan(options, tokenizer, vocab_size))
-    together(runtime, lambda: _make_cache(options.cache), main_only=True)
-    sizes = [options.train_rows, plan.heldout_rows, 0]
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, plan.config)
-    built = builder.build()
+    together(runtime, lambda: _write_indices(options, plan), main_only=True)
+    keys = [plan.key]
+    dist.broadcast_object_list(keys, src=0)
+    built = together(runtime, lambda: _read_indices(options, plan, keys[0]))
     heldout = Rows(built[VALID], plan.heldout_rows, vocab_size, options.data_path) if plan.heldout_rows else ()
     train = Rows(built[TRAIN], options.train_rows, vocab_size, options.data_path)
     return Corpus(train, heldout, _fingerprint(options, plan, built[TRAIN]))
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """Megatron-core's builder without its barriers: at those the other ranks would wait for one that failed."""
+
+    @staticmethod
+    def build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args):
+        return cls(*args)
+
+    def _build_megatron_datasets_parallel(self, prefixes, split, sizes_per_dataset):
+        each = zip(prefixes, sizes_per_dataset, strict=True)
+        found = [self._build_megatron_dataset_splits(prefix, split, sizes, False) for prefix, sizes in each]
+        return [list(column) for column in zip(*found, strict=True)]
+
+
+def _built(options: CorpusOptions, plan: _Plan, folder: Path) -> list[GPTDataset | BlendedDataset | None]:
+    """The three splits, with their indices in `folder`: written by rank 0 where they are not there, else read."""
+    config = copy.copy(plan.config)  # not dataclasses.replace: that would derive the splits anew
+    config.path_to_cache = str(folder)
+    return _Builder(GPTDataset, [options.train_rows, plan.heldout_rows, 0], lambda: True, config).build()
+
+
+def _write_indices(options: CorpusOptions, plan: _Plan) -> None:
+    """The sample indices, on disk whole or not at all: Megatron-core takes whatever has a file's name for the file.
+
+    UserError where the cache cannot be written.
+    """
+    folder = options.cache / plan.key
+    if folder.is_dir():
+        return
+    try:
+        options.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=options.cache, prefix=f".{plan.key}.") as scratch:
+            partial = Path(scratch) / plan.key
+            _built(options, plan, partial)
+            for path in [*partial.iterdir(), partial]:
+                sync(path)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # it is, where another run was quicker
+                    raise
+    except OSError as error:
+        fault = f"--data-cache-path {options.cache} cannot be written: {reason(error)}"
+        raise UserError(f"{fault}; name a folder that can") from error
+
+
+def _read_indices(options: CorpusOptions, plan: _Plan, key: str) -> list[GPTDataset | BlendedDataset | None]:
+    """UserError where this rank's files are not rank 0's, whose key is `key`, or the indices cannot be read."""
+    folder = options.cache / plan.key
+    if plan.key != key:
+        raise UserError(
+            f"--data-path {options.data_path}: the files on {socket.gethostname()} are not those that rank 0 reads; "
+            "give all nodes the same"
+        )
+    try:
+        return _built(options, plan, folder)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"--data-cache-path: the sample indices in {folder} cannot be read on {socket.gethostname()}: {error}; "
+            "every node must see this folder, and if they are damaged, remove it"
+        ) from error
 
 
 def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Plan:
@@ -126,14 +198,12 @@ def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Pla
     heldout_rows = min(options.heldout_rows, sum(rows)) if all(rows) else 0
     # Files without weights count by their tokens: so a run may read them more than once.
     weights = tuple(float(tokens) if w is None else w for (_, w), tokens in zip(named, train, strict=True))
-    identity = hashlib.sha256("\n".join(one.identity() for one in files).encode()).hexdigest()
     config = GPTDatasetConfig(
         random_seed=options.seed,
         sequence_length=options.seq_length,
         blend=([one.prefix for one in files], list(weights) if len(files) > 1 else None),
         split=options.split,
-        # An index is found by its files' names: other files of these names have another folder.
-        path_to_cache=str(options.cache / identity[:16]),
+        path_to_cache=str(options.cache),
         tokenizer=_IndexTokenizer(tokenizer),
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -141,7 +211,15 @@ def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Pla
         create_attention_mask=False,
     )
     config.split_matrix = [shares[TRAIN], shares[VALID] if heldout_rows else None, None]
-    return _Plan(files, weights, config, tuple(train), heldout_rows)
+    return _Plan(files, weights, config, tuple(train), heldout_rows, _key(options, files, config, heldout_rows))
+
+
+def _key(options: CorpusOptions, files: tuple[IndexedFiles, ...], config: GPTDatasetConfig, heldout_rows: int) -> str:
+    """Of all that the sample indices depend on: Megatron-core finds them by the files' names, whatever is in these."""
+    identities = [one.identity() for one in files]
+    rows = (options.train_rows, heldout_rows, options.seq_length, options.seed)
+    parts = (version("megatron-core"), identities, config.blend, config.split_matrix, rows, config.tokenizer)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _split_shares(split: str) -> list[tuple[float, float]]:
@@ -165,17 +243,6 @@ def _check_helper() -> None:
             "--estimator pretrain needs the compiled helper of megatron.core.datasets, which this installation lacks "
             f"({error}); install megatron-core from a wheel, or with a C++ compiler"
         ) from error
-
-
-def _make_cache(cache: Path) -> None:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        probe = cache / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        fault = f"--data-cache-path {cache} cannot be written: {error.strerror}"
-        raise UserError(f"{fault}; name a folder that can") from error
 
 
 def _foreign_token(named: str, token: int, vocab_size: int) -> UserError:

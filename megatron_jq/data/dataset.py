@@ -88,11 +88,6 @@ def load_source(
     return Source(tuple(pairs[:count]), data_format, tuple(bad.faults))
 
 
-def load_pairs(source: str, *, prompt_field: str = "prompt", data_format: str = "auto", **rest) -> list[Pair]:
-    """The pairs of load_source alone; a bad record is an error."""
-    return list(load_source(source, ReadOptions(data_format, prompt_field), **rest).pairs)
-
-
 def is_builtin(source: str) -> bool:
     return source.startswith(BUILTIN_PREFIX)
 

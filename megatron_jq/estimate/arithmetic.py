@@ -12,7 +12,7 @@ from megatron_jq.estimate.parameters import matrix_parameters
 from megatron_jq.estimate.plan import Plan
 from megatron_jq.estimate.rows import causal
 
-PHASES = ("rollout", "score", "train")
+PHASES = ("rollout", "score", "reference", "train")
 
 #: Backward over forward, by parts of the model.
 _BACKWARD_MATRIX, _BACKWARD_ATTENTION = 2.0, 2.5
@@ -36,15 +36,16 @@ class StageFlops:
 
     rollout: float
     score: float
+    reference: float  # ln p of the frozen policy, with --grpo-kl-beta
     train: float
 
     @property
     def step(self) -> float:
-        return self.rollout + self.score + self.train
+        return self.rollout + self.score + self.reference + self.train
 
 
 def step_work(plan: Plan, replicas: list[int] | None = None) -> list[Work]:
-    """PHASES' work. replicas: counted ones; None: all."""
+    """PHASES' work, the reference's only where there is one. replicas: counted ones; None: all."""
     replicas = list(range(plan.dp)) if replicas is None else replicas
     return [_rollout(plan, replicas), *_passes(plan, replicas)]
 
@@ -55,8 +56,7 @@ def _rollout(plan: Plan, replicas: list[int]) -> Work:
     rationales, prompts = sum(rows for rows, _ in waves), sum(prompts for _, prompts in waves)
     tokens = prompts * lengths.prompt + rationales * (fed + tail)
     generated = sum(lengths.prompt + t for t in range(1, fed + tail + 1))
-    drawn = lengths.rationale + (lengths.answer if plan.derived.samples_answers else 0)
-    head_rows = prompts + rationales * (drawn - 1) + (rationales * lengths.answer if tail else 0)
+    head_rows = prompts + rationales * (plan.drawn_tokens - 1) + (rationales * lengths.answer if tail else 0)
     busiest = len(plan.busiest_waves) * (1 + fed + (tail > 0))
     keys = prompts * causal(lengths.prompt) + rationales * generated
     unshared = rationales * (lengths.prompt + fed + tail)
@@ -68,10 +68,12 @@ def _passes(plan: Plan, replicas: list[int]) -> list[Work]:
     rationales, passes = sum(row.sequences for row in rows), len(plan.busiest_rows)
     counts = sum(row.tokens for row in rows), sum(row.tokens_unshared for row in rows)
     pairs = sum(row.pairs for row in rows)
-    train = Work("train", *counts, rationales * (lengths.rationale + lengths.answer), pairs, passes)
-    if plan.scores_in_rollout:
-        return [Work("score", 0, 0, 0, 0, 0), train]
-    return [Work("score", *counts, rationales * lengths.answer, pairs, passes), train]
+    trained = rationales * (lengths.rationale + lengths.answer)
+    score = Work("score", *counts, rationales * lengths.answer, pairs, passes)
+    if plan.scores_in_rollout or plan.imitates:
+        score = Work("score", 0, 0, 0, 0, 0)
+    reference = [Work("reference", *counts, trained, pairs, passes)] if plan.has_reference else []
+    return [score, *reference, Work("train", *(plan.updates * n for n in (*counts, trained, pairs, passes)))]
 
 
 def stage_flops(plan: Plan, stage: int, replicas: list[int]) -> StageFlops:
@@ -82,7 +84,7 @@ def stage_flops(plan: Plan, stage: int, replicas: list[int]) -> StageFlops:
     head = 2 * plan.vocab_rows * plan.architecture.hidden_size * heads
     query = plan.architecture.num_attention_heads * plan.architecture.kv_channels / plan.tp
     attention = 4 * query * layers
-    by_phase = {}
+    by_phase = dict.fromkeys(PHASES, 0.0)
     for work in step_work(plan, replicas):
         parts = work.tokens * matrix, work.keys * attention, work.head_rows * head
         if work.phase == "train":

@@ -117,7 +117,7 @@ def stage_memory(plan: Plan, stage: int, *, keeps_freed: bool = True) -> StageMe
     count = stage_parameters(plan, stage)
     several = len(plan.busiest_rows) > 1
     growth = HEAP_OF_SEVERAL if several else HEAP_OF_ONE
-    copies = 2 if plan.config.objective.grpo_kl_beta > 0 else 1
+    copies = 2 if plan.has_reference else 1
     phases = [_rollout(plan, stage), _score(plan, stage), _train(plan, stage), _update(plan, count)]
     return StageMemory(
         stage=stage,
@@ -148,7 +148,7 @@ def _communication(plan: Plan) -> float:
     """Megatron-core's buffer for rows gathered under sequence parallelism, kept at its largest size."""
     if plan.split == 1:
         return 0
-    prompts = max(prompts for _, prompts in plan.busiest_waves) * plan.lengths.prompt
+    prompts = max((prompts for _, prompts in plan.busiest_waves), default=0) * plan.lengths.prompt
     return max(plan.largest_row, prompts) * plan.element * plan.architecture.hidden_size
 
 
@@ -175,6 +175,8 @@ def _heads(plan: Plan, stage: int) -> bool:
 
 def _rollout(plan: Plan, stage: int) -> Phase:
     """Prefill, a decoding pass, sampling behind one, or scoring y* from the cache."""
+    if plan.imitates:
+        return _phase("rollout", [()])
     w, r = activations.widths(plan), plan.config.rollout
     rows, prompts = plan.fullest_wave
     prompt_tokens, room = prompts * plan.lengths.prompt, -(-plan.fed_tokens // CACHE_GROWTH) * CACHE_GROWTH
@@ -188,7 +190,8 @@ def _rollout(plan: Plan, stage: int) -> Phase:
         (cache, _layers(plan, activations.tail_working(plan, rows), rows * plan.tail_tokens)),
     ]
     if _heads(plan, stage):
-        each = 16 if r.temperature == 0 else 24 if r.top_p == 1 else NUCLEUS_BYTES
+        # cumulative probabilities in float64, and logits over the temperature
+        each = NUCLEUS_BYTES if r.temperature > 0 and r.top_p < 1 else 8 if r.temperature in (0, 1) else 12
         elements = min(rows, max(1, SAMPLING_ELEMENTS // plan.vocab_rows)) * plan.vocab_rows
         logits = Part("logits", 4 * rows * plan.vocab_rows, 4 * rows * plan.vocab_rows)
         moments.append((cache, logits, Part("sampling workspace", each * elements, 8 * elements)))
@@ -197,7 +200,7 @@ def _rollout(plan: Plan, stage: int) -> Phase:
 
 def _score(plan: Plan, stage: int) -> Phase:
     """The trainer's forward pass; with --score-with rollout only of the steps that compare."""
-    if plan.scores_in_rollout and plan.config.rollout.score_check_interval == 0:
+    if plan.imitates or (plan.scores_in_rollout and plan.config.rollout.score_check_interval == 0):
         return _phase("score", [()])
     sequences, tokens = plan.largest_micro_batch, plan.largest_row
     moments = [(_layers(plan, activations.forward_working(plan, tokens), tokens),)]

@@ -1,7 +1,7 @@
 """F4: one step of a run in numbers: layout, model chunks of each pipeline stage, lengths, micro-batches, waves.
 
-Every prompt, rationale and answer has the same length, the longest there is: figures are those of the fullest step.
-Where replicas differ, a figure of one process is the busiest replica's.
+Every prompt, rationale and answer has the same length, the longest there is: figures are those of the fullest step,
+in which GRPO trains on every rationale. Where replicas differ, a figure of one process is the busiest replica's.
 """
 
 import math
@@ -10,24 +10,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_jq.architecture import Architecture, padded_vocab_size
-from megatron_jq.config import Config
+from megatron_jq.config import GIVEN_RATIONALES, Config
 from megatron_jq.config_validate import Derived, derive
+from megatron_jq.errors import UserError
 from megatron_jq.estimate.rows import Layout, Row
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt, of a rationale (sampled ones: its forced close token comes on top), of an answer (with its
-    terminator).
+    """Tokens of a prompt, of a rationale (sampled ones: its forced close token comes on top; of a given one all, its
+    close token included), of the joint that a template puts before the answer, of an answer (with its terminator).
+    A row of pretraining is a prompt of one token, no rationale, and an answer.
     """
 
     prompt: int
     rationale: int
     answer: int
-
-    @property
-    def sequence(self) -> int:
-        return self.prompt + self.rationale + 1 + self.answer
+    joint: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,56 @@ class Plan:
         divisible = self.config.model.make_vocab_size_divisible_by
         return padded_vocab_size(self.vocab_size, divisible, self.tp) // self.tp
 
+    # What the estimator does
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the data gives the rationale (sft) or there is none (pretrain): nothing is drawn or scored."""
+        return self.config.objective.estimator in GIVEN_RATIONALES
+
+    @property
+    def updates(self) -> int:
+        """Training passes a step."""
+        return self.config.objective.grpo_iterations
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a frozen policy scores each step's micro-batches once."""
+        return self.config.objective.grpo_kl_beta > 0
+
+    @property
+    def scores_in_rollout(self) -> bool:
+        return self.config.rollout.score_with == "rollout"
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Of a rationale, and of a sampled answer behind it."""
+        if self.imitates:
+            return 0
+        return self.lengths.rationale + (self.lengths.answer if self.derived.samples_answers else 0)
+
+    @property
+    def _context_tokens(self) -> int:
+        """Between prompt and answer: rationale, a close token put there by force, joint."""
+        return self.lengths.rationale + (not self.imitates) + self.lengths.joint
+
+    @property
+    def fed_tokens(self) -> int:
+        """Generated tokens of a rationale that go through the layers one by one. The last one drawn is never fed."""
+        if self.imitates:
+            return 0
+        if self.derived.samples_answers:
+            return self._context_tokens + self.lengths.answer - 1
+        return self.lengths.rationale - 1
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens of a rationale that are fed at once to score y* from the cache (rollout/megatron.py: _score_gold)."""
+        if not self.scores_in_rollout:
+            return 0
+        unfed = self._context_tokens - min(self.fed_tokens, self._context_tokens - 1)
+        return unfed + self.lengths.answer - 1
+
     # Rationales, micro-batches, waves
 
     @property
@@ -137,7 +186,7 @@ class Plan:
         t, lengths = self.config.training, self.lengths
         return Layout(
             prompt=lengths.prompt,
-            branch=lengths.sequence - lengths.prompt,
+            branch=self._context_tokens + lengths.answer,
             num_rationales=self.config.rollout.num_rationales,
             share_prompts=t.share_prompts == "auto",
             sequence_multiple=t.pad_sequences_to_multiple_of,
@@ -175,7 +224,11 @@ class Plan:
         return max(row.tokens for rows in self.rows for row in rows)
 
     def waves(self, replica: int) -> list[tuple[int, int]]:
-        """(rationales, distinct prompts) of each wave that a replica decodes (rollout/megatron.py: _waves)."""
+        """(rationales, distinct prompts) of each wave that a replica decodes (rollout/megatron.py: _waves); none where
+        nothing is drawn.
+        """
+        if self.imitates:
+            return []
         share, group = self.replica_share(replica), self.config.rollout.num_rationales
         most = self.config.rollout.rollout_batch_size or max(len(share), 1)
         parts = [share[i : i + most] for i in range(0, len(share), most)]
@@ -200,26 +253,22 @@ class Plan:
         """(rationales, distinct prompts) of the largest wave on any replica."""
         return max(wave for replica in range(self.dp) for wave in self.waves(replica))
 
-    @property
-    def scores_in_rollout(self) -> bool:
-        return self.config.rollout.score_with == "rollout"
-
-    @property
-    def fed_tokens(self) -> int:
-        """Generated tokens of a rationale that go through the layers one by one. The last one drawn is never fed."""
-        sampled_answer = 1 + self.lengths.answer if self.derived.samples_answers else 0
-        return self.lengths.rationale + sampled_answer - 1
-
-    @property
-    def tail_tokens(self) -> int:
-        """Tokens of a rationale that are fed at once to score y* from the cache (rollout/megatron.py: _score_gold)."""
-        unfed = self.lengths.rationale + 1 - min(self.fed_tokens, self.lengths.rationale)
-        return unfed + self.lengths.answer - 1 if self.scores_in_rollout else 0
-
 
 def make_plan(config: Config, world_size: int, lengths: Lengths, vocab_size: int) -> Plan:
-    """UserError, as training raises it, where the configuration is not a valid one for this many processes."""
-    return Plan(config, derive(config, world_size), lengths, vocab_size)
+    """UserError, as training raises it, where the configuration is not a valid one for this many processes, or where
+    the lengths do not fit.
+    """
+    plan = Plan(config, derive(config, world_size), lengths, vocab_size)
+    room = min(plan.architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch or math.inf)
+    needed = lengths.prompt + lengths.rationale + 1 + lengths.joint + lengths.answer
+    if needed > room and config.objective.estimator != "pretrain":  # whose rows validate has looked at
+        raise UserError(
+            f"a prompt of {lengths.prompt} tokens, a rationale of {lengths.rationale}, its close token, a joint of "
+            f"{lengths.joint} and an answer of {lengths.answer} are {needed}, more than {room} (context, or "
+            "--max-tokens-per-micro-batch); lower a budget, or raise --max-position-embeddings or "
+            "--max-tokens-per-micro-batch"
+        )
+    return plan
 
 
 def smallest_world_size(config: Config) -> int:

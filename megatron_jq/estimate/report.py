@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_jq.estimate.arithmetic import StageFlops, Work, stage_flops, step_work
+from megatron_jq.estimate.arithmetic import PHASES, StageFlops, Work, stage_flops, step_work
 from megatron_jq.estimate.memory import StageMemory, stage_memory
 from megatron_jq.estimate.parameters import stage_parameters
 from megatron_jq.estimate.plan import Plan
@@ -66,6 +66,8 @@ class Estimate:
     """One step of one layout."""
 
     model: str
+    estimator: str
+    updates: int  # training passes a step
     params_dtype: str
     device: str
     world_size: int
@@ -78,6 +80,7 @@ class Estimate:
     num_rationales: int
     prompt_tokens: int
     rationale_tokens: int
+    joint_tokens: int
     answer_tokens: int
     vocab_size: int
     share_prompts: str
@@ -140,6 +143,8 @@ def estimate(plan: Plan) -> Estimate:
     everyone = [stage_flops(plan, stage, list(range(plan.dp))) for stage in range(plan.pp)]
     return Estimate(
         model=c.model.model,
+        estimator=c.objective.estimator,
+        updates=plan.updates,
         params_dtype=c.model.params_dtype,
         device="cuda" if plan.on_cuda else "cpu",
         world_size=plan.derived.world_size,
@@ -152,6 +157,7 @@ def estimate(plan: Plan) -> Estimate:
         num_rationales=c.rollout.num_rationales,
         prompt_tokens=plan.lengths.prompt,
         rationale_tokens=plan.lengths.rationale,
+        joint_tokens=plan.lengths.joint,
         answer_tokens=plan.lengths.answer,
         vocab_size=plan.vocab_size,
         share_prompts=c.training.share_prompts,
@@ -160,9 +166,7 @@ def estimate(plan: Plan) -> Estimate:
         micro_batches=len(plan.busiest_rows),
         micro_batch_tokens=plan.largest_row,
         work=step_work(plan),
-        flops=StageFlops(
-            *(plan.tp * sum(getattr(f, phase) for f in everyone) for phase in ("rollout", "score", "train"))
-        ),
+        flops=StageFlops(**{phase: plan.tp * sum(getattr(f, phase) for f in everyone) for phase in PHASES}),
         stages=stages,
     )
 
@@ -185,20 +189,41 @@ def text(found: Estimate) -> str:
 def _heading(e: Estimate) -> str:
     expert = f" EP {e.expert_model_parallel_size}" if e.expert_model_parallel_size > 1 else ""
     sequence = ", sequence parallel" if e.sequence_parallel else ""
-    computed, unshared = e.tokens
     idle = f"; {e.idle_replicas} replicas have none" if e.idle_replicas else ""
     return "\n".join(
         (
             f"model: {e.model}, {e.params_dtype}, vocabulary of {e.vocab_size}",
             f"layout: {e.world_size} process(es) on {e.device}: TP {e.tensor_model_parallel_size} "
             f"PP {e.pipeline_model_parallel_size} DP {e.data_parallel_size}{expert}{sequence}",
-            f"step: {e.prompts_per_step} prompts x {e.num_rationales} rationales; tokens: prompt {e.prompt_tokens}, "
-            f"rationale {e.rationale_tokens} and its close token, answer {e.answer_tokens}",
-            f"busiest replica: {e.busiest_replica_rationales} rationales in {e.micro_batches} micro-batches of at most "
-            f"{e.micro_batch_tokens} tokens{idle}",
-            f"tokens through the layers: {computed}; {unshared} if every rationale brought a prompt of its own",
+            f"step: {_step(e)}",
+            f"busiest replica: {e.busiest_replica_rationales} {_sequences(e)} in {e.micro_batches} micro-batches of at "
+            f"most {e.micro_batch_tokens} tokens{idle}",
+            _tokens(e),
         )
     )
+
+
+def _sequences(e: Estimate) -> str:
+    return "rows" if e.estimator == "pretrain" else "rationales"
+
+
+def _step(e: Estimate) -> str:
+    """What a step takes in."""
+    if e.estimator == "pretrain":
+        return f"{e.prompts_per_step} rows of {e.prompt_tokens + e.answer_tokens} tokens"
+    given = e.estimator == "sft"
+    rationales = "given rationales" if given else f"x {e.num_rationales} rationales"
+    closed = f"rationale {e.rationale_tokens} {'with' if given else 'and'} its close token"
+    joint = f", joint {e.joint_tokens}" if e.joint_tokens else ""
+    updates = f"; {e.updates} updates" if e.updates > 1 else ""
+    lengths = f"prompt {e.prompt_tokens}, {closed}{joint}, answer {e.answer_tokens}"
+    return f"{e.prompts_per_step} prompts {'with ' if given else ''}{rationales}; tokens: {lengths}{updates}"
+
+
+def _tokens(e: Estimate) -> str:
+    computed, unshared = e.tokens
+    alone = "" if e.num_rationales == 1 else f"; {unshared} if every rationale brought a prompt of its own"
+    return f"tokens through the layers: {computed}{alone}"
 
 
 def _memory_table(e: Estimate) -> str:

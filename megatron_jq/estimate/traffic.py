@@ -5,7 +5,7 @@ exchanges of a step are named in docs/estimate.md and left out: agreement on met
 budget, sums of experts' balance, and whether expert-parallel peers are at work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_jq.estimate.memory import chunk_tokens
 from megatron_jq.estimate.parameters import stage_parameters
@@ -14,6 +14,8 @@ from megatron_jq.estimate.plan import Chunk, Plan
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
 #: A stage tells the next one the shape of what follows, as three 64-bit numbers.
 SHAPE = 3 * INT64
+#: Sums over tokens that an update with clipping or a reference leaves (objective/clipping.py: TokenFigures).
+TOKEN_FIGURES = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Message:
 
 def stage_traffic(plan: Plan, stage: int) -> list[Message]:
     """Messages of a process of this stage in the busiest replica; those of groups of one process are left out."""
-    found = [*_rollout(plan, stage), *_passes(plan, stage), *_reductions(plan, stage)]
+    found = [*_rollout(plan, stage), *_scoring(plan, stage), *_updates(plan, stage)]
     return [message for message in found if message.calls and message.ranks > 1]
 
 
@@ -140,8 +142,7 @@ class _Rows:
 
 
 def _rollout(plan: Plan, stage: int) -> list[Message]:
-    lengths, waves = plan.lengths, plan.busiest_waves
-    drawn = lengths.rationale + (lengths.answer if plan.derived.samples_answers else 0)
+    lengths, waves, drawn = plan.lengths, plan.busiest_waves, plan.drawn_tokens
     rows = [prompts * lengths.prompt for _, prompts in waves]
     rows += [count for count, _ in waves for _ in range(plan.fed_tokens)]
     rows += [count * plan.tail_tokens for count, _ in waves] if plan.tail_tokens else []
@@ -167,30 +168,59 @@ def _rollout(plan: Plan, stage: int) -> list[Message]:
     return found
 
 
-def _passes(plan: Plan, stage: int) -> list[Message]:
+def _scoring(plan: Plan, stage: int) -> list[Message]:
+    """Score, and the reference's pass."""
     found: list[Message] = []
-    counts, rows = [row.sequences for row in plan.busiest_rows], [row.tokens for row in plan.busiest_rows]
-    table = FLOAT64 * (3 * plan.rationales + 2)
-    for phase in ("score", "train"):
-        found.append(Message(phase, "dp", "all-reduce", "table of log-likelihoods", 1, table, plan.dp))
-        if phase == "score" and plan.scores_in_rollout:
-            continue
-        found.append(Message(phase, "pp", "broadcast", "table of log-likelihoods", 1, table, plan.pp))
-        passes = _Rows(plan, phase, rows, backward=phase == "train")
-        for chunk in plan.stages[stage]:
-            found += passes.of_chunk(chunk, head=True)
-            found += _head(plan, phase, counts) if chunk.heads else []
-        found += passes.between_stages(stage)
+    if not plan.imitates:
+        by_trainer, size = not plan.scores_in_rollout, _table_bytes(plan)
+        found += _tables(plan, "score", size, "table of log-likelihoods", stages=by_trainer)
+        found += _pass(plan, stage, "score") if by_trainer else []
+    if plan.derived.samples_answers:
+        found += _tables(plan, "score", FLOAT64 * plan.rationales, "rewards", stages=False)
+    if plan.has_reference:
+        found += _pass(plan, stage, "reference")
     return found
 
 
-def _head(plan: Plan, phase: str, counts: list[int]) -> list[Message]:
-    """Three numbers a row and process: once a micro-batch in scoring, once a chunk in training."""
+def _updates(plan: Plan, stage: int) -> list[Message]:
+    """All updates' passes and what reduces their gradients."""
+    found = _tables(plan, "train", _table_bytes(plan), "table of log-likelihoods", stages=True)
+    found += _pass(plan, stage, "train")
+    if plan.updates > 1 or plan.has_reference:
+        found += _tables(plan, "train", TOKEN_FIGURES * FLOAT64, "figures of tokens", stages=True)
+    found += _reductions(plan, stage)
+    n = plan.updates
+    return [replace(message, calls=n * message.calls, bytes=n * message.bytes) for message in found]
+
+
+def _table_bytes(plan: Plan) -> int:
+    """Of the step's table, with what ranks count beside it (train/step.py: _empty_table)."""
+    return FLOAT64 * (3 * plan.rationales + 2)
+
+
+def _tables(plan: Plan, phase: str, size: int, purpose: str, *, stages: bool) -> list[Message]:
+    """What the head found: from the last stage to the others (stages), then summed over replicas."""
+    summed = Message(phase, "dp", "all-reduce", purpose, 1, size, plan.dp)
+    return [*([Message(phase, "pp", "broadcast", purpose, 1, size, plan.pp)] * stages), summed]
+
+
+def _pass(plan: Plan, stage: int, phase: str) -> list[Message]:
+    """All micro-batches once, forward, and in training backward."""
+    passes = _Rows(plan, phase, [row.tokens for row in plan.busiest_rows], backward=phase == "train")
+    found = passes.between_stages(stage)
+    for chunk in plan.stages[stage]:
+        found += passes.of_chunk(chunk, head=True)
+        found += _head(plan, phase) if chunk.heads else []
+    return found
+
+
+def _head(plan: Plan, phase: str) -> list[Message]:
+    """Three numbers a row and process: once a micro-batch in scoring, once a chunk in training and of a reference."""
     lengths = plan.lengths
-    each = lengths.answer + (lengths.rationale if phase == "train" else 0)
-    rows, nucleus = [count * each for count in counts], plan.config.rollout.top_p < 1
+    each = lengths.answer + (lengths.rationale if phase != "score" else 0)
+    rows, nucleus = [row.sequences * each for row in plan.busiest_rows], plan.config.rollout.top_p < 1
     size, chunks = 3 * FLOAT32 * sum(rows) * plan.tp, sum(max(1, -(-n // chunk_tokens(plan))) for n in rows)
-    calls = chunks if phase == "train" and not nucleus else len(rows)
+    calls = chunks if phase != "score" and not nucleus else len(rows)
     found = [Message(phase, "tp", "all-gather", "head", calls, size, plan.tp)]
     if nucleus:
         found.append(Message(phase, "tp", "all-gather", "nucleus", chunks, size, plan.tp))

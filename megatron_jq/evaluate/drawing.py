@@ -9,7 +9,7 @@ from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate.judging import Answer, Judge, Metric, judge_prompt
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout
-from megatron_jq.rollout.engine import RolloutEngine, SamplingOptions, request_for, share_of_replica
+from megatron_jq.rollout.engine import RolloutEngine, SamplingOptions, requests_of_replica
 
 #: Evaluation draws from streams of its own, away from those of training steps.
 EVALUATION_SEED_OFFSET = 1_000_003
@@ -68,8 +68,7 @@ def draw(
     first: the prompt slot of the first example; the slots key the random numbers. score: with ln p(y*|x,z).
     """
     dp = runtime.groups.dp
-    share = share_of_replica(len(examples), num_samples, dp.rank(), dp.size())
-    requests = [request_for(examples[b], first + b, slots, score=score) for b, slots in share]
+    requests = requests_of_replica(examples, num_samples, dp.rank(), dp.size(), first=first, score=score)
     mine = engine.generate(requests, options)
     if dp.size() == 1:
         return mine

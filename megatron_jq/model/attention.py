@@ -19,6 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_jq.parallel.transfers import sent
+
 
 class AttentionPlan(PackedSeqParams):
     """Which token attends to which. `attend` maps q [T, h, d], k and v [T, g, d] to [T, h, d]."""
@@ -65,8 +67,8 @@ class CausalSegments(AttentionPlan):
                 token_nS[row, len(ids) :] = ids[-1]
                 place_T[ids] = offset + row * longest + torch.arange(len(ids))
             offset += token_nS.numel()
-            self.buckets.append(_Bucket(token_nS.to(device)))
-        self.place_T = place_T.to(device)
+            self.buckets.append(_Bucket(sent(token_nS, device)))
+        self.place_T = sent(place_T, device)
 
     def attend(self, layer, q, k, v, scale):
         if self.equal:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -72,7 +73,7 @@ def build_options(config: Config, vocab_size: int) -> BuildOptions:
 
 def use_transformer_engine(choice: str, device: torch.device) -> bool:
     """Whether layers come from Transformer Engine. Raises UserError when it is demanded and cannot be."""
-    present = importlib.util.find_spec("transformer_engine") is not None
+    present = HAVE_TE  # it loaded: a package that is there need not (made for another CUDA, or without its torch part)
     if choice == "transformer_engine" and not (present and device.type == "cuda"):
         raise UserError(
             "--transformer-impl transformer_engine needs CUDA and the package transformer-engine "

@@ -61,7 +61,8 @@ def _by_token(hidden_NH: Tensor, weight_VH: Tensor, head: ScoreHead, tp, cp, opt
 def _table(log_prob_N: Tensor, head: ScoreHead, cp) -> Tensor:
     """Sums by sequence and column. They run over hundreds of tokens and are exponentiated next: float64."""
     table = torch.zeros(2 * head.num_sequences, dtype=torch.float64, device=log_prob_N.device)
-    table = table.index_add(0, head.cell_N, log_prob_N.double())
+    # Not index_add: on CUDA its order of summation varies, and tensor-parallel ranks must find the same table.
+    table = table.index_put((head.cell_N,), log_prob_N.double(), accumulate=True)
     if cp is not None and cp.size() > 1:
         assert not table.requires_grad, "under context parallelism gradients flow through the loss, not the table"
         dist.all_reduce(table, group=cp)

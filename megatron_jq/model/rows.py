@@ -14,6 +14,7 @@ import torch
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.tree_attention import Tree, TreeSegments
 from megatron_jq.objective.clipping import TokenRule
+from megatron_jq.parallel.transfers import sent
 from megatron_jq.records import Sequence
 
 RATIONALE, ANSWER = 0, 1  # columns of the head's [n, 2] table
@@ -78,6 +79,13 @@ class _Row:
         self.owners.extend([owners] * len(ids) + [(0, -1)] * padding)
         return len(ids) + padding
 
+    def add_apart(self, ids: tuple[int, ...], owners: tuple[int, int], *, multiple: int, end: int) -> list[int]:
+        """As `add`, in segments that end behind every token `end`, each with positions from 0. Returns their tokens."""
+        ends = [i + 1 for i, token in enumerate(ids[:-1]) if token == end]
+        lengths = [self.add(ids[a:b], owners) for a, b in itertools.pairwise([0, *ends, len(ids)])]
+        padding = -len(ids) % multiple
+        return [*lengths, self.add((0,) * padding, (0, -1))] if padding else lengths
+
 
 def padded(tokens: int, multiple: int) -> int:
     """Tokens up to the next multiple."""
@@ -121,6 +129,8 @@ def pack_sequences(
     row_multiple: int = 1,
     sequence_multiple: int = 1,
     share_prompts: bool = False,
+    unscored_behind: int | None = None,
+    cut_behind: int | None = None,
 ) -> Rows:
     """Lay sequences behind one another in the order given. An empty list gives a row of padding that scores nothing.
 
@@ -128,9 +138,13 @@ def pack_sequences(
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
     were sampled as the rationales were, so temperature and top_p hold for them too. row_multiple: the row's
     length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
-    sequence's, or branch's. share_prompts: neighbours with one prompt are laid out as a tree.
+    sequence's, or branch's. share_prompts: neighbours with one prompt are laid out as a tree. unscored_behind: a token
+    that follows this one is not scored. cut_behind: what follows this one does not attend to it, nor to what stands
+    before it; not with share_prompts.
     """
-    row, before, start, attention = _lay_out(sequences, row_multiple, sequence_multiple, share_prompts, device)
+    row, before, start, attention = _lay_out(
+        sequences, row_multiple, sequence_multiple, share_prompts, device, cut_behind
+    )
     where, targets, cells = [], [], []
     for n, sequence in enumerate(sequences):
         ids = (*sequence.prompt_ids, *sequence.rationale_ids, *sequence.answer_ids)
@@ -141,16 +155,14 @@ def pack_sequences(
             spans.insert(0, (first_z, first_z + sequence.num_sampled, RATIONALE))
         for begin, end, column in spans:
             assert begin > 0, "a scored token needs one before it: prompts are never empty"
+            scored = scored_places(ids, begin, end, unscored_behind)
             # The token before a branch's first one is the prompt's last, which lies elsewhere in the row.
-            places = [start[n] + i - first_z for i in range(begin - 1, end - 1)]
-            if begin == first_z and places:
-                places[0] = before[n]
-            where.extend(places)
-            targets.extend(ids[begin:end])
-            cells.extend([2 * n + column] * (end - begin))
+            where.extend(before[n] if i == first_z else start[n] + i - 1 - first_z for i in scored)
+            targets.extend(ids[i] for i in scored)
+            cells.extend([2 * n + column] * len(scored))
 
     def ints(values):
-        return torch.tensor(values, dtype=torch.long, device=device)
+        return sent(torch.tensor(values, dtype=torch.long), device)
 
     cell_N = ints(cells)
     head = ScoreHead(
@@ -165,10 +177,23 @@ def pack_sequences(
     return Rows(ints(row.tokens), ints(row.positions), attention, head, ints(row.owners).view(-1, 2))
 
 
+def scored_places(ids: tuple[int, ...], begin: int, end: int, unscored_behind: int | None) -> list[int] | range:
+    """Indices in [begin, end) of the tokens that are scored: those that do not follow `unscored_behind`."""
+    if unscored_behind is None:
+        return range(begin, end)
+    return [i for i in range(begin, end) if ids[i - 1] != unscored_behind]
+
+
 def _lay_out(
-    sequences: list[Sequence], row_multiple: int, sequence_multiple: int, share_prompts: bool, device: torch.device
+    sequences: list[Sequence],
+    row_multiple: int,
+    sequence_multiple: int,
+    share_prompts: bool,
+    device: torch.device,
+    cut_behind: int | None,
 ) -> tuple[_Row, list[int], list[int], AttentionPlan]:
     """The row; where each sequence's last prompt token lies, and its first token behind the prompt; the plan."""
+    assert cut_behind is None or not share_prompts, "a tree's prompt is one segment"
     row, before, start = _Row(), [0] * len(sequences), [0] * len(sequences)
     groups, lengths = prompt_groups(sequences, share_prompts=share_prompts, multiple=sequence_multiple), []
     for group in groups:
@@ -178,7 +203,11 @@ def _lay_out(
         for n in group:
             before[n] = len(row.tokens) + len(whole.prompt_ids) - 1
             start[n] = before[n] + 1
-        lengths.append(row.add(ids, (group[0], group[-1]), multiple=sequence_multiple if alone else 1))
+        owners, multiple = (group[0], group[-1]), sequence_multiple if alone else 1
+        if cut_behind is None:
+            lengths.append(row.add(ids, owners, multiple=multiple))
+        else:
+            lengths.extend(row.add_apart(ids, owners, multiple=multiple, end=cut_behind))
     branches = [
         [_branch_tokens(sequences[n], sequence_multiple) for n in group] if len(group) > 1 else [] for group in groups
     ]
@@ -202,7 +231,7 @@ def _branch_tokens(sequence: Sequence, multiple: int) -> int:
 
 
 def _doubles(pairs: list[tuple[float, float]], device: torch.device) -> torch.Tensor:
-    return torch.tensor(pairs, dtype=torch.float64, device=device)
+    return sent(torch.tensor(pairs, dtype=torch.float64), device)
 
 
 def _where_sampled(cell_N: torch.Tensor, value: float, answers_too: bool) -> torch.Tensor | None:

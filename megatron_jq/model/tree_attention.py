@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_jq.model.attention import AttentionPlan, similar_lengths
 from megatron_jq.model.flash import flash, flash_backward
+from megatron_jq.parallel.transfers import sent
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class _Block:
     here: slice  # of the row, where they stand side by side
     token_bs: Tensor | None = None  # flat: index into the row; behind a segment's end its last token again
     inside: Tensor | None = None  # which of token_bs are not padding
+    # The same as indices, for a boolean one would have the host wait for the device: those of token_bs that are not
+    # padding, and what they hold.
+    kept: Tensor | None = None
+    token_kept: Tensor | None = None
 
     def take(self, x_T: Tensor) -> Tensor:
         rows = x_T[self.here] if self.token_bs is None else x_T[self.token_bs]
@@ -48,7 +53,7 @@ class _Block:
         if self.token_bs is None:
             x_T[self.here] = block.flatten(0, 1)
         else:
-            x_T[self.token_bs[self.inside]] = block.flatten(0, 1)[self.inside]
+            x_T[self.token_kept] = block.flatten(0, 1)[self.kept]
 
     def without_padding(self, block: Tensor) -> Tensor:
         if self.token_bs is None:
@@ -69,7 +74,9 @@ def _blocks(lengths: list[int], start: int, device: torch.device) -> list[_Block
         place_s = torch.arange(longest)[None]
         token_bs = first_b + torch.minimum(place_s, length_b - 1)
         inside = place_s < length_b
-        parts = (token_bs.flatten().to(device), inside.flatten().to(device))
+        token_bs, inside = token_bs.flatten(), inside.flatten()
+        kept = inside.nonzero().squeeze(1)
+        parts = (sent(each, device) for each in (token_bs, inside, kept, token_bs[kept]))
         blocks.append(_Block(len(group), longest, slice(0), *parts))
     return blocks
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_jq.config import ParallelConfig
-from megatron_jq.errors import UserError
+from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.files import reason
 from megatron_jq.parallel import cpu
 from megatron_jq.parallel.groups import ParallelGroups, build_groups, destroy_groups
 
@@ -73,10 +74,11 @@ def start(
 
     Raises UserError when CUDA is asked for and absent.
     """
+    # One launch queue keeps compute and tensor-parallel collectives in the order in which Megatron-core overlaps them.
+    # CUDA reads it when it starts, which asking for a device may do.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this process sees no CUDA device; use --device cpu or fix CUDA_VISIBLE_DEVICES")
-    # One launch queue keeps compute and tensor-parallel collectives in the order in which Megatron-core overlaps them.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, world_size = int(os.environ.get("RANK", "0")), world_size_from_environment()
     if use_cuda:
@@ -127,29 +129,37 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
-def agree(runtime: Runtime, error: str | None) -> None:
-    """Raise the same UserError on every rank when any rank brings an `error`, so that none waits for the others."""
-    errors: list[str | None] = [None] * runtime.world_size
-    dist.all_gather_object(errors, error)
-    first = next((message for message in errors if message is not None), None)
+def agree(runtime: Runtime, error: str | None, kind: type[UserError | RunFailure] = UserError) -> None:
+    """Raise the same UserError (or RunFailure, by `kind`) on every rank when any rank brings an `error`, so that none
+    waits for the others.
+    """
+    errors: list[tuple[type[UserError | RunFailure], str] | None] = [None] * runtime.world_size
+    dist.all_gather_object(errors, None if error is None else (kind, error))
+    first = next((found for found in errors if found is not None), None)
     if first is not None:
-        raise UserError(first)
+        kind, message = first
+        raise kind(message)
 
 
 def together(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool = False) -> T | None:
-    """work() of every rank (or of rank 0 alone, None elsewhere); a rank's UserError is raised on all of them.
+    """work() of every rank (or of rank 0 alone, None elsewhere); a rank's UserError or RunFailure is raised on all of
+    them. An OSError that nobody gave a flag's name becomes a UserError with its file's.
 
     runtime None: there are no other ranks.
     """
     if runtime is None:
         return work()
-    result, error = None, None
+    result, error, kind = None, None, UserError
     if runtime.is_main or not main_only:
         try:
             result = work()
         except UserError as fault:
             error = str(fault)
-    agree(runtime, error)
+        except RunFailure as fault:
+            error, kind = str(fault), RunFailure
+        except OSError as fault:
+            error = f"{fault.filename or 'a file'}: {reason(fault)}"
+    agree(runtime, error, kind)
     return result
 
 

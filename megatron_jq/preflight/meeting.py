@@ -17,6 +17,7 @@ from megatron_jq.preflight.verdict import Reading
 
 _GREETING = "megatron-jq preflight"
 _RESOLVE_SECONDS = 5.0
+_VERDICT_SECONDS = 10.0  # behind the deadline
 _MOST_BYTES = 2**20
 
 
@@ -99,13 +100,18 @@ def report(host: str, port: int, key: str, facts: Facts, deadline: float, clock:
     try:
         with connection:
             # The host waits for the slowest node, until a deadline that began with its own start.
-            connection.settimeout(max(0.1, deadline - time.monotonic()) + 10)
+            connection.settimeout(max(0.1, deadline - time.monotonic()) + _VERDICT_SECONDS)
             greeting = json.loads(_read_line(connection))
             if greeting["greeting"] != _GREETING or greeting["key"] != key:
                 raise ValueError("another job's")
             now = clock()
             connection.sendall(json.dumps({"key": key, "clock": now, "facts": facts.to_json()}).encode() + b"\n")
             return list(json.loads(_read_line(connection))["faults"])
+    except TimeoutError as error:
+        raise RunFailure(
+            f"preflight: {facts.node}: {host}:{port} was reached, but gave no verdict in time; see what holds up the "
+            "first node"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFailure(
             f"preflight: {facts.node}: {host}:{port} is answered by something else ({error}); set MASTER_PORT"

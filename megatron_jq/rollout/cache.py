@@ -1,15 +1,14 @@
 """F3: keys and values of a wave of rationales: each prompt's once, each rationale's own behind it.
 
-Axes: G prompts of one length, L their length, N rationales (rows), R room for generated tokens, g key/value groups, s
-query heads a group, d channels a head. Heads are this tensor-parallel rank's, layers this pipeline stage's.
+Axes: G prompts of similar length, L that of the longest, N rationales (rows), R room for generated tokens, g key/value
+groups, s query heads a group, d channels a head. Heads are this tensor-parallel rank's, layers this pipeline stage's.
 """
-
-import itertools
 
 import torch
 from torch import Tensor
 
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
+from megatron_jq.parallel.transfers import sent
 
 
 class Seating:
@@ -22,12 +21,13 @@ class Seating:
         self.prompts, self.widest = len(rows_per_prompt), max(rows_per_prompt)
         seats = [b * self.widest + n for b, count in enumerate(rows_per_prompt) for n in range(count)]
         self.full = len(seats) == self.prompts * self.widest
-        self.seat_of_row = torch.tensor(seats, device=device)
+        row_of_seat = torch.zeros(self.prompts * self.widest, dtype=torch.long)  # an empty seat's result is not read
+        row_of_seat[seats] = torch.arange(len(seats))
+        self.seat_of_row, self.row_of_seat = sent(torch.tensor(seats), device), sent(row_of_seat, device)
 
     def seat(self, x_N: Tensor) -> Tensor:
-        """[N, g, s, ·] by row → [G, g, seats·s, ·] by prompt; empty seats are zero."""
-        if not self.full:
-            x_N = x_N.new_zeros(self.prompts * self.widest, *x_N.shape[1:]).index_copy(0, self.seat_of_row, x_N)
+        """[N, g, s, ·] by row → [G, g, seats·s, ·] by prompt."""
+        x_N = x_N if self.full else x_N[self.row_of_seat]
         return x_N.unflatten(0, (self.prompts, self.widest)).transpose(1, 2).flatten(2, 3)
 
     def unseat(self, x_G: Tensor) -> Tensor:
@@ -37,23 +37,52 @@ class Seating:
 
 
 class Bucket:
-    """Prompts of one length that stand side by side in the wave: one product for all of them, and no padding."""
+    """Prompts of similar length that stand side by side in the wave: one product for all of them.
 
-    def __init__(self, length: int, rows_per_prompt: list[int]):
-        self.length = length
-        self.rows_per_prompt = rows_per_prompt
+    Keys and values are padded behind to the longest prompt; no query meets the padding. first: where these prompts
+    begin in the packed row. lengths: of each prompt.
+    """
+
+    #: The shortest prompt has at least this share of the longest one's tokens: bounds the padding.
+    FILL = 0.5
+
+    def __init__(self, first: int, lengths: list[int], rows_per_prompt: list[int], device: torch.device):
+        self.length, self.rows_per_prompt = max(lengths), rows_per_prompt
+        length_G1, place_L = torch.tensor(lengths)[:, None], torch.arange(self.length)
+        first_G1 = first + length_G1.cumsum(0) - length_G1
+        token_GL = first_G1 + torch.minimum(place_L, length_G1 - 1)  # padding repeats a prompt's last token
+        padding_G11L = (place_L >= length_G1)[:, None, None]
+        self.token_GL = sent(token_GL, device)
+        self.padding_G11L = sent(padding_G11L, device) if padding_G11L.any() else None
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [G, g, L, d]
 
     def store(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor) -> None:
-        shape = (len(self.rows_per_prompt), self.length)
-        self.layers[layer] = tuple(x.unflatten(0, shape).transpose(1, 2).contiguous() for x in (k_Tgd, v_Tgd))
+        """Take these prompts' keys and values out of the packed row."""
+        self.layers[layer] = tuple(x[self.token_GL].transpose(1, 2).contiguous() for x in (k_Tgd, v_Tgd))
+
+    def scores(self, layer: int, q_Ggnd: Tensor) -> Tensor:
+        """Of seated queries: [G, g, n, L]."""
+        scores = q_Ggnd @ self.layers[layer][0].transpose(2, 3)
+        return scores if self.padding_G11L is None else scores.masked_fill_(self.padding_G11L, float("-inf"))
 
     def keep(self, rows_per_prompt: list[int]) -> None:
         """Take the rows that are left of each prompt; prompts without any are freed."""
         left = [b for b, rows in enumerate(rows_per_prompt) if rows]
         if len(left) < len(rows_per_prompt):
             self.layers = {layer: (k[left], v[left]) for layer, (k, v) in self.layers.items()}
+            self.padding_G11L = None if self.padding_G11L is None else self.padding_G11L[left]
         self.rows_per_prompt = [rows_per_prompt[b] for b in left]
+
+
+def _similar(lengths: list[int]) -> list[list[int]]:
+    """Ascending lengths, cut where a bucket would be filled too little."""
+    buckets: list[list[int]] = []
+    for length in lengths:
+        if buckets and Bucket.FILL * length <= buckets[-1][0]:
+            buckets[-1].append(length)
+        else:
+            buckets.append([length])
+    return buckets
 
 
 class Meeting:
@@ -72,12 +101,12 @@ class Meeting:
         """Scaled queries against their prompts' keys and, by the scores [N, g, s, t] given, their own: [N, g, s, d]."""
         outputs, exact = [], torch.promote_types(q_Ngsd.dtype, torch.float32)
         for bucket, rows, seating in self.parts:
-            keys, values = bucket.layers[layer]
-            of_prompt = seating.unseat(seating.seat(q_Ngsd[rows]) @ keys.transpose(2, 3)).to(exact)
+            of_prompt = seating.unseat(bucket.scores(layer, seating.seat(q_Ngsd[rows]))).to(exact)
             of_branch = of_branch_Ngst[rows].to(exact)
             weight = torch.cat([of_prompt, of_branch], dim=-1).softmax(dim=-1).to(q_Ngsd.dtype)
             of_prompt, of_branch = weight.split([bucket.length, of_branch.shape[-1]], dim=-1)
-            outputs.append(seating.unseat(seating.seat(of_prompt) @ values) + of_branch @ values_Ngtd[rows])
+            found = seating.unseat(seating.seat(of_prompt) @ bucket.layers[layer][1])
+            outputs.append(found + of_branch @ values_Ngtd[rows])
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -93,10 +122,13 @@ class WaveCache:
     GROWTH = 64
 
     def __init__(self, prompt_lengths: list[int], rows_per_prompt: list[int], device: torch.device):
-        """Prompts of one length must be neighbours."""
+        """Prompts stand in order of their length."""
         self.device, self.length = device, 0
-        numbered = itertools.groupby(range(len(prompt_lengths)), key=prompt_lengths.__getitem__)
-        self.buckets = [Bucket(length, [rows_per_prompt[b] for b in group]) for length, group in numbered]
+        self.buckets, tokens, prompts = [], 0, 0
+        for lengths in _similar(prompt_lengths):
+            counts = rows_per_prompt[prompts : prompts + len(lengths)]
+            self.buckets.append(Bucket(tokens, lengths, counts, device))
+            tokens, prompts = tokens + sum(lengths), prompts + len(lengths)
         self.branch: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [N, g, R, d]
         self.meeting = self._meeting()
 
@@ -133,11 +165,8 @@ class WaveCache:
 
     def store_prompts(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor) -> None:
         """The prompts' packed keys and values, in order; what stands behind them is padding."""
-        first = 0
         for bucket in self.buckets:
-            last = first + bucket.length * len(bucket.rows_per_prompt)
-            bucket.store(layer, k_Tgd[first:last], v_Tgd[first:last])
-            first = last
+            bucket.store(layer, k_Tgd, v_Tgd)
 
     def append(self, layer: int, k_Ngd: Tensor, v_Ngd: Tensor) -> tuple[Tensor, Tensor]:
         """Write each row's next token; returns the layer's keys and values so far, [N, g, length + 1, d]."""
@@ -152,7 +181,7 @@ class WaveCache:
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these (ascending), and the prompts without rows; their keys and values are freed."""
-        counts, index = self.count(rows), torch.tensor(rows, device=self.device)
+        counts, index = self.count(rows), sent(torch.tensor(rows), self.device)
         for bucket, left in zip(self.buckets, counts, strict=True):
             bucket.keep(left)
         self.buckets = [bucket for bucket in self.buckets if bucket.rows_per_prompt]
@@ -195,17 +224,18 @@ class TailPlan(AttentionPlan):
 
     def __init__(self, cache: WaveCache, rows: list[int], cached: list[int], lengths: list[int], device: torch.device):
         super().__init__()
-        self.cache, self.rows = cache, torch.tensor(rows, device=device)
+        self.cache, self.rows = cache, sent(torch.tensor(rows), device)
         self.meeting = Meeting(cache.buckets, cache.count(rows), device)
         count, longest = torch.tensor(lengths), max(lengths)
         start = count.cumsum(0) - count
-        self.token_nt = (start[:, None] + torch.minimum(torch.arange(longest), count[:, None] - 1)).to(device)
+        token_nt = start[:, None] + torch.minimum(torch.arange(longest), count[:, None] - 1)
+        self.token_nt = sent(token_nt, device)
         place = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
-        self.place_T = place.to(device)  # of the row's tokens in the padded [n, t]
+        self.place_T = sent(place, device)  # of the row's tokens in the padded [n, t]
         ahead_tt = torch.ones(longest, longest, dtype=torch.bool).triu(1)
         beyond_nc = torch.arange(cache.length) >= torch.tensor(cached)[:, None]
         hidden = [beyond_nc[:, None].expand(-1, longest, -1), ahead_tt.expand(len(lengths), -1, -1)]
-        self.mask = torch.cat(hidden, dim=2).to(device)  # [n, t, cached + t], True = not attended to
+        self.mask = sent(torch.cat(hidden, dim=2), device)  # [n, t, cached + t], True = not attended to
 
     def attend(self, layer, q, k, v, scale):
         cache, groups = self.cache, k.shape[1]

@@ -15,6 +15,7 @@ from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.policy import Policy
 from megatron_jq.model.rows import ANSWER, LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.parallel.transfers import sent
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, TailPlan, WaveCache
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
@@ -98,7 +99,7 @@ class MegatronEngine:
     """
 
     #: Finished rows are dropped from the batch once this share of it is idle.
-    IDLE_SHARE = 0.25
+    IDLE_SHARE = 0.125
 
     def __init__(self, policies: list[Policy], runtime: Runtime, *, max_rows: int | None = None):
         self.policies, self.runtime, self.max_rows = policies, runtime, max_rows
@@ -130,7 +131,7 @@ class MegatronEngine:
 
     def _run_wave(self, wave: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
         asked = [(r.prompt_slot, m) for r in wave for m in r.rationale_slots]
-        wave = sorted(wave, key=lambda r: len(r.prompt_ids))  # the cache wants prompts of one length side by side
+        wave = sorted(wave, key=lambda r: len(r.prompt_ids))  # the cache wants prompts of similar length side by side
         rows = [
             _Row(
                 r.prompt_slot,
@@ -148,7 +149,7 @@ class MegatronEngine:
         logits = self._prefill(wave, cache)
         if logits is not None:  # the group's logits serve each of its rows
             counts = torch.tensor([len(r.rationale_slots) for r in wave], device=device)
-            logits = logits.repeat_interleave(counts, dim=0)
+            logits = logits.repeat_interleave(counts, dim=0, output_size=len(rows))
         self._sample(rows, list(range(len(rows))), logits, options)
         active = rows
         while not all(row.done for row in active):
@@ -190,7 +191,7 @@ class MegatronEngine:
             lengths.append(len(tail))
         device = self.runtime.device
         plan = TailPlan(cache, due, cached, lengths, device)
-        head = ScoreHead(*(torch.tensor(x, device=device) for x in (where, targets, cells)), len(due))
+        head = ScoreHead(*(sent(torch.tensor(x), device) for x in (where, targets, cells)), len(due))
         table = self._forward(tokens, positions, plan, head)
         if table is None:
             table = torch.empty(len(due), 2, dtype=torch.float64, device=device)
@@ -207,7 +208,7 @@ class MegatronEngine:
         return self._forward(tokens, positions, plan, self._logits_of(last.tolist()))
 
     def _logits_of(self, where: list[int]) -> LogitsHead:
-        return LogitsHead(torch.tensor(where, dtype=torch.long, device=self.runtime.device))
+        return LogitsHead(sent(torch.tensor(where, dtype=torch.long), self.runtime.device))
 
     @property
     def _row_multiple(self) -> int:
@@ -238,8 +239,8 @@ class MegatronEngine:
         groups, config, device = self.runtime.groups, self.config, self.runtime.device
         self.tokens_computed += len(tokens) + len(padding)
         rows = Rows(
-            torch.tensor([*tokens, *padding], device=device),
-            torch.tensor([*positions, *padding], device=device),
+            sent(torch.tensor([*tokens, *padding]), device),
+            sent(torch.tensor([*positions, *padding]), device),
             plan,
             head,
         )
@@ -262,7 +263,7 @@ class MegatronEngine:
         groups, device = self.runtime.groups, self.runtime.device
         drawn = torch.empty(2, len(drawing), dtype=torch.float64, device=device)  # ids are exact in float64
         if groups.is_last_stage:
-            uniform = torch.tensor([rows[i].draw() for i in drawing], dtype=torch.float64, device=device)
+            uniform = sent(torch.tensor([rows[i].draw() for i in drawing], dtype=torch.float64), device)
             ids, log_probs = sample_tokens(
                 logits, uniform, temperature=options.temperature, top_p=options.top_p, group=groups.tp
             )

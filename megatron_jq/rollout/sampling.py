@@ -53,13 +53,16 @@ def sample_tokens(
 def _sample_rows(logits_NV, uniform_N, temperature, top_p, group):
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     if temperature > 0:
-        logits_NV = logits_NV * (1.0 / temperature)  # as the head scales them, so that both see one distribution
+        if temperature != 1:
+            logits_NV = logits_NV * (1.0 / temperature)  # as the head scales them, so that both see one distribution
         if top_p < 1:
             threshold_N = nucleus_threshold(logits_NV, torch.full_like(uniform_N, top_p), group)
             logits_NV = logits_NV.masked_fill(logits_NV < threshold_N[:, None], float("-inf"))
-    logits_NV = logits_NV.double()
-    local_mass_N = logits_NV.logsumexp(dim=-1)
-    mass_RN = _gather(local_mass_N, group)
+    best_N, column_N = logits_NV.max(dim=-1)
+    shift_N = torch.where(best_N == float("-inf"), 0.0, best_N).double()  # a shard may have no mass at all
+    cumulative_NV = (logits_NV - shift_N[:, None]).exp_().cumsum_(dim=-1)  # in float64
+    sum_N = cumulative_NV[:, -1].contiguous()
+    mass_RN = _gather(sum_N.log() + shift_N, group)
     total_N = mass_RN.logsumexp(dim=0)
     shard = logits_NV.shape[1]
     if temperature > 0:
@@ -70,19 +73,25 @@ def _sample_rows(logits_NV, uniform_N, temperature, top_p, group):
         has_mass_RN = mass_RN > float("-inf")
         rank_R1 = torch.arange(size, device=owner_N.device)[:, None]
         owner_N = torch.where(has_mass_RN & (rank_R1 <= owner_N), rank_R1, -1).amax(dim=0)
-        before_N = torch.cat([torch.zeros_like(edge_RN[:1]), edge_RN[:-1]])[owner_N, torch.arange(len(owner_N))]
-        cumulative_NV = (logits_NV - total_N[:, None]).exp().cumsum(dim=-1)
-        column_N = torch.searchsorted(cumulative_NV, (uniform_N - before_N)[:, None], right=True).squeeze(-1)
-        last_N = shard - 1 - (logits_NV > float("-inf")).flip(-1).to(torch.int8).argmax(dim=-1)
-        column_N = torch.minimum(column_N, last_N)
+        before_N = (
+            torch.cat([torch.zeros_like(edge_RN[:1]), edge_RN[:-1]]).gather(0, owner_N.clamp(min=0)[None]).squeeze(0)
+        )
+        wanted_N = (uniform_N - before_N) * (total_N - shift_N).exp()
+        # Rounding may also ask for more than the shard has: its last token with mass is where the sum is complete.
+        column_N = torch.minimum(_first(cumulative_NV, wanted_N, above=True), _first(cumulative_NV, sum_N))
+        column_N = column_N.clamp(max=shard - 1)  # where logits are not numbers; the scores will tell
     else:
-        best_N, column_N = logits_NV.max(dim=-1)
         owner_N = _gather(best_N, group).argmax(dim=0)  # argmax takes the lowest rank among equals
     mine_N = owner_N == rank
     id_N = torch.where(mine_N, column_N + rank * shard, 0)
-    log_prob_N = torch.where(mine_N, logits_NV.gather(-1, column_N[:, None]).squeeze(-1) - total_N, 0.0)
+    log_prob_N = torch.where(mine_N, logits_NV.gather(-1, column_N[:, None]).squeeze(-1).double() - total_N, 0.0)
     drawn_2N = _sum(torch.stack([id_N.double(), log_prob_N]), group)  # one message; ids are exact in float64
     return drawn_2N[0].long(), drawn_2N[1]
+
+
+def _first(cumulative_NV: torch.Tensor, wanted_N: torch.Tensor, *, above: bool = False) -> torch.Tensor:
+    """The first column that reaches what is wanted, or lies above it."""
+    return torch.searchsorted(cumulative_NV, wanted_N[:, None], right=above).squeeze(-1)
 
 
 def _gather(tensor_N: torch.Tensor, group) -> torch.Tensor:

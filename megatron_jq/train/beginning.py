@@ -33,6 +33,15 @@ class Beginning:
         """Length of metrics.jsonl that stays."""
         return (self.found.manifest.metrics_bytes or 0) if self.found is not None and self.resumed else 0
 
+    @property
+    def told(self) -> str | None:
+        """A line for the user; None where a run begins from nothing."""
+        if self.found is None:
+            return None
+        if self.weights_only:
+            return f"begins with the weights of {self.found.folder}"
+        return f"goes on from {self.found.folder}: {self.step} steps are done"
+
 
 def save_folder(config: Config) -> Path:
     return Path(config.checkpoint.save or Path(config.training.run_dir) / "checkpoints")
@@ -60,7 +69,7 @@ def find_beginning(config: Config, runtime: Runtime) -> Beginning:
 def changed_settings(config: Config) -> str | None:
     """What to tell a user who takes up a run with other settings than it began with; None where none differ."""
     path = Path(config.training.run_dir) / "config.toml"
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:  # empty: the run was killed as it made the folder its own
         return None
     try:
         before = load_toml(path)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_jq.config import GIVEN_RATIONALES
-from megatron_jq.config_validate import LEAVE_ONE_OUT, SAMPLES_ANSWERS
+from megatron_jq.config_estimators import LEAVE_ONE_OUT, SAMPLES_ANSWERS
 from megatron_jq.objective.baselines import (
     grpo_coefficients,
     maxrl_coefficients,
@@ -30,15 +30,15 @@ _BASELINES = {
 class Estimator:
     """An estimator and its constants.
 
-    num_resamples: PAFT's K. normalize: the factor 1/M^q of GARL and PAFT. row_tokens: next tokens of a row of
-    pretraining, whose loss is a mean over tokens; 1 elsewhere.
+    num_resamples: PAFT's K. normalize: the factor 1/M^q of GARL and PAFT. row_tokens: scored tokens of a row of
+    pretraining (mean of a step's rows), whose loss is a mean over tokens; 1 elsewhere.
     """
 
     name: str
     num_resamples: int
     normalize: bool
     seed: int
-    row_tokens: int = 1
+    row_tokens: float = 1
 
     @property
     def samples_answers(self) -> bool:

@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +64,7 @@ def show_stacks() -> None:
 
 
 def non_finite(
-    what: str, step: int, prompts: list[Example], sequences: list[Sequence], runtime: Runtime, run_dir: Path
+    what: str, step: int, prompts: Iterable[Example], sequences: list[Sequence], runtime: Runtime, run_dir: Path
 ) -> RunFailure:
     """The failure to raise for a quantity that is not finite, on every rank, once rank 0 has written the batch.
 

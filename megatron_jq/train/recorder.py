@@ -1,29 +1,34 @@
 """F4: what a run leaves behind and shows: metrics.jsonl, TensorBoard, the progress line, samples. Rank 0 only."""
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megatron_jq.config import Config
+from megatron_jq.config import Config, TrainingConfig
 from megatron_jq.errors import RunFailure
+from megatron_jq.files import reason, sync
 from megatron_jq.model.build import BuildOptions, kernels
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import StepMetrics
+from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.estimators import Estimator
-from megatron_jq.train.setup import DataSets
+from megatron_jq.train.setup import METRICS, TENSORBOARD, DataSets
 
 
 class Recorder:
     """Appends one JSON object a step, flushed and whole; draws the progress line with rate and ETA.
 
     first_step, metrics_bytes: where a run that is taken up again goes on; what it wrote behind that is dropped, as its
-    steps are done anew.
+    steps are done anew. RunFailure where a file cannot be opened or written to.
     """
 
     def __init__(
@@ -36,40 +41,58 @@ class Recorder:
         first_step: int = 0,
         metrics_bytes: int = 0,
     ):
-        self._file = open(run_dir / "metrics.jsonl", "ab")
-        if self._file.tell() > metrics_bytes:
-            self._file.truncate(metrics_bytes)
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step) if tensorboard else None
+        path, self._writer = run_dir / METRICS, None
+        with _or_failure(f"--run-dir {run_dir}: {METRICS}"):
+            warning = _cut_back(path, metrics_bytes)
+            self._file = open(path, "ab")
+            sync(run_dir)
+        if tensorboard:
+            with _or_failure(f"--run-dir {run_dir}: {TENSORBOARD}"):
+                self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step)
         self._total, self._interval = total_steps, log_interval
         self.fault: str | None = None  # why a line is not on record; the run must end
         # silent when not a terminal
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
         self._began, self._steps = time.monotonic(), 0
+        if warning is not None:
+            self.say(warning)
 
     def record(self, metrics: StepMetrics) -> None:
+        """A step's line. Where it cannot be kept, `fault` says why."""
         line = finite_values(metrics)
-        try:
+        with self._noting_fault(METRICS):
             self._file.write((json.dumps(line) + "\n").encode())
             self._file.flush()
-        except OSError as fault:
-            self.fault = f"metrics.jsonl could not be written: {fault.strerror}"
+        if self.fault is not None:
             return
         if self._writer is not None:
-            for key, value in line.items():
-                if key != "step" and value is not None:
-                    self._writer.add_scalar(key, value, metrics.step)
+            with self._noting_fault(TENSORBOARD):
+                for key, value in line.items():
+                    if key != "step" and value is not None:
+                        self._writer.add_scalar(key, value, metrics.step)
         self._steps += 1
         self._bar.update(1)
         if self._steps % self._interval == 0 or metrics.step + 1 == self._total:
             self.say(self._progress(metrics))
 
     def written(self) -> int:
-        """Bytes of metrics.jsonl, which are on disk from now on. RunFailure where they cannot be."""
-        try:
+        """Bytes of metrics.jsonl, which are on disk from now on, and so are TensorBoard's events. RunFailure where they
+        cannot be.
+        """
+        if self._writer is not None:
+            with _or_failure(TENSORBOARD):
+                self._writer.flush()  # a run that is killed later goes on from here, without a gap
+        with _or_failure(METRICS):
             os.fsync(self._file.fileno())
-        except OSError as fault:
-            raise RunFailure(f"metrics.jsonl could not be written: {fault.strerror}") from fault
         return self._file.tell()
+
+    @contextlib.contextmanager
+    def _noting_fault(self, what: str) -> Iterator[None]:
+        """The first one counts: others follow from it."""
+        try:
+            yield
+        except OSError as fault:
+            self.fault = self.fault or f"{what} could not be written: {reason(fault)}"
 
     def _progress(self, m: StepMetrics) -> str:
         seconds = m.seconds_rollout + m.seconds_score + m.seconds_train
@@ -82,7 +105,7 @@ class Recorder:
             *estimates,
             f"grad norm {m.grad_norm:.2e}",
             f"{m.tokens_trained / max(seconds, 1e-9):.0f} tokens/s",
-            f"ETA {int(left) // 60}:{int(left) % 60:02d}",
+            f"ETA {_clock(left)}",
         ]
         if m.reward_mean is not None:
             parts.insert(3, f"exact {m.reward_mean:.3f}")
@@ -93,8 +116,12 @@ class Recorder:
         return " | ".join(parts)
 
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        tqdm.write(text)
+        """A line above the progress bar, at once also where standard output is a file. A run does not end because
+        nobody can read it.
+        """
+        with contextlib.suppress(OSError):
+            tqdm.write(text)
+            sys.stdout.flush()
 
     def sample(
         self, step: int, *, prompt: str, rationale: str, forced: bool, gold: str, answer: str, log_w: float
@@ -104,14 +131,68 @@ class Recorder:
         text = f"prompt: {prompt}\nrationale: {rationale}{close}\nanswer: {answer}\ngold: {gold}  (ln w {log_w:.2f})"
         self.say("  " + text.replace("\n", "\n  "))
         if self._writer is not None:
-            self._writer.add_text("sample", text.replace("\n", "  \n"), step)
+            with self._noting_fault(TENSORBOARD):
+                self._writer.add_text("sample", text.replace("\n", "  \n"), step)
 
     def close(self) -> None:
+        """The end, also of a run that stops for a reason of its own: that one is told, so a fault here is a warning."""
+        before = self.fault
         self._bar.close()
-        if self.fault is None:
-            self._file.close()  # which writes what is left, and would fail again
+        with self._noting_fault(METRICS):
+            self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._noting_fault(TENSORBOARD):
+                self._writer.close()
+        if self.fault != before:
+            self.say(f"warning: at the run's end {self.fault}")
+
+
+def open_recorder(t: TrainingConfig, beginning: Beginning) -> Recorder:
+    """A run's, at its beginning, which it tells."""
+    recorder = Recorder(
+        Path(t.run_dir),
+        total_steps=t.train_iters,
+        log_interval=t.log_interval,
+        tensorboard=t.tensorboard,
+        first_step=beginning.step,
+        metrics_bytes=beginning.metrics_bytes,
+    )
+    if beginning.told is not None:
+        recorder.say(beginning.told)
+    return recorder
+
+
+@contextlib.contextmanager
+def _or_failure(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as fault:
+        raise RunFailure(
+            f"{what} could not be written: {reason(fault)}; mend this and start again with --resume"
+        ) from fault
+
+
+def _cut_back(path: Path, length: int) -> str | None:
+    """Drop what stands behind the first `length` bytes: steps that are done anew. What to tell where some are missing.
+
+    OSError where that cannot be done.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    if size >= length:
+        if size > length:
+            os.truncate(path, length)
+        return None
+    whole = path.read_bytes().rfind(b"\n") + 1 if size else 0
+    if size > whole:
+        os.truncate(path, whole)  # or the next line would be appended to a torn one
+    return f"warning: {path} lacks steps that it held when the checkpoint was written; the run goes on without them"
+
+
+def _clock(seconds: float) -> str:
+    """1:05, or 3:00:05."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def finite_values(metrics: StepMetrics) -> dict[str, float | None]:

@@ -6,12 +6,11 @@ of a --resume, and a resumed policy is not the one that the run began with.
 
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import version
 
 import torch
 from megatron.core.transformer.module import Float16Module
 
-from megatron_jq.checkpoint.folder import Manifest
+from megatron_jq.checkpoint.folder import Manifest, package_versions
 from megatron_jq.checkpoint.store import CheckpointWriter, check_architecture, find_checkpoint, load_weights
 from megatron_jq.config import Config, to_toml
 from megatron_jq.config_validate import Derived
@@ -69,7 +68,7 @@ class Reference:
             vocab_size=self._options.vocab_size,
             bf16=self._config.model.bf16,
             config=to_toml(self._config),
-            versions={name: version(name) for name in ("megatron-jq", "megatron-core", "torch")},
+            versions=package_versions(),
         )
         CheckpointWriter(self._folder, self._runtime, deadline).save_weights(self.model.policies, manifest)
 

@@ -6,9 +6,10 @@ from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate import answer_matches
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout, Sequence
+from megatron_jq.train.pretraining import Batch
 
 
-def sequences_of(rollouts: list[Rollout], prompts: list[Example], *, gold: bool) -> list[Sequence]:
+def sequences_of(rollouts: list[Rollout], prompts: Batch | list[Example], *, gold: bool) -> list[Sequence]:
     """The valid rollouts with y* (gold), or each with the answer that was sampled behind it."""
     return [
         Sequence(
@@ -26,11 +27,15 @@ def sequences_of(rollouts: list[Rollout], prompts: list[Example], *, gold: bool)
 
 
 def rewards(
-    rollouts: list[Rollout], prompts: list[Example], shape: tuple[int, int], tokenizer: Tokenizer, runtime: Runtime
+    rollouts: list[Rollout],
+    prompts: Batch | list[Example],
+    shape: tuple[int, int],
+    tokenizer: Tokenizer,
+    runtime: Runtime,
 ) -> torch.Tensor:
     """1 where the sampled answer matches the gold one, [B, M] float64, completed over replicas."""
-    reward_BM = torch.zeros(shape, dtype=torch.float64, device=runtime.device)
+    reward_BM = torch.zeros(shape, dtype=torch.float64)
     for r in rollouts:
         if answer_matches(r.answer_ids, prompts[r.prompt_slot], tokenizer):
             reward_BM[r.prompt_slot, r.rationale_slot] = 1.0
-    return runtime.groups.sum_over_replicas(reward_BM).cpu()
+    return runtime.groups.sum_over_replicas(reward_BM.to(runtime.device)).cpu()

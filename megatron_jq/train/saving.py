@@ -2,13 +2,12 @@
 
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_jq.checkpoint.folder import Manifest, remove_partial
+from megatron_jq.checkpoint.folder import Manifest, package_versions, remove_partial
 from megatron_jq.checkpoint.store import (
     CheckpointWriter,
     Found,
@@ -23,7 +22,7 @@ from megatron_jq.config import Config, to_toml
 from megatron_jq.config_validate import Derived
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.build import TrainingModel
-from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.parallel.runtime import Runtime, agree, together
 from megatron_jq.records import StepMetrics
 from megatron_jq.train.beginning import Beginning, save_folder
 from megatron_jq.train.recorder import Recorder, finite_values
@@ -104,8 +103,9 @@ class Saving:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         stopping, writing, failed = asked.tolist()
         if failed:
-            reason = recorder.fault if unrecorded else "rank 0 could not write metrics.jsonl"
-            raise RunFailure(f"step {metrics.step}: {reason}; mend this and start again with --resume")
+            cure = "mend this and start again with --resume"
+            fault = f"step {metrics.step}: {recorder.fault}; {cure}" if unrecorded else None
+            agree(self._runtime, fault, RunFailure)
         if writer.busy and not writing:
             writer.wait()  # it has ended everywhere: a fault comes to light now, not at the next save
         interval, last = self._config.checkpoint.save_interval, done == self._config.training.train_iters
@@ -117,7 +117,18 @@ class Saving:
                 recorder.say(f"{stop.name}: step {done} is done and saved in {self._folder}; --resume goes on from it")
         return bool(stopping)
 
+    def end(self, recorder: Recorder | None) -> None:
+        """Of a run that stops for a reason of its own, on all ranks alike: a checkpoint that is still being written is
+        a good one, and is ended. A fault of that is a warning.
+        """
+        try:
+            self.writer.wait()
+        except RunFailure as fault:
+            if recorder is not None:
+                recorder.say(f"warning: {fault}")
+
     def _save(self, metrics: StepMetrics, recorder: Recorder | None) -> None:
+        written = together(self._runtime, lambda: recorder.written(), main_only=True)
         manifest = Manifest(
             step=metrics.step + 1,
             architecture=asdict(self._derived.architecture),
@@ -127,9 +138,9 @@ class Saving:
             layout=self._layout(),
             optimizer={"name": self._config.optimizer.optimizer},
             metrics=finite_values(metrics),
-            metrics_bytes=None if recorder is None else recorder.written(),
+            metrics_bytes=written,  # rank 0's: it writes the manifest
             data=self._data,
-            versions={name: version(name) for name in ("megatron-jq", "megatron-core", "torch")},
+            versions=package_versions(),
         )
         self.writer.save(self._model.policies, self._optimizer, manifest)
 

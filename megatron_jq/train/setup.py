@@ -21,8 +21,12 @@ from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_s
 from megatron_jq.data.show import described
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.files import reason, sync, write_synced
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example
+
+#: What a run records, in its directory.
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,15 @@ def check_run_directory(run_dir: Path, *, resume: bool = False) -> None:
     (resume: it may be this one's).
     """
     with _writing("--run-dir", run_dir):
-        if not resume and ((run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists()):
+        if not resume and ((run_dir / "config.toml").exists() or (run_dir / METRICS).exists()):
             raise _taken(run_dir)
         _try_to_write(run_dir)
+    with _writing("--run-dir", run_dir / METRICS):
+        if (run_dir / METRICS).exists():
+            open(run_dir / METRICS, "ab").close()
+    with _writing("--run-dir", run_dir / TENSORBOARD):
+        if (run_dir / TENSORBOARD).exists():
+            _try_to_write(run_dir / TENSORBOARD)
 
 
 def check_save_folder(save: Path) -> None:
@@ -71,16 +81,23 @@ def _try_to_write(folder: Path) -> None:
 
 def claim_run_directory(run_dir: Path, config: Config, *, resume: bool = False) -> None:
     """Write config.toml, which makes the folder this run's. UserError as above, also for a run that was quicker."""
+    partial, path = run_dir / ".config.toml", run_dir / "config.toml"
     with _writing("--run-dir", run_dir):
         if resume:
-            (run_dir / ".config.toml").write_text(to_toml(config), encoding="utf-8")
-            os.replace(run_dir / ".config.toml", run_dir / "config.toml")
+            write_synced(partial, to_toml(config))
+            os.replace(partial, path)
             return
         try:
-            with open(run_dir / "config.toml", "x", encoding="utf-8") as file:
-                file.write(to_toml(config))
+            with open(path, "x", encoding="utf-8"):
+                pass  # of two runs that begin at once, one has it
         except FileExistsError as fault:
             raise _taken(run_dir) from fault
+        try:
+            write_synced(partial, to_toml(config))
+            os.replace(partial, path)
+        except OSError:
+            path.unlink()  # empty: the folder stays free
+            raise
 
 
 @contextlib.contextmanager
@@ -88,7 +105,7 @@ def _writing(flag: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        raise UserError(f"{flag} {folder} cannot be written: {fault.strerror}; name a folder that can") from fault
+        raise UserError(f"{flag} {folder} cannot be written: {reason(fault)}; name a folder that can") from fault
 
 
 def _taken(run_dir: Path) -> UserError:
@@ -227,8 +244,10 @@ def _own_tokenizer(config: Config, pairs: Sequence[Pair] | None, path: Path, car
         return
     if carried is not None and (carried / "tokenizer.model").is_file():
         partial = path.with_name(f".{path.name}")
-        shutil.copyfile(carried / "tokenizer.model", partial)
-        os.replace(partial, path)
+        with _writing("--run-dir", path):
+            shutil.copyfile(carried / "tokenizer.model", partial)
+            sync(partial)
+            os.replace(partial, path)
     elif carried is not None and carried.is_dir():
         flags = f"--tokenizer-type huggingface --tokenizer-model {carried}"
         raise UserError(f"--load: the checkpoint's tokenizer is a Hugging Face one; give {flags}")

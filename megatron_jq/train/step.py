@@ -33,6 +33,8 @@ class BatchOptions:
     tempered_answers: bool = False  # the answers were sampled along with the rationales (GRPO, RLOO)
     sequence_multiple: int = 1
     share_prompts: bool = True  # compute a prompt once for all its rationales in a micro-batch
+    unscored_behind: int | None = None  # a token that follows this one is not scored (rows.py)
+    cut_behind: int | None = None  # nor does it attend to this one, or to what stands before; not with share_prompts
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ def score(
 def scores_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime: Runtime) -> Scores:
     """The engine's own ln w as the step's table: one all-reduce over replicas, no forward pass."""
     flat, whole = _empty_table(shape, runtime)
+    here = torch.zeros(whole.shape, dtype=torch.float64)  # on the host: a copy to the device for all, not one each
     for r in rollouts:
         if r.valid:
             assert r.log_w is not None, "the engine was not given y*"
-            whole[r.prompt_slot, r.rationale_slot, 1:] = torch.tensor([r.log_w, 1.0], dtype=torch.float64)
-    return _over_replicas(flat, whole, runtime)
+            here[r.prompt_slot, r.rationale_slot, 1:] = torch.tensor([r.log_w, 1.0], dtype=torch.float64)
+    return _over_replicas(flat, whole.copy_(here), runtime)
 
 
 def train(
@@ -196,6 +199,8 @@ def run_batches(
             row_multiple=_row_multiple(model.config),
             sequence_multiple=options.sequence_multiple,
             share_prompts=options.share_prompts,
+            unscored_behind=options.unscored_behind,
+            cut_behind=options.cut_behind,
         )
         # Only the last stage's head has tokens to ask about.
         return rows if head_of is None or not last_stage else replace(rows, head=head_of(number, rows.head))

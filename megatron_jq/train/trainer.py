@@ -9,14 +9,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_jq.config import Config
+from megatron_jq.config_estimators import unread_note
 from megatron_jq.config_validate import Derived
 from megatron_jq.data.answers import rule_of
 from megatron_jq.data.sampler import InOrder, PromptSampler
+from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, evaluate
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
-from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Coefficients, Example, Rollout, Sequence, StepMetrics
+from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
 from megatron_jq.rollout.megatron import MegatronEngine
@@ -27,7 +29,8 @@ from megatron_jq.train.failures import Phase, non_finite
 from megatron_jq.train.figures import Tables, step_metrics
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
 from megatron_jq.train.pace import PaceMaker
-from megatron_jq.train.recorder import Recorder, opening_line
+from megatron_jq.train.pretraining import Batch, scored_tokens
+from megatron_jq.train.recorder import Recorder, open_recorder, opening_line
 from megatron_jq.train.reference import Reference
 from megatron_jq.train.rollouts import rewards, sequences_of
 from megatron_jq.train.saving import Saving
@@ -68,7 +71,9 @@ class Trainer:
             temperature=1.0 if self.estimator.imitates else r.temperature,  # of what was sampled, and it was not
             top_p=1.0 if self.estimator.imitates else r.top_p,
             sequence_multiple=c.pad_sequences_to_multiple_of,
-            share_prompts=c.share_prompts == "auto",
+            share_prompts=c.share_prompts == "auto" and not pretrains,  # a row is a prompt of its own
+            unscored_behind=data.tokenizer.eos_id if config.data.eod_mask_loss else None,
+            cut_behind=data.tokenizer.eos_id if config.data.reset_attention_mask else None,
         )
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
         self.reference = Reference(config, derived, options, runtime) if o.grpo_kl_beta > 0 else None
@@ -78,18 +83,13 @@ class Trainer:
     def run(self, beginning: Beginning, saving: Saving, stop: StopRequest) -> None:
         """Steps to --train-iters, or to the end of the step in which `stop` receives a signal, with checkpoints."""
         t = self.config.training
-        if self.runtime.is_main:
-            self.recorder = Recorder(
-                Path(t.run_dir),
-                total_steps=t.train_iters,
-                log_interval=t.log_interval,
-                tensorboard=t.tensorboard,
-                first_step=beginning.step,
-                metrics_bytes=beginning.metrics_bytes,
-            )
+        self.recorder = together(self.runtime, lambda: open_recorder(t, beginning), main_only=True)
+        if self.recorder is not None:
             has_experts = self.model.config.num_moe_experts is not None
             given = (self.config, self.data, self.estimator, self.build_options, self.runtime)
             self.recorder.say(opening_line(*given, with_experts=has_experts))
+            if (note := unread_note(self.config)) is not None:
+                self.recorder.say(note)
         # What stands now stays: a full collection that walks through it costs a quarter of a second every so often.
         gc.collect()
         gc.freeze()
@@ -104,6 +104,9 @@ class Trainer:
                 if saving.between_steps(metrics, self.recorder, stop):
                     break
             saving.writer.wait()
+        except (RunFailure, UserError):
+            saving.end(self.recorder)
+            raise
         finally:
             if self.recorder is not None:
                 self.recorder.close()  # TensorBoard's last events would be lost with a run that stops
@@ -113,7 +116,7 @@ class Trainer:
         self.phase.enter(step, "rollout")
         began = time.monotonic()
         q = q_at(step, self.q_schedule)
-        prompts = [self.data.train[i] for i in self.sampler.batch(step)]
+        prompts = Batch(self.data.train, self.sampler.batch(step))
         rollouts = self.rationales.generate(self._requests(prompts), self._sampling(step))
         rolled = time.monotonic()
 
@@ -129,7 +132,10 @@ class Trainer:
         scored = time.monotonic()
 
         self.phase.enter(step, "train")
-        coefficients = self.estimator.coefficients(log_w_BM, reward_BM, valid_BM, q=q, step=step)
+        estimator = self.estimator
+        if self.score_options.unscored_behind is not None:
+            estimator = replace(estimator, row_tokens=max(self._scored_tokens(gold), 1) / len(prompts))
+        coefficients = estimator.coefficients(log_w_BM, reward_BM, valid_BM, q=q, step=step)
         self._check(step, prompts, gold, "coefficient of ln p(z|x)", coefficients.rationale_BM)
         self._check(step, prompts, gold, "coefficient of ln p(y|x,z)", coefficients.answer_BM)
         sequences = gold
@@ -167,11 +173,14 @@ class Trainer:
     def heldout_loss(self, step: int) -> float:
         """Cross-entropy of the corpus's held-out rows with the current weights, nats a token."""
         self.phase.enter(step, "evaluation")
-        rows = list(self.data.heldout)
+        rows = Batch(self.data.heldout, range(len(self.data.heldout)))
         rollouts = self.rationales.generate(self._requests(rows), self._sampling(step))
         sequences = sequences_of(rollouts, rows, gold=True)
         scores = passes.score(self.model, sequences, (len(rows), 1), self.runtime, self.score_options)
-        return -scores.log_answer_BM.sum().item() / sum(len(row.answer_ids) for row in rows)
+        return -scores.log_answer_BM.sum().item() / max(self._scored_tokens(sequences), 1)
+
+    def _scored_tokens(self, sequences: list[Sequence]) -> int:
+        return scored_tokens(sequences, self.score_options.unscored_behind, self.runtime)
 
     def evaluate(self, step: int) -> Evaluation:
         """Accuracy on the held-out examples with the current weights."""
@@ -221,9 +230,12 @@ class Trainer:
             )
         return scores, mismatch
 
-    def _requests(self, prompts: list[Example]) -> list[RolloutRequest]:
+    def _requests(self, prompts: Batch) -> list[RolloutRequest]:
         r, dp = self.config.rollout, self.runtime.groups.dp
-        return requests_of_replica(prompts, r.num_rationales, dp.rank(), dp.size(), score=r.score_with == "rollout")
+        scored = r.score_with == "rollout"
+        ask = lambda: requests_of_replica(prompts, r.num_rationales, dp.rank(), dp.size(), score=scored)  # noqa: E731
+        # A corpus's rows are read here, each by its replica alone: one that is bad must end all of them.
+        return ask() if self.data.corpus is None else together(self.runtime, ask)
 
     def _sampling(self, step: int) -> SamplingOptions:
         r = self.config.rollout
@@ -241,7 +253,7 @@ class Trainer:
     def _updates(
         self,
         step: int,
-        prompts: list[Example],
+        prompts: Batch,
         sequences: list[Sequence],
         coefficients: Coefficients,
         valid_BM: torch.Tensor,
@@ -263,7 +275,7 @@ class Trainer:
         update = lambda trained: self._update(step, prompts, sequences, trained)  # noqa: E731
         return updates.run(sequences, coefficients, kl_weight_BM, update)
 
-    def _update(self, step: int, prompts: list[Example], sequences: list[Sequence], trained: passes.Scores) -> float:
+    def _update(self, step: int, prompts: Batch, sequences: list[Sequence], trained: passes.Scores) -> float:
         """Check the loss's inputs and the gradient, then let the optimizer step. Returns the norm before clipping."""
         present_BM = trained.present_BM
         self._check(step, prompts, sequences, "ln p(z|x)", trained.log_rationale_BM[present_BM])
@@ -285,7 +297,7 @@ class Trainer:
             run_dir = Path(self.config.training.run_dir)
             raise non_finite(what, step, prompts, sequences, self.runtime, run_dir)
 
-    def _show_sample(self, step: int, prompts: list[Example], rollouts: list[Rollout], log_w_BM: torch.Tensor) -> None:
+    def _show_sample(self, step: int, prompts: Batch, rollouts: list[Rollout], log_w_BM: torch.Tensor) -> None:
         first, decode = rollouts[0], self.data.tokenizer.decode
         example = prompts[first.prompt_slot]
         self.recorder.sample(

@@ -4,6 +4,7 @@ Ranks send their results back over pipes. References are computed in a forked pr
 never runs a backward pass can be forked on any machine, one with a GPU included.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -34,10 +35,13 @@ def run_ranks(
     ep: int = 1,
     etp: int | None = None,
     virtual_stages: int = 1,
+    device: str = "cpu",
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> list[Any]:
     """function(runtime, *arguments) on tp·pp·dp ranks; their results by rank. A failed rank's traceback is raised.
 
     ep, etp: expert-parallel size, and how many ranks share an expert (None: tp). virtual_stages: chunks a stage.
+    device: cpu or cuda. around: entered by each rank around all it does.
     """
     size, port = tp * pp * dp, _free_port()
     layout = dict(  # noqa: C408
@@ -47,7 +51,10 @@ def run_ranks(
         expert_tensor_parallel_size=etp,
         virtual_stages=virtual_stages,
     )
-    return _fork([(_rank_main, rank, size, port, layout, function, arguments) for rank in range(size)])
+    # A process that has asked for CUDA devices cannot hand them on by fork.
+    method = "spawn" if device == "cuda" and around is contextlib.nullcontext else "fork"
+    works = [(_rank_main, rank, size, port, layout, device, around, function, arguments) for rank in range(size)]
+    return _fork(works, method)
 
 
 def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -61,18 +68,19 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(rank, size, port, layout, function, arguments):
+def _rank_main(rank, size, port, layout, device, around, function, arguments):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    runtime = runtime_module.start(
-        **layout,
-        timeout=timedelta(seconds=120),
-        seed=1234,
-        device="cpu",
-    )
-    result = function(runtime, *arguments)
-    runtime_module.stop()
-    return result
+    with around():
+        runtime = runtime_module.start(
+            **layout,
+            timeout=timedelta(seconds=120),
+            seed=1234,
+            device=device,
+        )
+        result = function(runtime, *arguments)
+        runtime_module.stop()
+        return result
 
 
 def _call(function, arguments):
@@ -90,9 +98,9 @@ def _child(pipe, work, *arguments):
     os._exit(0)  # no interpreter shutdown: the parent's pytest must not run twice
 
 
-def _fork(works: list[tuple]) -> list[Any]:
+def _fork(works: list[tuple], method: str = "fork") -> list[Any]:
     """Each (function, *arguments) in a process of its own. Stops all at a failure, or after DEADLINE_SECONDS."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(method)
     pipes, processes, results = [], [], {}
     for work in works:
         ours, theirs = context.Pipe(duplex=False)

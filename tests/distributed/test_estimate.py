@@ -1,11 +1,13 @@
 """The estimate against what runs: parameters built, tensors that autograd saves, messages sent, memory of processes."""
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,10 @@ from megatron_jq.estimate.plan import Lengths, Plan, make_plan
 from megatron_jq.estimate.traffic import stage_traffic
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.model.rows import pack_sequences
-from megatron_jq.records import Sequence
+from megatron_jq.records import Example, Sequence
+from megatron_jq.train import rollouts
+from megatron_jq.train.setup import DataSets
+from megatron_jq.train.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,13 +79,17 @@ def plan_of(name: str) -> Plan:
     """Eight rationales of two prompts in micro-batches of three, four layers."""
     flags, replicas = LAYOUTS[name]
     common = (
-        f"--device cpu --num-layers 4 --num-rationales 4 --prompts-per-step 2 --micro-batch-size 3 "
-        f"--rationale-budget {LENGTHS.rationale} --answer-budget {LENGTHS.answer} --max-prompt-tokens {LENGTHS.prompt}"
+        f"--num-rationales 4 --prompts-per-step 2 --rationale-budget {LENGTHS.rationale} "
+        f"--answer-budget {LENGTHS.answer} --max-prompt-tokens {LENGTHS.prompt}"
     )
-    config = parse_args([*common.split(), *flags.split()])
+    return planned(f"{common} {flags}", replicas, LENGTHS)
+
+
+def planned(flags: str, replicas: int, lengths: Lengths) -> Plan:
+    config = parse_args(f"--device cpu --num-layers 4 --micro-batch-size 3 {flags}".split())
     p = config.parallel
     size = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * replicas
-    return make_plan(config, size, LENGTHS, VOCABULARY)
+    return make_plan(config, size, lengths, VOCABULARY)
 
 
 def on_ranks(function, plan: Plan, *arguments):
@@ -230,6 +239,14 @@ KINDS = {
 }
 
 
+def note(found: dict, phase: str, counter: MessageCounter) -> None:
+    for name, (calls, size) in counter.counted().items():
+        kind = next(ours for theirs, ours in KINDS.items() if name.startswith(theirs))
+        entry = found.setdefault((phase, kind), [0, 0])
+        entry[0] += calls
+        entry[1] += size
+
+
 def _counted(runtime, plan):
     """(stage, {(phase, kind): [calls, bytes]}, tokens by phase) of the benchmark's second step.
 
@@ -247,11 +264,7 @@ def _counted(runtime, plan):
             if phase == "train":  # the trainer looks at the gradient's norm once more, for faults
                 with runtime.megatron():
                     bench.optimizer.get_grad_norm()
-        for name, (calls, size) in counter.counted().items():
-            kind = next(ours for theirs, ours in KINDS.items() if name.startswith(theirs))
-            entry = found.setdefault((phase, kind), [0, 0])
-            entry[0] += calls
-            entry[1] += size
+        note(found, phase, counter)
         return result
 
     def count(policy, arguments):
@@ -266,7 +279,8 @@ def _counted(runtime, plan):
 def expected(plan: Plan, stage: int) -> dict:
     sums = {}
     for message in stage_traffic(plan, stage):
-        entry = sums.setdefault((message.phase, message.kind), [0, 0])
+        phase = "train" if message.phase == "reference" else message.phase  # the trainer makes no difference
+        entry = sums.setdefault((phase, message.kind), [0, 0])
         entry[0] += message.calls
         entry[1] += message.bytes
     return sums
@@ -296,6 +310,100 @@ def test_messages_and_tokens_are_those_that_are_counted(name):
         passed.update(tokens)
     processes = plan.tp * plan.pp  # each counts the tokens of its replica
     assert {work.phase: work.tokens * processes for work in step_work(plan) if work.tokens} == dict(passed)
+
+
+GIVEN = Lengths(prompt=5, rationale=7, answer=3, joint=2)
+JOINED = f"--prompts-per-step 2 --num-rationales 4 --rationale-budget {GIVEN.rationale} --answer-budget {GIVEN.answer}"
+SFT = f"--estimator sft --prompts-per-step 8 --rationale-budget {GIVEN.rationale} --answer-budget {GIVEN.answer}"
+GRPO = f"--estimator grpo {JOINED}"
+PRETRAIN = "--estimator pretrain --prompts-per-step 8 --seq-length 12 --data-path none --tokenizer-model none"
+#: Flags, replicas, lengths: what estimators do beside GARL without a joint, which LAYOUTS have.
+ESTIMATORS = {
+    "a joint": (f"{JOINED} --tensor-model-parallel-size 2 --score-with rollout", 1, GIVEN),
+    "SFT": (f"{SFT} --tensor-model-parallel-size 2 --sequence-parallel", 1, GIVEN),
+    "SFT, PP, DP": (f"{SFT} --pipeline-model-parallel-size 2", 2, GIVEN),
+    "pretraining": (f"{PRETRAIN} --pipeline-model-parallel-size 2", 2, Lengths(1, 0, 12)),
+    "GRPO, rollout scores": (f"{GRPO} --tensor-model-parallel-size 2 --score-with rollout", 1, GIVEN),
+    "GRPO, three updates": (f"{GRPO} --grpo-iterations 3 --tensor-model-parallel-size 2", 2, GIVEN),
+    "GRPO, a reference": (f"{GRPO} --grpo-kl-beta 0.1 --tensor-model-parallel-size 2", 1, GIVEN),
+    "GRPO, both, PP": (f"{GRPO} --grpo-iterations 2 --grpo-kl-beta 0.1 --pipeline-model-parallel-size 2", 1, GIVEN),
+}
+
+
+@dataclass(frozen=True)
+class OneThatNothingSays:
+    """As much of a tokenizer as a step asks for. Close and end token are a padding row, which has probability zero: so
+    rationales and answers take their whole budgets.
+    """
+
+    vocab_size: int = VOCABULARY
+    think_close_id: int = VOCABULARY
+    eos_id: int = VOCABULARY
+
+
+def _counted_in_training(runtime, plan):
+    """(stage, {(phase, kind): [calls, bytes]}, tokens by phase, head rows by phase) of the trainer's second step."""
+    lengths, imitates = plan.lengths, plan.imitates
+    rationale = (2,) * lengths.rationale if imitates else None
+    examples = [
+        Example(i, "", "", (1,) * lengths.prompt, (3,) * lengths.answer, (), (4,) * lengths.joint, rationale)
+        for i in range(2 * plan.config.rollout.prompts_per_step)
+    ]
+    data = DataSets(OneThatNothingSays(), examples, (), 0, lengths.answer, Path("none"), "jsonl")
+    trainer = Trainer(plan.config, plan.derived, data, runtime)
+    turns = itertools.cycle([True, False])  # an advantage for each; in a process of its own
+    rollouts.answer_matches = lambda *_: next(turns)
+    found, tokens, head_rows, now = {}, Counter(), Counter(), [""]
+
+    def watched(phase: str, work: Callable) -> Callable:
+        def watch(*arguments):
+            now[0] = phase
+            with MessageCounter() as counter:
+                result = work(*arguments)
+            note(found, phase, counter)
+            return result
+
+        return watch
+
+    def count(_, arguments):
+        tokens[now[0]] += len(arguments[0].token_T)
+        head_rows[now[0]] += len(arguments[0].head.position_N)
+
+    trainer.step(0)
+    trainer.rationales.generate = watched("rollout", trainer.rationales.generate)
+    trainer._score = watched("score", trainer._score)
+    trainer._updates = watched("train", trainer._updates)
+    models = [trainer.model, *([trainer.reference.model] if trainer.reference else [])]
+    for model in models:
+        model.policies[0].register_forward_pre_hook(count)
+    trainer.step(1)
+    return runtime.groups.pp.rank(), found, tokens, head_rows
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_each_estimator_s_step_takes_what_the_trainer_s_takes(name):
+    flags, replicas, lengths = ESTIMATORS[name]
+    plan = planned(flags, replicas, lengths)
+    ranks = on_ranks(_counted_in_training, plan)
+    tokens, head_rows = Counter(), Counter()
+    for stage, found, passed, asked in ranks:
+        predicted = expected(plan, stage)
+        if plan.derived.samples_answers and plan.dp > 1:  # rewards are summed between two phases
+            calls, size = predicted["score", "all-reduce"]
+            predicted["score", "all-reduce"] = [calls - 1, size - 8 * plan.rationales]
+        assert {key: calls for key, (calls, _) in found.items()} == {
+            key: calls for key, (calls, _) in predicted.items()
+        }
+        for key, (_, size) in found.items():
+            assert size == pytest.approx(predicted[key][1], rel=0.005), key  # gradients' buffer is padded
+        tokens.update(passed)
+        head_rows.update(asked)
+    processes, predicted = plan.tp * plan.pp, (Counter(), Counter())
+    for work in step_work(plan):
+        phase = "train" if work.phase == "reference" else work.phase
+        predicted[0][phase] += work.tokens * processes
+        predicted[1][phase] += work.head_rows * processes
+    assert (+predicted[0], +predicted[1]) == (tokens, head_rows)
 
 
 #: Trains, then leaves this process's greatest resident memory beside the run.
@@ -336,27 +444,33 @@ def train_and_measure(folder: Path, flags: list[str], processes: int, environmen
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
 @pytest.mark.parametrize(
-    ("layout", "keeps_freed", "tolerance"),
+    ("flags", "keeps_freed", "tolerance"),
     [
         # every freed block goes back to the system: what is alive, and no guess about glibc's heap
         ("", False, 0.03),
         ("--tensor-model-parallel-size 2", True, 0.1),
+        ("--estimator sft --rationale-field solution --num-rationales 1 --prompts-per-step 12", False, 0.03),
+        ("--estimator grpo --grpo-iterations 2 --grpo-kl-beta 0.1", False, 0.03),
     ],
-    ids=["one process, live memory", "TP"],
+    ids=["one process, live memory", "TP", "SFT", "GRPO with a reference"],
 )
-def test_peak_memory_is_that_of_a_run(layout, keeps_freed, tolerance, tmp_path):
+def test_peak_memory_is_that_of_a_run(flags, keeps_freed, tolerance, tmp_path):
     draw = random.Random(1)
     words = ["".join(draw.choices("aeiou", k=2) + draw.choices("bdfgklm", k=2)) for _ in range(200)]
-    pairs = [{"prompt": " ".join(draw.choices(words, k=40)), "answer": " ".join(draw.choices(words, k=3))}] * 64
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    flags = [*TRAIN.split(), *layout.split(), "--train-data", str(tmp_path / "data.jsonl")]
+    words_of = {"prompt": 40, "answer": 3, "solution": 14}
+    record = {field: " ".join(draw.choices(words, k=count)) for field, count in words_of.items()}
+    (tmp_path / "data.jsonl").write_text(64 * (json.dumps(record) + "\n"))
+    flags = [*TRAIN.split(), *flags.split(), "--train-data", str(tmp_path / "data.jsonl")]
     config = parse_args(flags)
     processes = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     environment = {} if keeps_freed else {"MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks = train_and_measure(tmp_path, [*flags, "--run-dir", str(tmp_path / "run")], processes, environment)
     tokenizer = load_tokenizer("sentencepiece", tmp_path / "run" / "tokenizer.model")
-    prompt, answer = (len(tokenizer.encode(pairs[0][field])) + 1 for field in ("prompt", "answer"))
-    plan = make_plan(config, processes, Lengths(prompt, 32, answer), tokenizer.vocab_size)
+    prompt, answer, given = (len(tokenizer.encode(record[field])) + 1 for field in words_of)
+    lengths = Lengths(prompt, 32, config.rollout.answer_budget if config.objective.estimator == "grpo" else answer)
+    if config.objective.estimator == "sft":
+        lengths = Lengths(prompt, given, answer)
+    plan = make_plan(config, processes, lengths, tokenizer.vocab_size)
     for rank, peak in enumerate(peaks):
         memory = stage_memory(plan, rank * plan.pp // processes, keeps_freed=keeps_freed)
         assert memory.peak == pytest.approx(peak, rel=tolerance)

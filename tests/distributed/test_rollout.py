@@ -2,10 +2,12 @@
 other, against the reference and against softmax, and the engine's ln p against the trainer's."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_jq.records import Sequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
@@ -243,21 +245,74 @@ def test_first_tokens_follow_softmax_with_temperature_and_nucleus(tp):
 
 # Memory
 
+#: Prompts of one length: nothing is padded.
+EQUAL_REQUESTS = [replace(r, prompt_ids=(r.prompt_ids * 9)[:9]) for r in GREEDY_REQUESTS]
+
 
 def _cache_bytes(runtime):
     """The most keys and values at a time, of rationales that use their room of 64 tokens to the last."""
     policy, _ = build(runtime, SMALL, weights_of(SMALL), build_options(SMALL))
     engine = MegatronEngine([policy], runtime)
     options = replace(SAMPLE, rationale_budget=65, close_id=-1, eos_id=-1)  # the last token is drawn, never fed
-    engine.generate([replace(r, gold_ids=None) for r in GREEDY_REQUESTS], options)
+    engine.generate([replace(r, gold_ids=None) for r in EQUAL_REQUESTS], options)
     return engine.cache_bytes_peak
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2"])
 def test_the_cache_holds_a_prompt_once_for_all_its_rationales(layout):
-    prompt_tokens = sum(len(r.prompt_ids) for r in GREEDY_REQUESTS)
-    rationale_tokens = 64 * sum(len(r.rationale_slots) for r in GREEDY_REQUESTS)
+    prompt_tokens = 9 * len(EQUAL_REQUESTS)
+    rationale_tokens = 64 * sum(len(r.rationale_slots) for r in EQUAL_REQUESTS)
     vector = 2 * 4 * SMALL.num_query_groups * SMALL.kv_channels  # key and value of a token in a layer, float32
     whole = SMALL.num_layers * vector * (prompt_tokens + rationale_tokens)
     ranks = run_ranks(_cache_bytes, **LAYOUTS[layout])
     assert ranks == [whole // len(ranks)] * len(ranks)
+
+
+# Overhead
+
+
+class _Work(TorchDispatchMode):
+    """Counts messages, waits of the host for a result, and matrix products while entered."""
+
+    KINDS = {"aten::bmm": "attention", "aten::mm": "weights", "aten::_local_scalar_dense": "waits"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func._schema.name.split("::")
+        self.counts[name.strip("_") if namespace == "c10d" else self.KINDS.get(func._schema.name)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _work_per_token(runtime):
+    """What one token more of every rationale adds, where eleven prompts have eleven lengths."""
+    policy, _ = build(runtime, SMALL, weights_of(SMALL), build_options(SMALL))
+    requests = [RolloutRequest(b, tuple(range(10 + b)), tuple(range(1 + b % 3))) for b in range(11)]
+
+    def work(budget: int) -> Counter:
+        options = replace(SAMPLE, rationale_budget=budget, close_id=-1, eos_id=-1)
+        with _Work() as mode, pytest.MonkeyPatch.context() as patch:
+            to_list = torch.Tensor.tolist
+            patch.setattr(torch.Tensor, "tolist", lambda x: mode.counts.update(["waits"]) or to_list(x))
+            MegatronEngine([policy], runtime).generate(requests, options)
+        del mode.counts[None]
+        return mode.counts
+
+    return dict(work(9) - work(8))
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("TP1", [{"weights": 9}]),
+        ("TP2", [{"weights": 9, "allreduce": 6, "allgather": 1}] * 2),
+        ("PP2", [{"weights": 4, "send": 1, "broadcast": 1}, {"weights": 5, "recv": 1, "broadcast": 1}]),
+    ],
+)
+def test_a_token_costs_one_wait_few_messages_and_four_products_a_layer_in_attention(layout, expected):
+    # weights: four a layer and the head's. all-reduces: two a layer, the embedding's, the draw's.
+    attention = 4 * SMALL.num_layers // LAYOUTS[layout].get("pp", 1)
+    found = run_ranks(_work_per_token, **LAYOUTS[layout])
+    assert found == [{**rank, "waits": 1, "attention": attention} for rank in expected]

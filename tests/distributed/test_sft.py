@@ -4,6 +4,7 @@ Megatron's own files read by IndexedDataset. In float64, at tensor-, pipeline- a
 
 import itertools
 import math
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -13,17 +14,21 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_jq.corpus import reading
 from megatron_jq.corpus.files import open_files
 from megatron_jq.corpus.reading import CorpusOptions, open_corpus
 from megatron_jq.data.sampler import InOrder
 from megatron_jq.errors import UserError
+from megatron_jq.model.rows import pack_sequences
 from megatron_jq.records import Example, Sequence
 from megatron_jq.rollout.engine import SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
 from megatron_jq.train import rollouts
 from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.pretraining import Batch, scored_tokens
 from megatron_jq.train.step import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import POLICIES, SMALL, build, build_options, train_with
@@ -285,6 +290,66 @@ def masked_cross_entropy_of_rows(batch, policy):
     return masked_cross_entropy(batch, policy, per_token=True)
 
 
+END = Tokenizer.eos_id
+
+
+def megatrons_masks(runtime, options: CorpusOptions):
+    """(row, loss mask, attention mask) of the training rows, with Megatron-core's own options for documents' ends."""
+    own = reading._plan(options, Tokenizer(), SMALL.vocab_size)
+    own.config.eod_mask_loss = own.config.reset_attention_mask = own.config.create_attention_mask = True
+    own.config.path_to_cache = None
+    sizes = [options.train_rows, own.heldout_rows, 0]
+    dataset = reading._Builder(GPTDataset, sizes, lambda: True, own.config).build()[0]
+    samples = [dataset[i] for i in range(options.train_rows)]
+    rows = [(*s["tokens"].tolist(), s["labels"][-1].item()) for s in samples]
+    return [(row, s["loss_mask"], s["attention_mask"][0]) for row, s in zip(rows, samples, strict=True)]
+
+
+def test_documents_ends_are_masked_as_in_megatron(corpora, tmp_path):
+    """--eod-mask-loss and --reset-attention-mask: what is scored, and what attends to what, of each of 24 rows."""
+    options, cpu = options_for(corpora["one"], tmp_path), torch.device("cpu")
+    [found] = run_ranks(megatrons_masks, options)
+    assert {bool((mask == 0).any()) for _, mask, _ in found} == {True, False}
+    for row, loss_mask, attention_mask in found:
+        sequence = Sequence(0, 0, row[:1], (), 0, row[1:])
+        for multiple in (1, 8):
+            packed = pack_sequences(
+                [sequence], device=cpu, with_rationale=True, sequence_multiple=multiple, unscored_behind=END,
+                cut_behind=END,
+            )  # fmt: skip
+            scored = torch.zeros(SEQ_LENGTH)
+            scored[packed.head.position_N] = 1
+            assert torch.equal(scored, loss_mask)
+            assert packed.head.target_N.tolist() == [row[i + 1] for i in range(SEQ_LENGTH) if loss_mask[i]]
+            lengths = packed.attention.lengths
+            assert sum(lengths) == len(packed.token_T) == -(-len(row) // multiple) * multiple
+            assert packed.position_T.tolist() == [i for length in lengths for i in range(length)]
+            blocks = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths))[:SEQ_LENGTH, :SEQ_LENGTH]
+            assert torch.equal(blocks == 0, attention_mask)  # Megatron's is True where nothing is seen
+
+
+def _pretrain_apart(runtime, options: CorpusOptions):
+    corpus = open_corpus(options, Tokenizer(), SMALL.vocab_size, runtime)
+    rows = Batch(corpus.train, InOrder(5).batch(2))
+    dp = runtime.groups.dp
+    tokens = scored_tokens(sequences_of(rows, dp.rank(), dp.size()), END, runtime)
+    estimator = Estimator("pretrain", 1, True, 5, row_tokens=tokens / len(rows))
+    how = replace(BATCHES[0], share_prompts=False, unscored_behind=END, cut_behind=END)
+    results = [trained(runtime, rows, estimator, how, policy) for policy in POLICIES]
+    return [(*e.prompt_ids, *e.answer_ids) for e in rows], results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_documents_apart_have_the_loss_and_gradient_of_each_by_itself(layout, corpora, tmp_path):
+    ranks = run_ranks(_pretrain_apart, options_for(corpora["one"], tmp_path), **LAYOUTS[layout])
+    # A document's part of a row is a row of its own: its first token has none before it that predicts it.
+    parts = [part for row in ranks[0][0] for part in pieces(row) if len(part) > 1]
+    assert len(parts) > len(ranks[0][0])
+    batch = [Example(i, "", "", part[:1], part[1:], rationale_ids=()) for i, part in enumerate(parts)]
+    for n, policy in enumerate(POLICIES):
+        check([rank[1][n] for rank in ranks], run_apart(masked_cross_entropy_of_rows, batch, policy))
+
+
 def test_bad_files_are_refused_in_one_line_on_every_rank(corpora, tmp_path):
     one, cache = corpora["one"], tmp_path / "cache"
     cut, empty, other = tmp_path / "cut", tmp_path / "empty", tmp_path / "other"
@@ -318,6 +383,23 @@ def test_bad_files_are_refused_in_one_line_on_every_rank(corpora, tmp_path):
     words = ("fewer than a row of 5001", "--split 0,1", "--split half", "--data-cache-path")
     assert all(word in message for word, message in zip(words, found, strict=True)), found
     assert not cache.exists()
+
+
+def _other_copy(runtime, prefixes: list[str], folder: Path):
+    """What rank 1 is told, and rank 0, where each has the files of a prefix of its own."""
+    folder = folder / str(runtime.rank)
+    folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        (folder / f"same{suffix}").write_bytes(Path(f"{prefixes[runtime.rank]}{suffix}").read_bytes())
+    os.chdir(folder)
+    with pytest.raises(UserError) as fault:
+        open_corpus(options_for("same", folder.parent), Tokenizer(), SMALL.vocab_size, runtime)
+    return str(fault.value)
+
+
+def test_other_files_of_the_same_name_on_another_node_are_refused_on_all_ranks(corpora, tmp_path):
+    told = run_ranks(_other_copy, [corpora["one"], corpora["two"]], tmp_path, dp=2)
+    assert told[0] == told[1] and told[0].startswith("--data-path same: the files on ")
 
 
 def test_a_token_that_the_model_does_not_have_is_refused(corpora, tmp_path):

@@ -82,6 +82,28 @@ def test_refused_on_every_rank_before_work_starts(name, size, tmp_path, monkeypa
     assert not list(tmp_path.rglob("metrics.jsonl")) and not list(tmp_path.rglob("config.toml"))
 
 
+# What stands in the way (a folder, or with "=" a file) → (flags, message as a pattern)
+BLOCKED = {
+    "run/tensorboard=": ([], "--run-dir run/tensorboard cannot be written: File exists"),
+    "run/metrics.jsonl": (["--resume"], "--run-dir run/metrics.jsonl cannot be written: Is a directory"),
+    "run/config.toml": (["--resume"], "--resume: cannot read run/config.toml: Is a directory"),
+    "run/tokenizer.model": ([], "cannot write run/tokenizer.model: Is a directory"),
+    "run/.config.toml": ([], "--run-dir run cannot be written: Is a directory"),
+    "run/checkpoints=": ([], "--save run/checkpoints cannot be written: File exists"),
+}
+
+
+@pytest.mark.parametrize("path", BLOCKED)
+def test_what_rank_0_cannot_write_ends_every_rank_with_its_name(path, tmp_path, monkeypatch):
+    flags, message = BLOCKED[path]
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path(path).mkdir() if not path.endswith("=") else Path(path.removesuffix("=")).write_text("")
+    argv = [*SMALL, "--run-dir", "run", "--tensor-model-parallel-size", "2", *flags]
+    assert_refused(run(argv, tmp_path, size=2), message)
+    assert not Path("run/config.toml").is_file() and not Path("run/metrics.jsonl").is_file()
+
+
 @pytest.mark.parametrize(
     ("flags", "size", "message"),
     [

@@ -201,6 +201,23 @@ def test_a_full_disk_ends_every_rank_with_the_reason_and_keeps_what_was_written(
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 1 + 2 * 4
 
 
+BLOCKED = {
+    "evaluation.json": "--output {out} cannot be written: Is a directory",
+    "samples.jsonl": "{out}/samples.jsonl: Is a directory",
+    ".samples.jsonl": "--output: {out}/samples.jsonl cannot be written: Is a directory",
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_what_rank_0_cannot_write_ends_every_rank_with_its_name(name, trained, tmp_path):
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    flags = ["--load", str(trained / "checkpoints"), *AS_THE_RUN, *TP2, "--device", "cpu", "--output", str(out)]
+    for rank, end in enumerate(run(["evaluate", *flags], tmp_path, size=2)):
+        message = f"[rank {rank}] megatron-jq: error: {BLOCKED[name].format(out=out)}"
+        assert end.code == 2 and end.err.startswith(message) and end.err.count("\n") == 1, end
+
+
 def test_a_hugging_face_folder_is_evaluated_as_the_checkpoint_it_came_from(trained, tmp_path):
     converted, checkpoints = tmp_path / "hf", str(trained / "checkpoints")
     [end] = run(["convert", "megatron-to-hf", "--load", checkpoints, "--hf", str(converted)], tmp_path)

@@ -1,7 +1,9 @@
 """Runs that cannot go on: numbers that are not finite, and ranks that die, hang or never come."""
 
 import json
+import os
 import re
+import resource
 import signal
 import socket
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_jq.data.sampler import PromptSampler
 from megatron_jq.errors import PeerFailure, RunFailure
@@ -112,6 +115,75 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_why_the_run_stopped(tmp_path)
     assert [end.code for end in ended] == [3, 3], ended
     assert all(f"step {STEP}: ln p(y*|x,z) is not finite; prompts [" in end.err for end in ended), ended
     assert "the batch could not be kept in" in ended[0].err and "Is a directory" in ended[0].err
+
+
+def ended_with(ended, words: str) -> None:
+    """Both ranks ended with 3, and each with the cause on its last line."""
+    for rank, end in enumerate(ended):
+        last = end.err.splitlines()[-1]
+        assert end.code == 3 and last.startswith(f"[rank {rank}] megatron-jq: error: ") and words in last, ended
+
+
+def test_a_metrics_file_on_a_full_device_ends_all_ranks_with_the_cause(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *LAYOUTS["TP2"], "--resume"]
+    cause = "step 0: metrics.jsonl could not be written: No space left on device; mend this and start again with"
+    ended_with(run(argv, tmp_path, size=2), cause)
+
+
+def limit_file_size(limit: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def without_room_for(method: str):
+    """A `prepare` that lets no file grow beyond 20 bytes from a call of TensorBoard's writer to the recorder's end."""
+
+    def prepare(rank: int) -> None:
+        original, run = getattr(SummaryWriter, method), Trainer.run
+
+        def within_limit(*arguments, **keywords):
+            limit_file_size(20)
+            return original(*arguments, **keywords)
+
+        def run_and_lift(*arguments):
+            try:
+                run(*arguments)
+            finally:  # standard error is a file too
+                limit_file_size(resource.RLIM_INFINITY)
+
+        setattr(SummaryWriter, method, within_limit)
+        Trainer.run = run_and_lift
+
+    return prepare
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar"])
+def test_tensorboard_that_cannot_be_written_ends_all_ranks_with_the_cause(method, tmp_path):
+    argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *LAYOUTS["TP2"]]
+    ended = run(argv, tmp_path, size=2, prepare=without_room_for(method))
+    ended_with(ended, "tensorboard could not be written: File too large; mend this and start again with --resume")
+    resumed = run([*argv, "--resume"], tmp_path, size=2)
+    assert [end.code for end in resumed] == [0, 0], resumed
+
+
+def test_a_metrics_file_that_cannot_be_synced_ends_all_ranks_before_the_checkpoint(tmp_path):
+    """What a checkpoint counts must be on disk: a device that takes bytes and keeps none does not do."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").symlink_to("/dev/null")
+    argv = [*SMALL, "--run-dir", str(run_dir), *LAYOUTS["DP2"], "--resume", "--no-tensorboard"]
+    ended_with(run(argv, tmp_path, size=2), "metrics.jsonl could not be written: Invalid argument")
+    assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path):
+    def without_output(rank: int) -> None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+    ended = Ranks([*SMALL, "--run-dir", str(tmp_path / "run")], tmp_path, prepare=without_output).ended()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3, ended
 
 
 def test_an_update_that_ruins_the_weights_stops_the_next_step(tmp_path):

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.records import MEASURED
+from megatron_jq.train import setup
 from megatron_jq.train.recorder import Recorder
 from megatron_jq.train.trainer import Trainer
 from tests.e2e.launch import SMALL, Ranks, run
@@ -232,7 +234,8 @@ def test_a_step_that_cannot_be_recorded_ends_all_ranks_and_is_done_again(whole, 
     argv = [*LONG, "--run-dir", str(run_dir), *TP2]
     codes = run(argv, tmp_path, size=2, prepare=fill_the_disk)
     assert [rank.code for rank in codes] == [3, 3], codes
-    assert "step 4: metrics.jsonl could not be written: File too large" in codes[0].err
+    for rank in codes:
+        assert "step 4: metrics.jsonl could not be written: File too large" in rank.err
     finished([*argv, "--resume"], tmp_path)
     assert metrics(run_dir) == metrics(whole(*TP2))
 
@@ -243,6 +246,90 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     for rank in run(argv, tmp_path, size=2):
         assert rank.code == 2 and "--save" in rank.err and "Not a directory" in rank.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_stops_while_a_checkpoint_is_written_ends_that_first(whole, tmp_path):
+    run_dir = tmp_path / "run"
+
+    def fail_in_step_3(rank: int) -> None:
+        slow_commit(rank)
+        step = Trainer.step
+
+        def poisoned(self, number):
+            if number == 3 and rank == 1:
+                weight = next(parameter for _, parameter in self.model.named_parameters())
+                weight.register_hook(lambda gradient: gradient * float("nan"))
+            return step(self, number)
+
+        Trainer.step = poisoned
+
+    argv = [*LONG, "--run-dir", str(run_dir), *TP2, "--async-save"]
+    for rank in run(argv, tmp_path, size=2, prepare=fail_in_step_3):
+        assert rank.code == 3 and "step 3: " in rank.err and "is not finite" in rank.err, rank
+    assert folders.find(run_dir / "checkpoints").name == folders.folder_name(3)
+    finished([*argv, "--resume"], tmp_path)
+    assert metrics(run_dir) == metrics(whole(*TP2))
+
+
+def test_a_tokenizer_that_cannot_be_copied_ends_all_ranks_before_any_work(whole, tmp_path):
+    (tmp_path / "run" / ".tokenizer.model").mkdir(parents=True)
+    argv = [*SMALL, *TP2, "--run-dir", str(tmp_path / "run"), "--load", str(whole(*TP2) / "checkpoints"), "--finetune"]
+    for rank in run(argv, tmp_path, size=2):
+        assert rank.code == 2 and "--run-dir" in rank.err and "tokenizer.model cannot be written: Is a dir" in rank.err
+
+
+def test_a_run_that_was_killed_as_it_took_its_folder_begins(tmp_path):
+    """Between the file that makes the folder its own and what is written into it."""
+    run_dir = tmp_path / "run"
+
+    def kill_it(rank: int) -> None:
+        setup.write_synced = lambda path, text: os.kill(os.getpid(), signal.SIGKILL)
+
+    argv = [*SMALL, "--lr", "0.002", "--run-dir", str(run_dir)]
+    assert run(argv, tmp_path, prepare=kill_it)[0].code == -signal.SIGKILL
+    assert (run_dir / "config.toml").exists()
+    (rank,) = run(argv, tmp_path)
+    assert rank.code == 2 and "give --resume to go on with it" in rank.err
+    finished([*argv, "--resume"], tmp_path, size=1)
+    assert len(metrics(run_dir)) == 3 and "lr = 0.002" in (run_dir / "config.toml").read_text()
+
+
+def test_metrics_that_were_lost_behind_a_checkpoint_are_told_and_leave_whole_lines(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole(*TP2), run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / folders.folder_name(12))
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:40])  # the checkpoint is of step 9
+    out = finished([*LONG, "--run-dir", str(run_dir), *TP2, "--resume"], tmp_path)
+    assert "metrics.jsonl lacks steps that it held when the checkpoint was written" in out
+    assert [json.loads(line)["step"] for line in metrics(run_dir)] == [0, 1, 2, 3, 4, 5, 6, 9, 10, 11]
+    assert metrics(run_dir)[-3:] == metrics(whole(*TP2))[-3:]
+
+
+def events_steps(run_dir: Path) -> list[int]:
+    """Steps of the loss that TensorBoard shows: of a step that was done twice, the later one."""
+    shown = EventAccumulator(str(run_dir / "tensorboard"))
+    shown.Reload()
+    return [event.step for event in shown.Scalars("loss")]
+
+
+def test_tensorboard_has_every_step_of_a_run_that_was_killed_behind_a_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    argv = [*SMALL, "--train-iters", "8", "--save-interval", "3", "--run-dir", str(run_dir)]
+
+    def kill_in_step_4(rank: int) -> None:
+        step = Trainer.step
+
+        def dying(self, number):
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, number)
+
+        Trainer.step = dying
+
+    assert run(argv, tmp_path, prepare=kill_in_step_4)[0].code == -signal.SIGKILL
+    finished([*argv, "--resume"], tmp_path, size=1)
+    assert events_steps(run_dir) == list(range(8))
 
 
 def test_another_layout_takes_a_run_up_and_its_losses_agree(whole, tmp_path):
@@ -284,9 +371,11 @@ def test_a_run_is_not_taken_up_with_other_settings(whole, tmp_path):
 def test_another_run_begins_from_a_checkpoint_whole_or_from_its_weights(whole, tmp_path):
     source = whole(*TP2) / "checkpoints"
     argv = [*SMALL, *TP2, "--train-iters", "14", "--load", str(source)]
-    finished([*argv, "--run-dir", str(tmp_path / "on")], tmp_path)
+    out = finished([*argv, "--run-dir", str(tmp_path / "on")], tmp_path)
+    assert f"goes on from {source}/iter_0000012: 12 steps are done\n" in out
     assert [json.loads(line)["step"] for line in metrics(tmp_path / "on")] == [12, 13]
-    finished([*argv, "--run-dir", str(tmp_path / "anew"), "--finetune", "--train-iters", "1"], tmp_path)
+    out = finished([*argv, "--run-dir", str(tmp_path / "anew"), "--finetune", "--train-iters", "1"], tmp_path)
+    assert f"begins with the weights of {source}/iter_0000012\n" in out
     [line] = [json.loads(line) for line in metrics(tmp_path / "anew")]
     first = json.loads(metrics(whole(*TP2))[0])
     assert line["step"] == 0 and line["log_p_mean"] > first["log_p_mean"] + 1  # what was learnt is still there

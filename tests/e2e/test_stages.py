@@ -4,8 +4,13 @@ names: a run that was stopped, another layout, a schedule of q in two commands.
 
 import json
 import math
+import os
+import re
+import resource
+import signal
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -15,7 +20,11 @@ from examples.stages.make_data import main as make_data
 from megatron_jq.checkpoint.folder import find
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate
+from megatron_jq.corpus import reading
+from megatron_jq.corpus.reading import Rows
 from megatron_jq.data.tokenizers import train_sentencepiece
+from megatron_jq.train.pretraining import Batch
+from megatron_jq.train.trainer import Trainer
 from tests.e2e.launch import Ranks, run
 from tests.e2e.test_resume import metrics as compared
 from tests.e2e.test_training import metrics
@@ -197,6 +206,150 @@ def test_the_examples_settings_are_valid(stage):
     config = parse_args(["--config", f"{EXAMPLE}/{stage}.toml", *files])
     validate(config, 1)
     assert config.objective.estimator == stage
+
+
+# Rows that each replica reads by itself
+
+
+def note_rows(folder: Path):
+    """A `prepare` that has each rank write down which rows it reads; row 0 comes first, at set-up."""
+
+    def prepare(rank: int) -> None:
+        read = Rows.__getitem__
+
+        def noted(self, index: int):
+            with open(folder / f"rows.{rank}", "a") as file:
+                file.write(f"{index}\n")
+            return read(self, index)
+
+        Rows.__getitem__ = noted
+
+    return prepare
+
+
+def read_everything(rank: int) -> None:
+    """Every rank reads all rows of a batch, whoever trains on them."""
+    begin = Batch.__init__
+
+    def eager(self, examples, indices):
+        begin(self, examples, indices)
+        list(self)
+
+    Batch.__init__ = eager
+
+
+def test_a_replica_reads_the_rows_that_it_trains_on_and_all_numbers_are_the_same(folder, tmp_path):
+    flags = [*pretraining(folder, 3), "--eval-interval", "3"]
+    argv = ["train", *QUIET, *flags, "--run-dir"]
+    for name, prepare in (("own", note_rows(tmp_path)), ("all", read_everything)):
+        ended = run([*argv, str(tmp_path / name)], tmp_path, size=2, prepare=prepare)
+        assert [end.code for end in ended] == [0, 0], ended
+    assert compared(tmp_path / "own") == compared(tmp_path / "all")
+    for rank in (0, 1):
+        rows = [int(line) for line in (tmp_path / f"rows.{rank}").read_text().split()]
+        steps = [[8 * step + 4 * rank + i for i in range(4)] for step in range(3)]
+        assert rows == [0, *steps[0], *steps[1], *steps[2], *range(4 * rank, 4 * rank + 4)]  # the last: validation
+
+
+def test_a_bad_row_that_one_replica_meets_ends_all_of_them(folder, tmp_path):
+    def blind(rank: int) -> None:
+        if rank == 1:
+            step = Trainer.step
+
+            def last(self, number: int):
+                self.data.train._vocab_size = 3 if number == 1 else 384
+                return step(self, number)
+
+            Trainer.step = last
+
+    argv = ["train", *QUIET, *pretraining(folder), "--run-dir", str(tmp_path / "run")]
+    ended = run(argv, tmp_path, size=2, prepare=blind)
+    assert [end.code for end in ended] == [2, 2], ended
+    assert len({end.err.partition("error: ")[2] for end in ended}) == 1 and "holds token" in ended[0].err
+
+
+def test_documents_ends_are_no_part_of_the_loss_at_any_number_of_replicas(folder, chain, tmp_path):
+    flags = [*pretraining(folder, 4), "--eod-mask-loss", "--reset-attention-mask"]
+    one, two = train(tmp_path, "one", *flags), train(tmp_path, "two", *flags, size=2)
+    plain = metrics(chain["pretrain"])
+    for ours, theirs, other in zip(metrics(two), metrics(one), plain, strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["log_p_mean"] > -64 * ours["loss"], "fewer than 64 tokens of a row are scored"
+        assert ours["loss"] != pytest.approx(other["loss"], rel=1e-4)
+    assert metrics(two)[-1]["eval_loss"] == pytest.approx(metrics(one)[-1]["eval_loss"], rel=1e-4)
+    refused = train_again(tmp_path, one, *pretraining(folder, 5), "--reset-attention-mask")
+    assert "--eod-mask-loss was True and is False" in refused
+
+
+def train_again(folder: Path, run_dir: Path, *flags: str) -> str:
+    """What a run is told that may not be taken up so."""
+    (end,) = run(["train", *QUIET, *flags, "--run-dir", str(run_dir), "--resume"], folder)
+    assert end.code == 2, end
+    return end.err
+
+
+# The sample indices' folder
+
+
+def limit_indices(rank: int) -> None:
+    """No room for a file of more than 150 bytes while the indices are written."""
+    write = reading._write_indices
+
+    def limited(*arguments):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, resource.RLIM_INFINITY))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    reading._write_indices = limited
+
+
+def leave(rank: int) -> None:
+    if rank == 1:
+        os.chdir("elsewhere")
+
+
+CACHES = {
+    "--data-cache-path cache cannot be written: ": limit_indices,
+    r"--data-cache-path: the sample indices in cache/\w+ cannot be read on \S+: .*No such file": leave,
+}
+
+
+@pytest.mark.parametrize("blend", [False, True])
+@pytest.mark.parametrize("words", CACHES)
+def test_indices_that_one_rank_cannot_write_or_read_end_all_of_them(words, blend, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    argv = ["train", *QUIET, *pretraining(folder, 1), "--run-dir", str(tmp_path / "run"), "--data-cache-path", "cache"]
+    if blend:
+        argv += ["--data-path", f"1 {folder}/corpus_text_document 1 {folder}/corpus_text_document"]
+    ended = run(argv, tmp_path, size=2, prepare=CACHES[words])
+    for rank, end in enumerate(ended):
+        assert end.code == 2 and re.fullmatch(rf"\[rank {rank}\] megatron-jq: error: {words}.*\n", end.err), end
+    if CACHES[words] is limit_indices:
+        assert list(Path("cache").iterdir()) == []
+    assert [end.code for end in run(argv, tmp_path, size=2)] == [0, 0]
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_indices_begins_again(folder, tmp_path):
+    def kill_in_the_second_file(rank: int) -> None:
+        save, saved = numpy.save, []
+
+        def dying(path, array, **keywords):
+            saved.append(path)
+            if len(saved) == 2:
+                Path(path).write_bytes(b"\x93NUMPY")
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(path, array, **keywords)
+
+        numpy.save = dying
+
+    argv = ["train", *QUIET, *pretraining(folder, 1), "--run-dir", str(tmp_path / "run")]
+    assert run(argv, tmp_path, prepare=kill_in_the_second_file)[0].code == -signal.SIGKILL
+    (end,) = run(argv, tmp_path)
+    assert end.code == 0, end
 
 
 BAD = {

@@ -39,12 +39,13 @@ done
 echo "Name=gpu Type=h100 File=$folder/dev/nvidia[0-$((gpus - 1))]" >"$folder/gres.conf"
 touch "$folder/plugstack.conf"
 
+# A job that is queued again waits for cred_expire seconds.
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=test
 SlurmctldHost=ctl($net.254)
 SlurmctldPort=26817
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge.sock,cred_expire=12
+AuthInfo=socket=$folder/munge.sock,cred_expire=6
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation=$folder/state
@@ -65,12 +66,15 @@ EnforcePartLimits=ALL
 SlurmdTimeout=8
 KillWait=5
 ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 PlugStackConfig=$folder/plugstack.conf
 $(for i in $(seq "$nodes"); do
     echo "NodeName=node$i NodeAddr=$net.$i Port=26900 CPUs=$cpus RealMemory=65536 Gres=gpu:h100:$gpus"
 done)
-PartitionName=batch Nodes=ALL Default=YES MaxTime=4-0
+PartitionName=batch Nodes=ALL Default=YES MaxTime=4-0 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=4-0 PriorityTier=2
 CONF
 
 # start_node NAME: its processes hang on the one that FOLDER/NAME.pid names; killing that kills the node.
@@ -90,6 +94,8 @@ start_node() {
     ip link add "veth$number" type veth peer name eth0 netns "$outer"
     ip link set "veth$number" master bridge0 up
     nsenter --net="/proc/$outer/ns/net" ip addr add "$net.$number/24" dev eth0
+    # A second address that no name leads to.
+    nsenter --net="/proc/$outer/ns/net" ip addr add "10.77.1.$number/24" dev eth0
     nsenter --net="/proc/$outer/ns/net" ip link set eth0 up
     nsenter --net="/proc/$outer/ns/net" ip link set lo up
     touch "$folder/$name.wired"

@@ -161,7 +161,7 @@ def test_without_nemo_run_the_specs_say_how_to_get_it(tmp_path):
 @needs_nemo_run
 def test_the_slurm_executor_submits_and_the_tasks_run_one_after_another(cluster, tmp_path):
     words = "--executor slurm --account me --nodes 2 --ranks-per-node 1 --gpus-per-node 1 --plot".split()
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "a run"
     done = cluster.run(
         sys.executable, str(LAUNCH / "nemo_run" / "train.py"), *words, "--venv", sys.prefix, *TINY_ON_CPU,
         "--run-dir", str(run_dir), cwd=tmp_path, timeout=120, **environment(tmp_path / "home"),

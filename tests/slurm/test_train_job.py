@@ -1,6 +1,7 @@
 """launch/slurm on a real Slurm of two nodes, with the tiny policy over gloo: from sbatch to the last exit code."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -14,6 +15,7 @@ from tests.slurm.cluster import LAUNCH
 from tests.slurm.jobs import REHEARSAL, TINY, finished, logs, metrics, steps_on_record, submit, words
 
 TP2 = ["--tensor-model-parallel-size", "2"]
+SCRIPT = LAUNCH / "slurm" / "train.sbatch"
 PHASE = r"step \d+.*\bphase (rollout|score|train|metrics|checkpoint)\b"
 
 
@@ -70,19 +72,22 @@ SLOWLY = ["--eval-samples", "32", "--rollout-batch-size", "8"]
 def an_evaluation_is_queued_again_and_goes_on(cluster, job, folder, run_dir):
     """At USR1, with the samples of an evaluation that nothing stopped."""
     samples = run_dir / "evaluation" / "samples.jsonl"
-    cluster.until(lambda: samples.exists() and samples.read_text().count("\n") > 1, 120, "samples", every=0.01)
-    ranks = [process for process, _ in cluster.ranks().values()]
-    for process in ranks:
-        process.suspend()  # or all prompts would be done before the signal comes
-    done = samples.read_text().count("\n")
-    assert done < 1 + 4 * 32
+    cluster.until(cluster.ranks, 120, "a rank")
+    rank, _ = cluster.ranks()[0]
+    cluster.until(samples.exists, 120, "samples", every=0.001)
+    rank.suspend()  # or all prompts would be done before the signal comes
+    while samples.read_text().count("\n") == 1:
+        rank.resume()
+        time.sleep(0.01)
+        rank.suspend()
+    done = samples.read_text().count("\n") - 1
+    assert done < 4 * 32
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.until(lambda: cluster.job(job).restarts == 1, 60, "the job in the queue again", every=0.2)
     said = finished(cluster, job, folder)
-    assert "USR1: back to the queue" in said and "evaluation.json" in said
-    assert (
-        f"{done // 32} of 4 prompts are done already" in (run_dir / "logs" / f"{job}.2" / "node0-node1.log").read_text()
-    )
+    assert f"stopped after {done} samples; back to the queue" in said and "evaluation.json" in said
+    log = run_dir / "logs" / f"{job}.2" / "node0-node1.log"
+    assert f"{done // 32} of 4 prompts are done already" in log.read_text()
     argv = ["evaluate", "--load", str(run_dir / "checkpoints"), "--output", str(folder / "whole"), *SLOWLY]
     [whole] = run([*argv, "--device", "cpu"], folder)
     assert whole.code == 0, whole
@@ -94,12 +99,19 @@ def an_evaluation_is_queued_again_and_goes_on(cluster, job, folder, run_dir):
 
 def test_slurm_can_start_every_rank_itself(cluster, folder, on_one_node):
     flags = [*TP2, "--estimator", "paft"]
-    job = submit(cluster, folder, "run", *TINY, *flags, ranks=2, LAUNCHER="tasks")
+    # An address without a name, and an environment of which sbatch passes on a few variables: all the site needs.
+    passed = ",".join([*REHEARSAL, "RUN_DIR", "RANKS_PER_NODE", "LAUNCHER", "MASTER_ADDR"])
+    job = submit(
+        cluster, folder, "run", *TINY, *flags,
+        ranks=2, LAUNCHER="tasks", MASTER_ADDR="10.77.1.1", SBATCH_EXPORT=passed,
+    )  # fmt: skip
     finished(cluster, job, folder)
     assert metrics(folder / "run") == on_one_node(4, *flags)
 
 
-def test_before_its_time_limit_a_job_saves_queues_itself_again_and_goes_on(cluster, folder, on_one_node):
+def test_before_its_time_limit_and_when_preempted_a_job_saves_queues_itself_again_and_goes_on(
+    cluster, folder, on_one_node
+):
     flags = ["--train-iters", "60"]
     job = submit(cluster, folder, "run", *TINY, *flags, LAUNCHER="torchrun")
     cluster.until(lambda: steps_on_record(folder / "run") >= 3, 120, "step 3")
@@ -117,19 +129,18 @@ def test_before_its_time_limit_a_job_saves_queues_itself_again_and_goes_on(clust
     steps = steps_on_record(folder / "run")
     assert 3 <= steps < 60
     assert checkpoints.find(folder / "run" / "checkpoints").name == checkpoints.folder_name(steps)
-    said = finished(cluster, job, folder)
-    assert f"saved after step {steps} of 60; back to the queue" in said
-    assert metrics(folder / "run") == on_one_node(2, *flags)
 
-
-def test_a_signal_that_comes_while_ranks_start_waits_until_they_can_handle_it(cluster, folder, on_one_node):
-    flags = ["--train-iters", "4"]
-    job = submit(cluster, folder, "run", *TINY, *flags, LAUNCHER="tasks")
-    cluster.until(lambda: len(cluster.ranks()) == 2, 60, "two ranks")
-    assert steps_on_record(folder / "run") == 0
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.until(lambda: steps_on_record(folder / "run") > steps, 120, "another step", every=0.005)
+    ranks = [process for process, _ in cluster.ranks().values()]
+    for process in ranks:
+        process.suspend()
+    assert steps_on_record(folder / "run") < 60
+    # It takes the nodes: Slurm sends the steps SIGCONT and SIGTERM, and would end the job after a GraceTime of 60 s.
+    cluster.run("sbatch", "--partition=urgent", "--exclusive", "--wrap=true", cwd=folder)
+    cluster.until(lambda: cluster.job(job).restarts == 2, 60, "the job in the queue again", every=0.2)
     said = finished(cluster, job, folder)
-    assert cluster.job(job).restarts == 1 and "back to the queue" in said
+    saved = re.findall(r"saved after step (\d+) of 60; back to the queue", said)
+    assert len(saved) == 2 and int(saved[0]) == steps < int(saved[1]) < 60
     assert metrics(folder / "run") == on_one_node(2, *flags)
 
 
@@ -152,7 +163,7 @@ def test_a_killed_rank_ends_the_job_with_its_exit_code_node_and_phase(cluster, f
 def test_a_killed_node_queues_the_job_again_and_it_completes(cluster, folder, on_one_node):
     flags = ["--train-iters", "60", "--save-interval", "5"]
     # The other node's ranks notice before Slurm does: the job must outlive them, or it would have failed by then.
-    job = submit(cluster, folder, "run", *TINY, *flags, LAUNCHER="torchrun", PEER_GRACE_SECONDS="1")
+    job = submit(cluster, folder, "run", *TINY, *flags, LAUNCHER="torchrun", PEER_GRACE_SECONDS="5")
     try:
         cluster.until(lambda: steps_on_record(folder / "run") >= 6, 120, "step 6")
         cluster.kill_node("node2")
@@ -191,15 +202,28 @@ def test_a_node_that_is_unfit_is_named_within_seconds(cluster, folder):
     assert list((folder / "run").iterdir()) == []
 
 
-def test_a_run_dir_among_the_flags_is_refused(cluster, folder):
-    job = submit(cluster, folder, "run", *TINY, "--run-dir", "elsewhere")
-    ended = cluster.wait(job, 30)
-    assert (ended.state, ended.code) == ("FAILED", 2)
-    assert "error: set RUN_DIR instead of --run-dir" in words(folder, job)
+def test_what_cannot_work_is_refused_at_once(cluster, folder):
+    # Of an array's last element Slurm's record holds all the others too. The script's own path ends where it does.
+    refused = submit(
+        cluster, folder, "run", "--config", "/other/launch/slurm/x.toml", "--run-dir", "elsewhere",
+        SBATCH_ARRAY_INX="0-1",
+    )  # fmt: skip
+    several = cluster.run("sbatch", "--parsable", "-N1", ":", "-N1", str(SCRIPT), cwd=folder).stdout.strip()
+    (folder / "copy.sbatch").write_bytes(SCRIPT.read_bytes())
+    copied = cluster.run("sbatch", "--parsable", str(folder / "copy.sbatch"), cwd=folder).stdout.strip()
+    for job, code, said in [
+        (f"{refused}_0", 2, "error: set RUN_DIR instead of --run-dir"),
+        (f"{refused}_1", 2, "error: set RUN_DIR instead of --run-dir"),
+        (several, 2, "error: a heterogeneous job"),
+        (copied, 1, "MEGATRON_JQ_HOME: this is a copy of a script: set it to the repository"),
+    ]:
+        ended = cluster.wait(job, 30)
+        assert (ended.state, ended.code) == ("FAILED", code), ended
+        assert said in words(folder, ended.fields["JobId"] if "_" in job else job)
 
 
 def test_bad_flags_end_the_job_with_exit_code_2_and_are_shown(cluster, folder):
-    job = submit(cluster, folder, "run", *TINY, "--q", "-1", LAUNCHER="tasks")
+    job = submit(cluster, folder, "100% 'mine' %j", *TINY, "--q", "-1", LAUNCHER="tasks")
     ended = cluster.wait(job, 120)
     said = words(folder, job)
     assert (ended.state, ended.code) == ("FAILED", 2), said
@@ -212,6 +236,32 @@ def test_an_index_without_a_value_is_refused(cluster, folder):
     assert (ended.state, ended.code) == ("FAILED", 2)
     said = "".join(path.read_text() for path in folder.glob("*.out"))
     assert "error: QS has 5 values, none for index 7: --array 0-4" in said
+
+
+def test_a_point_of_a_sweep_queues_itself_again_and_no_second_one_works_in_its_folder(cluster, folder, on_one_node):
+    flags = ["--train-iters", "4"]
+    variables = {**REHEARSAL, "SWEEP_DIR": "my sweep", "QS": "0.5 0.5", "RANKS_PER_NODE": "1", "LAUNCHER": "tasks"}
+    job = cluster.sbatch(
+        "sweep.sbatch", *TINY, *flags, flags=("--array=0-1", "--account=me"), cwd=folder, **variables
+    )  # fmt: skip
+    run_dir = folder / "my sweep" / "q0.5"
+    cluster.until(cluster.ranks, 60, "a rank")
+    first = os.readlink(run_dir / "logs" / "job")
+    # It comes while the rank starts, and waits until the rank can handle it.
+    assert steps_on_record(run_dir) == 0
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    second = next(name for name in (f"{job}_0", f"{job}_1") if name != first)
+    ended = cluster.wait(second, 30)
+    assert (ended.state, ended.code) == ("FAILED", 2)
+    said = "".join(path.read_text() for path in folder.glob("*.out"))
+    assert f"error: job {first} works in {run_dir}: wait" in said
+    drawing = "squeue", "--noheader", "--name=megatron-jq-plot", "--states=PENDING", "--format=%a %E"
+    assert cluster.run(*drawing).stdout.startswith("me afterany:")
+    cluster.until(lambda: not cluster.run("squeue", "--noheader").stdout.strip(), 240, "an empty queue", every=0.5)
+    assert (cluster.job(first).state, cluster.job(first).restarts) == ("COMPLETED", 1)
+    assert metrics(run_dir) == on_one_node(1, "--q", "0.5", *flags)
+    drawn = "".join(path.read_text() for path in folder.glob("*plot*.out"))
+    assert (folder / "my sweep" / "comparison.png").exists() and "1 of 2 runs hold metrics" in drawn
 
 
 def test_a_sweep_trains_its_grid_and_draws_the_comparison(cluster, folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_jq.config import parse_args
-from megatron_jq.config_validate import validate
+from megatron_jq.config_validate import validate_training
 from megatron_jq.errors import UserError
 from megatron_jq.objective.clipping import (
     TokenFigures,
@@ -184,7 +184,7 @@ def test_the_penalty_weighs_every_sequence_of_the_batch_alike():
 
 def problems(flags: str) -> str:
     with pytest.raises(UserError) as refused:
-        validate(parse_args(flags.split()), 1)
+        validate_training(parse_args(flags.split()), 1)
     return str(refused.value)
 
 
@@ -194,9 +194,9 @@ def problems(flags: str) -> str:
 )
 def test_other_estimators_refuse_grpos_flags(estimator, flags):
     name = {"verifree": "garl"}.get(estimator, estimator)
-    expected = f"{flags.split()[0]}: for --estimator grpo alone, not {name}"
+    expected = f"{flags.split()[0]} is for --estimator grpo alone, not {name}"
     assert problems(f"--estimator {estimator} {flags}") == expected
-    validate(parse_args(f"--estimator grpo {flags}".split()), 1)
+    validate_training(parse_args(f"--estimator grpo {flags}".split()), 1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from megatron_jq.architecture import PRESETS, architecture_to_toml
 from megatron_jq.cli.main import main
 from megatron_jq.config import ALIASES, SETTINGS, Config, load_toml, parse_args, to_argv, to_toml, with_one_rationale
-from megatron_jq.config_validate import AT_LEAST, derive, validate
+from megatron_jq.config_estimators import READ_BY, unread_note
+from megatron_jq.config_validate import AT_LEAST, derive, validate, validate_training
 from megatron_jq.errors import UserError
 
 
@@ -181,7 +182,7 @@ TP2 = "--tensor-model-parallel-size 2"
         ("--num-rationales 1 --estimator grpo", 1, "--num-rationales must be at least 2"),
         ("--num-rationales 1 --estimator maxrl", 1, "--num-rationales must be at least 2"),
         ("--num-rationales 0 --estimator paft", 1, "--num-rationales must be at least 1"),
-        ("--num-resamples 4", 1, "--num-resamples is PAFT's"),
+        ("--num-resamples 4", 1, "--num-resamples is for --estimator paft alone, not garl"),
         ("--tensor-model-parallel-size 2", 3, "3 process(es) cannot be cut into tensor x pipeline groups of 2 x 1 = 2"),
         ("--tensor-model-parallel-size 2", 1, "1 process(es) cannot be cut"),
         ("--tensor-model-parallel-size 8", 8, "8 does not divide num_attention_heads (4)"),
@@ -235,8 +236,63 @@ TP2 = "--tensor-model-parallel-size 2"
 def test_bad_values_name_the_flag_and_the_fix(argv, world_size, message):
     config = parse_args(argv.split())
     with pytest.raises(UserError) as raised:
-        validate(config, world_size)
+        validate_training(config, world_size)
     assert message in str(raised.value)
+
+
+def test_bounds_and_readers_name_real_settings_and_estimators():
+    assert set(READ_BY) <= set(SETTINGS)
+    estimators = set(typing.get_args(SETTINGS["estimator"][1])) - set(ALIASES)
+    assert all(set(readers) < estimators for readers in READ_BY.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ("--estimator garl --num-resamples 3", "--num-resamples is for --estimator paft alone, not garl"),
+        ("--estimator rloo --grpo-kl-beta 0.1", "--grpo-kl-beta is for --estimator grpo alone, not rloo"),
+        ("--estimator sft --eod-mask-loss", "--eod-mask-loss is for --estimator pretrain alone, not sft"),
+        ("--estimator verifree --data-path text", "--data-path is for --estimator pretrain alone, not garl"),
+    ],
+)
+def test_training_refuses_what_is_another_estimators_and_evaluation_lets_it_be(flags, refused):
+    """An evaluation of a run's checkpoint has that run's settings."""
+    config = parse_args(flags.split())
+    with pytest.raises(UserError) as raised:
+        validate_training(config, 1)
+    assert refused in str(raised.value)
+    validate(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ("--estimator grpo --q 0.5 --no-normalize", "not read by --estimator grpo: --q, --no-normalize"),
+        (
+            "--estimator sft --num-rationales 1 --top-p 0.5 --score-with rollout",
+            "sft: --top-p, --score-with",
+        ),
+        ("--estimator garl --rationale-field why", "not read by --estimator garl: --rationale-field"),
+        ("--estimator paft --q 0.5 --temperature 0.5", None),
+    ],
+)
+def test_what_an_estimator_does_not_read_may_stay_for_another_and_is_told(flags, note):
+    config = parse_args(flags.split())
+    validate_training(config, 1)
+    assert note in unread_note(config) if note else unread_note(config) is None
+
+
+def test_each_estimator_takes_every_setting_that_it_reads():
+    changed = {
+        "q": "0.5", "q_schedule": "step", "q_final": "0", "q_schedule_iters": "9", "num_resamples": "3",
+        "temperature": "0.5", "score_with": "rollout", "rationale_field": "why", "rationale_budget": "9",
+        "grpo_iterations": "2", "match": "substring", "seq_length": "9",
+    }  # fmt: skip
+    for estimator in ("garl", "paft", "grpo", "rloo", "maxrl", "star", "sft", "pretrain"):
+        read = [name for name in changed if estimator in READ_BY[name]]
+        flags = [word for name in read for word in (f"--{name.replace('_', '-')}", changed[name])]
+        corpus = ["--data-path", "p", "--tokenizer-model", "m"] if estimator == "pretrain" else []
+        validate_training(parse_args(["--estimator", estimator, *flags, *corpus]), 1)
 
 
 def test_all_problems_are_told_at_once():

@@ -5,10 +5,11 @@ import os
 
 import pytest
 
-from megatron_jq.data.dataset import ReadOptions, load_pairs, load_source
+from megatron_jq.data.dataset import ReadOptions, load_source
 from megatron_jq.data.gsm8k import gold_answer
 from megatron_jq.data.pair import Pair
 from megatron_jq.errors import UserError
+from tests.unit.pairs import load_pairs
 
 GOOD = b'{"prompt": "two and two", "answer": "four"}\n'
 

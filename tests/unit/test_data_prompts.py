@@ -2,12 +2,13 @@
 
 import pytest
 
-from megatron_jq.data.dataset import load_pairs, train_tokenizer
+from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.pair import Pair
 from megatron_jq.data.prompts import EncodedExamples, Placed, PromptWriter, select_fitting
 from megatron_jq.data.template import PromptStyle
 from megatron_jq.errors import UserError
 from megatron_jq.records import Example
+from tests.unit.pairs import load_pairs
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.data import hub, jsonl
-from megatron_jq.data.dataset import ReadOptions, load_pairs, load_source
+from megatron_jq.data.dataset import ReadOptions, load_source
 from megatron_jq.errors import UserError
+from tests.unit.pairs import load_pairs
 
 FINQA = {
     "pre_text": ["revenue of the company grew in 2017 .", "."],

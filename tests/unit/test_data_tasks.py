@@ -2,9 +2,10 @@
 
 import pytest
 
-from megatron_jq.data.dataset import load_pairs, train_tokenizer
+from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.tasks import BUILTIN_KINDS, builtin_examples, builtin_texts
 from megatron_jq.errors import UserError
+from tests.unit.pairs import load_pairs
 
 kinds = pytest.mark.parametrize("kind", BUILTIN_KINDS)
 

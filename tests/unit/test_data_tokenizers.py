@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_jq.data.dataset import load_pairs, train_tokenizer
+from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.pair import Pair
 from megatron_jq.data.tokenizers import (
     HuggingFaceTokenizer,
@@ -20,6 +20,7 @@ from megatron_jq.data.tokenizers import (
     train_sentencepiece,
 )
 from megatron_jq.errors import UserError
+from tests.unit.pairs import load_pairs
 
 TEXTS = ["Mira brings a green kite .", "the kite of Mira is green today .", "12 + 30 = 42\n\tdone"] * 3
 FORGED = "<think> a </think></think>b</s><pad><unk><|end|><|pad|> </thi</think>nk>"

@@ -82,6 +82,57 @@ def test_flops_and_tokens_are_those_counted_by_hand(flag, tokens, pairs):
         assert getattr(e.flops, phase) == pytest.approx(flop)
 
 
+@pytest.mark.parametrize(
+    ("flags", "lengths", "tokens", "head_rows"),
+    [
+        ("--estimator sft", replace(LENGTHS, joint=3), 10 + 20 + 3 + 6, 26),
+        ("--estimator pretrain --seq-length 36 --data-path a --tokenizer-model b", Lengths(1, 0, 36), 37, 36),
+    ],
+)
+def test_estimators_that_imitate_train_and_nothing_else(flags, lengths, tokens, head_rows):
+    config = parse_args(f"--device cpu --prompts-per-step 4 --model small {flags}".split())
+    found = estimate(make_plan(config, 1, lengths, 1024))
+    assert [(work.phase, work.tokens, work.head_rows, work.passes) for work in found.work] == [
+        ("rollout", 0, 0, 0),
+        ("score", 0, 0, 0),
+        ("train", 4 * tokens, 4 * head_rows, 1),
+    ]
+    assert found.flops.step == found.flops.train
+    layers = 6 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)
+    attended = 4 * 8 * 64 * 6 * sum(range(1, tokens + 1))
+    assert found.flops.train == pytest.approx(4 * (6 * (layers * tokens + 1024 * 512 * head_rows) + 3.5 * attended))
+    memory = found.stages[0].memory
+    assert memory.kv_cache == 0 and memory.peak_phase in ("train", "update")
+
+
+def test_updates_and_a_reference_repeat_the_training_pass_forward_or_both_ways():
+    one, several, held = (
+        estimated(f"--estimator grpo --tensor-model-parallel-size 2 {flags}", 2)
+        for flags in ("", "--grpo-iterations 3", "--grpo-iterations 3 --grpo-kl-beta 0.1")
+    )
+    assert several.flops.train == held.flops.train == 3 * one.flops.train
+    assert several.flops.rollout == one.flops.rollout and several.flops.score == one.flops.score
+    (trained,), (repeated,) = ([work for work in e.work if work.phase == "train"] for e in (one, several))
+    assert (repeated.tokens, repeated.passes) == (3 * trained.tokens, 3 * trained.passes)
+    (reference,) = (work for work in held.work if work.phase == "reference")
+    assert replace(reference, phase="train") == trained
+    assert not [work for work in several.work if work.phase == "reference"] and several.flops.reference == 0
+    # forward it is what scoring is, but for the rows of the rationales that meet the vocabulary
+    (score,) = (work for work in held.work if work.phase == "score")
+    more = 2 * one.vocab_size * 64 * (reference.head_rows - score.head_rows)
+    assert held.flops.reference == pytest.approx(held.flops.score + more)
+
+
+def test_a_joint_is_context_of_every_answer():
+    """It is scored nowhere, and fed in generation only before a sampled answer."""
+    for flags, fed in (("", 19), ("--estimator grpo", 20 + 1 + 3 + 5), ("--score-with rollout", 19 + 2 + 3 + 5)):
+        config = parse_args([*STEP.split(), *flags.split()])
+        plain, joined = (estimate(make_plan(config, 1, replace(LENGTHS, joint=n), 1024)) for n in (0, 3))
+        trained, of_plain = joined.work[-1], plain.work[-1]
+        assert trained.tokens == of_plain.tokens + 32 * 3 and trained.head_rows == of_plain.head_rows
+        assert joined.work[0].tokens == 4 * 10 + 32 * fed
+
+
 def sequences_of(slots, layout: Layout) -> list[Sequence]:
     answer = (3,) * 2
     rationale = (2,) * (layout.branch - len(answer))
@@ -283,6 +334,29 @@ def test_replicas_without_a_rationale_are_told(capsys):
     assert math.ceil(32 / 40) == estimated("", 40).busiest_replica_rationales == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            f"{STEP} --prompt-tokens 10 --estimator sft --num-rationales 1",
+            "step: 4 prompts with given rationales; tokens: prompt 10, rationale 20 with its close token, answer 6\n",
+        ),
+        (
+            "--estimator pretrain --prompts-per-step 4 --data-path a --tokenizer-model b --seq-length 36",
+            "step: 4 rows of 37 tokens\nbusiest replica: 4 rows in 1 micro-batches of at most 148 tokens\n"
+            "tokens through the layers: 148\n",
+        ),
+        (
+            f"{STEP} --prompt-tokens 10 --joint-tokens 2 --estimator grpo --grpo-iterations 3",
+            "rationale 20 and its close token, joint 2, answer 6; 3 updates\n",
+        ),
+    ],
+)
+def test_the_heading_says_what_a_step_takes_in(flags, told, capsys):
+    code, out, _ = run(flags, capsys)
+    assert code == 0 and told in out
+
+
 def test_lengths_and_size_default_to_the_settings_of_a_run():
     args, config = tool.parse(
         "--tensor-model-parallel-size 2 --max-prompt-tokens 33 --rationale-budget 44 --answer-budget 5".split()
@@ -328,6 +402,13 @@ def test_a_layout_that_training_refuses_is_refused_in_its_words(flags, size, cap
         ("--prompt-tokens 5 --answer-tokens 5 --memory-limit nan", "--memory-limit must be above 0"),
         ("--prompt-tokens 5 --answer-tokens 5 --json {}", "is a folder; name a file"),
         ("--prompt-tokens 5 --answer-tokens 5 --json {}/no/file", "the folder does not exist or cannot be written"),
+        ("--prompt-tokens 5 --answer-tokens 5 --joint-tokens -1", "--joint-tokens must be at least 0, not -1"),
+        (
+            "--prompt-tokens 440 --answer-tokens 7 --joint-tokens 2",
+            "a joint of 2 and an answer of 7 are 514, more than 512 (context, or --max-tokens-per-micro-batch)",
+        ),
+        ("--prompt-tokens 5 --answer-tokens 5 --max-tokens-per-micro-batch 74", "are 75, more than 74 (context"),
+        ("--estimator pretrain --answer-tokens 5", "--answer-tokens: rows of --estimator pretrain are as long as"),
         ("--prompt-tokens 5 --answer-tokens 5 --tensor-parallel 2", "unknown flag --tensor-parallel"),
         ("--prompt-tokens 5 --answer-tokens 5 --model tinny", "--model tinny: no such preset"),
     ],

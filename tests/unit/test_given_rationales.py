@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_jq.config import Config, ObjectiveConfig, RolloutConfig, parse_args, to_argv
-from megatron_jq.config_validate import resolve_architecture, validate
+from megatron_jq.config_validate import resolve_architecture, validate, validate_training
 from megatron_jq.data.prepare import prepare
 from megatron_jq.data.prompts import fingerprint
 from megatron_jq.data.tokenizers import train_sentencepiece
@@ -250,7 +250,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_settings_that_do_not_belong_together_are_refused(words):
     with pytest.raises(UserError, match=words):
-        validate(parse_args(REFUSED[words]), 1)
+        validate_training(parse_args(REFUSED[words]), 1)
 
 
 def test_a_row_may_fill_the_context_whatever_the_budgets_for_answers_say():

@@ -31,6 +31,24 @@ def test_shellcheck_is_clean():
     assert done.returncode == 0, done.stdout
 
 
+def test_a_container_gets_the_mounts_and_what_ranks_must_see():
+    settings = {
+        "PATH": os.environ["PATH"], "MEGATRON_JQ_HOME": "/repo", "SLURM_SUBMIT_DIR": "/here", "RUN_DIR": "/data/run",
+        "CONTAINER_IMAGE": "image.sqsh", "CONTAINER_MOUNTS": "/d:/d", "NCCL_DEBUG": "INFO", "PYTHONPATH": "/repo",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-euc", '. "$0"; set_up_software; printf "%s\n" "$PYTHON" "${CONTAINER[@]}"', SLURM / "common.sh"],
+        env=settings, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "python3",
+        "--container-image=image.sqsh",
+        "--container-workdir=/here",
+        "--container-mounts=/repo:/repo,/here:/here,/data/run:/data/run,/d:/d",
+        "--container-env=NCCL_DEBUG,PYTHONPATH",
+    ]
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash_that_parses(path):
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_jq.cli.main import main
 from megatron_jq.errors import RunFailure
+from megatron_jq.preflight import meeting
 from megatron_jq.preflight.facts import Facts, find_facts, source_digest
 from megatron_jq.preflight.meeting import Host, report
 from megatron_jq.preflight.verdict import Limits, Reading, faults, unseen_marks
@@ -154,6 +155,15 @@ def test_nobody_at_the_port_and_a_taken_port_are_told_apart():
             Host(port, "k", ("a",), time.monotonic() + 1, time.time)
 
 
+def test_a_first_node_that_is_held_up_is_told_from_a_stranger(monkeypatch):
+    monkeypatch.setattr(meeting, "_VERDICT_SECONDS", 0.2)
+    port, deadline = free_port(), time.monotonic() + 0.1
+    host = Host(port, "k", ("a", "b"), deadline, time.time)
+    with pytest.raises(RunFailure, match=f"b: 127.0.0.1:{port} was reached, but gave no verdict in time"):
+        report("127.0.0.1", port, "k", replace(FIT, node="b"), deadline, time.time)
+    host.reply([])
+
+
 @pytest.fixture
 def meeting_point(monkeypatch):
     port = str(free_port())
@@ -189,6 +199,17 @@ def test_a_master_address_that_does_not_resolve_is_told_at_once(meeting_point, t
     assert main(["preflight", "--nodes", "n,m", "--node", "n", "--run-dir", str(tmp_path), "--timeout", "60"]) == 3
     assert time.monotonic() - began < 10
     assert "preflight: n: MASTER_ADDR=no-such-host.invalid does not resolve" in capsys.readouterr().err
+
+
+def test_a_file_system_that_does_not_answer_does_not_hold_up_the_job(meeting_point, tmp_path):
+    code = (
+        "import sys, time; import megatron_jq.cli.preflight as preflight; preflight._HUNG_SECONDS = 0.2\n"
+        "def find_facts(node, run_dir):\n    time.sleep(60)\n"
+        "preflight.find_facts = find_facts; preflight.run_preflight(sys.argv[1:])"
+    )
+    flags = ["--nodes", "n,m", "--node", "m", "--run-dir", str(tmp_path), "--timeout", "0.1"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "in find_facts" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -87,13 +87,23 @@ def test_attention_over_the_cache_equals_attention_over_plain_sequences(data):
 
 def test_the_cache_holds_each_prompt_once_and_frees_what_is_done():
     lengths, counts = [5, 5, 9, 30], [4, 1, 3, 2]
+    padded = [9, 9, 9, 30]  # prompts of similar length are as long as the longest of them
     wave = Wave(lengths, counts, torch.Generator().manual_seed(1))
-    assert wave.cache.num_bytes == sum(lengths) * VECTOR_BYTES
+    assert wave.cache.num_bytes == sum(padded) * VECTOR_BYTES
     for _ in range(WaveCache.GROWTH):
         wave.decode(0)
     generated = WaveCache.GROWTH
-    assert wave.cache.num_bytes == (sum(lengths) + sum(counts) * generated) * VECTOR_BYTES
+    assert wave.cache.num_bytes == (sum(padded) + sum(counts) * generated) * VECTOR_BYTES
     wave.keep([0, 2, 8])  # two rows of the first prompt, one of the last: the others' prompts go too
-    assert wave.cache.num_bytes == (5 + 30 + 3 * generated) * VECTOR_BYTES
+    assert wave.cache.num_bytes == (9 + 30 + 3 * generated) * VECTOR_BYTES
     wave.decode(0)
-    assert wave.cache.num_bytes == (5 + 30 + 3 * 2 * generated) * VECTOR_BYTES
+    assert wave.cache.num_bytes == (9 + 30 + 3 * 2 * generated) * VECTOR_BYTES
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40).map(sorted))
+def test_padding_at_most_doubles_the_prompts_and_buckets_are_few(lengths):
+    cache = WaveCache(lengths, [1] * len(lengths), CPU)
+    padded = [bucket.length for bucket in cache.buckets for _ in bucket.rows_per_prompt]
+    assert all(own <= length <= 2 * own for own, length in zip(lengths, padded, strict=True))
+    assert len(cache.buckets) <= 9  # each begins beyond twice the last one's first: 1, 3, 7, … 511

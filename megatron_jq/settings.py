@@ -1,0 +1,204 @@
+"""F1: a run's settings by group, with their defaults. No torch: `--help` must be quick.
+
+Flags are flat, so a name is unique over all groups. Names are Megatron's where Megatron has the thing. How settings are
+read is in config.py, what follows from them in config_validate.py.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy. Sizes left at None are the preset's."""
+
+    model: str = "tiny"  # a preset (tiny, small, qwen3-0.6b, …), an architecture .toml, or a Hugging Face config.json
+    num_layers: int | None = None  # transformer layers
+    hidden_size: int | None = None  # width of the residual stream
+    ffn_hidden_size: int | None = None  # width of the SwiGLU block
+    num_attention_heads: int | None = None  # query heads
+    num_query_groups: int | None = None  # key/value heads
+    kv_channels: int | None = None  # channels a head
+    max_position_embeddings: int | None = None  # context length in tokens
+    untie_embeddings_and_output_weights: bool | None = None  # an output layer of its own
+    make_vocab_size_divisible_by: int = 128  # the embedding is padded to a multiple of this x TP
+    init_method_std: float | None = None  # standard deviation of the initial weights
+    num_experts: int | None = None  # experts a layer (Mixture of Experts)
+    moe_ffn_hidden_size: int | None = None  # width of one expert
+    moe_router_topk: int | None = None  # experts that a token visits
+    moe_aux_loss_coeff: float | None = None  # of the experts' load-balancing loss; 0: without it
+    bf16: bool = False  # parameters in bfloat16, main weights in float32; otherwise all in float32
+
+    @property
+    def params_dtype(self) -> str:
+        """Name of the torch dtype of parameters and activations."""
+        return "bfloat16" if self.bf16 else "float32"
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout. Data parallelism takes the processes that tensor and pipeline parallelism leave."""
+
+    tensor_model_parallel_size: int = 1  # processes that share each layer
+    pipeline_model_parallel_size: int = 1  # processes among which layers are cut into stages
+    expert_model_parallel_size: int = 1  # processes among which a layer's experts are shared out
+    expert_tensor_parallel_size: int | None = None  # processes that share each expert; None: tensor-model-parallel-size
+    num_virtual_stages_per_pipeline_rank: int = 1  # model chunks a stage: above 1, the interleaved schedule
+    pipeline_model_parallel_layout: str | None = None  # layers of each stage, Megatron's "Et|tt|tL"; None: even
+    context_parallel_size: int = 1  # must be 1: needs an attention that this build does not have
+    recompute_granularity: Literal["full", "selective"] | None = None  # activations made again in the backward pass
+    recompute_method: Literal["uniform", "block"] | None = None  # under full
+    recompute_num_layers: int | None = None  # under full: layers a checkpoint (uniform), or in all (block)
+    sequence_parallel: bool = False  # split activations between layers over the tensor-parallel ranks
+    use_distributed_optimizer: bool = False  # shard the optimizer's state over the data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
+    distributed_timeout_minutes: float = 10.0  # deadline of every collective; a dead rank ends the job within it
+    phase_timeout_minutes: float = 120.0  # deadline of set-up and of each phase of a step, whatever it waits for
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the latter where it is installed
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss l_q = (1 - P^(1-q)) / (1-q) and how its gradient is estimated."""
+
+    # grpo, rloo, maxrl, star: baselines on exact match. sft: given rationales; pretrain: next tokens of --data-path.
+    # The last four are names of garl or paft at a q: ALIASES
+    estimator: Literal[
+        "garl", "paft", "grpo", "rloo", "maxrl", "star", "sft", "pretrain", "rb-rloo", "verifree", "iwae", "trice"
+    ] = "garl"  # fmt: skip
+    q: float = 0.75  # commitment: 0 is RL on expected success, 1 is log marginal likelihood (GARL, PAFT)
+    q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
+    q_final: float | None = None  # q at the schedule's end
+    q_schedule_iters: int | None = None  # its length in steps (step: where q jumps); None: train-iters
+    num_resamples: int | None = None  # PAFT's draws a prompt; None: num-rationales
+    normalize: bool = True  # the factor 1/M^q, which bounds the effective reward by 1
+    grpo_iterations: int = 1  # GRPO: optimizer updates on one rollout; the learning rate counts steps, not updates
+    grpo_clamp_eps_lower: float = 0.2  # GRPO: p/p_old of a token counts down to 1 - this, from the second update on
+    grpo_clamp_eps_upper: float = 0.2  # and up to 1 + this
+    grpo_kl_beta: float = 0.0  # GRPO: weight of the KL to the policy that the run began with; above 0 keeps a copy
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How rationales are drawn."""
+
+    num_rationales: int = 8  # rationales a prompt, M
+    prompts_per_step: int = 16  # prompts a step, B, over all data-parallel replicas
+    rationale_budget: int = 64  # most tokens sampled for a rationale; then its close token is forced
+    answer_budget: int | None = None  # most tokens of a sampled answer; None: the longest gold answer
+    temperature: float = 1.0  # of sampling and of ln p(z|x) alike
+    top_p: float = 1.0  # nucleus mass, of sampling and of ln p(z|x) alike
+    score_with: Literal["trainer", "rollout"] = "trainer"  # rollout: from the engine's cache, |y*| tokens a rationale
+    score_check_interval: int = 10  # steps between comparisons of the two under rollout; 0: never
+    score_mismatch_alarm: float = 0.01  # nats; a warning when max |ln w rollout - trainer| exceeds it
+    rollout_batch_size: int | None = None  # most rationales decoded at once on a replica; None: all
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts and gold answers, and their tokens."""
+
+    train_data: str = "builtin:recall"  # builtin:KIND, a file of JSON records, a prepared folder, or hub:NAME
+    eval_data: str | None = None  # the same, held out
+    data_format: Literal["auto", "jsonl", "gsm8k", "finqa", "hotpotqa", "musique"] = "auto"  # auto: by the fields
+    prompt_field: str = "prompt"  # of a JSON-lines file
+    answer_field: str = "answer"  # of a JSON-lines file; a list is the gold answer and others that count as right
+    id_field: str | None = None  # of a JSON-lines file: refuse records whose value stood there before
+    rationale_field: str | None = None  # given rationales for sft; None: GSM8K's worked solution
+    finqa_answer: Literal["exe_ans", "answer"] = "exe_ans"  # FinQA's gold: the program's result, or as annotated
+    bad_records: Literal["error", "drop"] = "error"  # records without answer, of another form, …: refuse or leave out
+    prompt_style: Literal["plain", "cold", "warm"] = "plain"  # cold: the input alone; warm: task, format, chat template
+    prompt_template: str | None = None  # TOML file with the words of cold and warm; None: the data set's own
+    show_example: int | None = None  # print training example N (from 0) as the model sees it, and end
+    train_examples: int = 1024  # examples that a builtin task makes for training
+    eval_examples: int = 64  # held-out examples to evaluate on
+    max_prompt_tokens: int | None = None  # longer prompts are overlong; None: what the context leaves
+    overlong_prompts: Literal["error", "drop"] = "error"  # what to do with prompts that do not fit
+    data_path: str | None = None  # for pretrain: PREFIX of .bin and .idx files, or "WEIGHT PREFIX WEIGHT PREFIX …"
+    split: str = "969,30,1"  # shares of data-path's documents to train, validate and test on
+    seq_length: int | None = None  # next tokens that a row of pretraining predicts; None: what the context holds
+    eod_mask_loss: bool = False  # for pretrain: the token behind an end of text is not predicted
+    reset_attention_mask: bool = False  # for pretrain: nothing attends over an end of text
+    data_cache_path: str | None = None  # folder of data-path's sample indices; None: run-dir/data_cache
+    tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"  # kind of tokenizer-model
+    tokenizer_model: str | None = None  # its file or folder; None: trained from the data into the run directory
+    tokenizer_vocab_size: int | None = None  # pieces to train a tokenizer to; None: 1024, or a builtin task's words
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Megatron-core's optimizer and the learning rate over time."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3  # largest learning rate
+    min_lr: float = 0.0  # where the decay ends
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_iters: int = 0  # steps of linear warm-up from 0
+    lr_decay_iters: int | None = None  # step at which min-lr is reached; None: train-iters
+    weight_decay: float = 0.0  # decoupled
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop and what it shows."""
+
+    train_iters: int = 100  # optimizer steps
+    micro_batch_size: int = 16  # sequences a forward-backward pass
+    max_tokens_per_micro_batch: int | None = None  # bound its tokens instead; replicas then share sequences by cost
+    share_prompts: Literal["auto", "off"] = "auto"  # compute a prompt once for all its rationales in a micro-batch
+    pad_sequences_to_multiple_of: int = 1  # pad a micro-batch's length up to a multiple
+    seed: int = 1234  # of weights, data order and sampling
+    run_dir: str = "runs/default"  # metrics, checkpoints, tokenizer; must not hold another run (see resume)
+    log_interval: int = 1  # steps between progress lines
+    sample_interval: int = 10  # steps between printed samples; 0: never
+    eval_interval: int = 0  # steps between evaluations; 0: only at the end, where there is evaluation data
+    eval_temperature: float = 0.0  # 0: greedy
+    eval_samples: int = 1  # samples a held-out prompt; `evaluate`: 16
+    match: Literal["exact", "substring"] = "exact"  # evaluated answers are right if equal to, or if they hold, the gold
+    normalise: Literal["auto", "none", "text", "squad", "number"] = "auto"  # rule for both texts; auto: the data's own
+    tensorboard: bool = True  # also write TensorBoard events
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run leaves on disk and takes up again (docs/checkpoints.md). SIGTERM and SIGUSR1 save and end it."""
+
+    save: str | None = None  # folder of checkpoints; None: run-dir/checkpoints
+    save_interval: int = 0  # steps between checkpoints; 0: only at the end, and on a signal
+    async_save: bool = False  # write while training goes on, from a copy in host memory
+    keep_last: int | None = None  # newest checkpoints to keep; None: all
+    # with keep-last: the checkpoint with the highest value of this metric stays too
+    keep_best: (
+        Literal["eval_exact_match", "eval_pass_at_k", "eval_maj_at_k", "log_p_mean", "p_mean", "reward_mean"] | None
+    ) = None
+    resume: bool = False  # go on with run-dir's newest whole checkpoint; where it has none, begin (from load)
+    load: str | None = None  # begin from another run's (or a converted) checkpoint: its folder, or one iter_NNNNNNN
+    finetune: bool = False  # of load: take the weights alone, and count steps from 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a policy with GARL, PAFT or a baseline.
+
+    `--config FILE` reads a TOML file before the flags. Its keys are the flags' names, at the top level or in the
+    tables [model], [parallel], [objective], [rollout], [data], [optimizer], [training], [checkpoint].
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# Flag in Python's spelling → (group, type). A name that stood in two groups would be lost here; a test counts them.
+SETTINGS: dict[str, tuple[str, Any]] = {f.name: (g.name, f.type) for g in fields(Config) for f in fields(g.type)}
