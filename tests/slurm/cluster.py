@@ -128,6 +128,13 @@ class Cluster:
         self.until(ended, seconds, f"the end of job {number}", every=0.5)
         return found[0]
 
+    def clear(self) -> None:
+        """End all jobs, whatever became of their processes."""
+        left = self.run("squeue", "--noheader", "--format=%A").stdout.split()
+        if left:
+            self.run("scancel", *left)
+            self.until(lambda: not self.run("squeue", "--noheader").stdout.strip(), 60, "an empty queue", every=0.2)
+
     def idle_nodes(self) -> int:
         done = self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N", check=False)
         return len(set(done.stdout.split()))

@@ -6,7 +6,7 @@ from tests.slurm.cluster import Cluster, leaves_nothing_behind, why_not
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def whole_cluster(tmp_path_factory):
     """Two nodes; afterwards nothing of them is left, whatever the tests did."""
     reason = why_not()
     if reason is not None:
@@ -14,3 +14,10 @@ def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm") / "cluster"
     with leaves_nothing_behind(folder), Cluster(folder) as up:
         yield up
+
+
+@pytest.fixture
+def cluster(whole_cluster):
+    """The same, for one test: the jobs of one that failed hold no node in the next."""
+    yield whole_cluster
+    whole_cluster.clear()

@@ -61,25 +61,20 @@ def test_two_nodes_train_as_one_does_and_an_evaluation_follows(cluster, folder, 
     assert metrics(folder / "my run") == on_one_node(4, *flags)
     assert {path.name for path in folder.glob(f"my run/logs/{job}.1/*.log")} == {"node0-node1.log", "node1-node2.log"}
     inspected = cluster.sbatch("convert.sbatch", "inspect", "--load", "my run/checkpoints", cwd=folder, **REHEARSAL)
-    assert "iter_0000003" in finished(cluster, inspected, folder)
     an_evaluation_is_queued_again_and_goes_on(cluster, after, folder, folder / "my run")
+    assert "iter_0000003" in finished(cluster, inspected, folder)
 
 
-#: An evaluation of one prompt after the other, so that it can be met between two.
-SLOWLY = ["--eval-samples", "32", "--rollout-batch-size", "8"]
+#: An evaluation that draws one sample after the other, about a second a prompt, so that it can be met between two.
+SLOWLY = ["--eval-samples", "32", "--rollout-batch-size", "1"]
 
 
 def an_evaluation_is_queued_again_and_goes_on(cluster, job, folder, run_dir):
     """At USR1, with the samples of an evaluation that nothing stopped."""
     samples = run_dir / "evaluation" / "samples.jsonl"
-    cluster.until(cluster.ranks, 120, "a rank")
-    rank, _ = cluster.ranks()[0]
-    cluster.until(samples.exists, 120, "samples", every=0.001)
+    cluster.until(lambda: samples.exists() and samples.read_text().count("\n") > 1, 120, "samples", every=0.01)
+    [(rank, _)] = cluster.ranks().values()
     rank.suspend()  # or all prompts would be done before the signal comes
-    while samples.read_text().count("\n") == 1:
-        rank.resume()
-        time.sleep(0.01)
-        rank.suspend()
     done = samples.read_text().count("\n") - 1
     assert done < 4 * 32
     cluster.run("scancel", "--batch", "--signal=USR1", job)
