@@ -113,6 +113,9 @@ def _run_tyro(flags: list[str], base: Config, prog: str) -> Config:
 def _tokenise(argv: list[str]) -> tuple[str | None, list[str]]:
     """(the --config file, the other flags as `--name=value`, `--name`, `--no-name`). UserError on an unknown flag."""
     config_file, flags, rest = None, [], list(argv)
+    for token in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in token):  # bytes of another encoding than the locale's
+            raise UserError(f"{token!r} is not UTF-8 text; rename the file, or spell the value in UTF-8")
     while rest:
         token = rest.pop(0)
         if token in ("-h", "--help"):

@@ -9,7 +9,9 @@ python tools/convert_checkpoint.py inspect --load DIR
 
 import sys
 
+from megatron_jq import streams
 from megatron_jq.cli.main import main
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -102,7 +102,7 @@ def partial(folder: Path) -> bool:
 
 
 def figures(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open(encoding="utf-8")]
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 

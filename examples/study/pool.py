@@ -102,7 +102,8 @@ def _child(job: Job, out: Path, commit: str, parent: int) -> None:
     log = os.open(target.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout = open(1, "w", closefd=False, encoding="utf-8", errors="backslashreplace")
+    sys.stderr = open(2, "w", closefd=False, encoding="utf-8", errors="backslashreplace", buffering=1)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     work = target.with_suffix(".work")
     shutil.rmtree(work, ignore_errors=True)  # of a job that was cut

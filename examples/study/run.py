@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from examples.study.plan import PARTS, jobs_of_part  # noqa: E402
 from examples.study.pool import run_jobs  # noqa: E402
 from examples.study.report import write_report  # noqa: E402
+from megatron_jq import streams  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = None) -> int:
@@ -47,8 +48,8 @@ def commit_of(root: Path) -> str:
     """Of the code that runs; "unknown" outside a repository."""
     try:
         git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "megatron_jq"], capture_output=True, text=True)
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "megatron_jq"], capture_output=True, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + (" with local changes" if changed.stdout.strip() else "")
@@ -82,4 +83,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(main())

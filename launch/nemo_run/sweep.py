@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from experiment import absolute, drawing, evaluation, executor, parser, resumable, start, training
 
+from megatron_jq import streams
 from megatron_jq.config import Config, parse_args
 from megatron_jq.errors import UserError
 from megatron_jq.grid import Point, read_grid
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    streams.protect()
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

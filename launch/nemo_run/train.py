@@ -11,6 +11,7 @@ import sys
 
 from experiment import absolute, drawing, evaluation, executor, parser, resumable, start, training
 
+from megatron_jq import streams
 from megatron_jq.config import parse_args
 from megatron_jq.errors import UserError
 
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    streams.protect()
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -139,7 +139,7 @@ def pass_on_usr1(ranks: Callable[[], list[int]], records: Path) -> None:
 def handles(pid: int, number: int) -> bool:
     """Whether a process has a handler of its own for a signal."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:  # it has ended
         return False
     caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))

@@ -172,7 +172,7 @@ def candidates(load: Path, flag: str = "--load") -> list[Path]:
         return [load]
     steps = sorted(((step_of(path), path) for path in load.iterdir() if step_of(path) is not None), reverse=True)
     try:
-        named = int((load / TRACKER).read_text())
+        named = int((load / TRACKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         named = steps[0][0] if steps else 0
     return [path for step, path in steps if step <= named] + [path for step, path in steps if step > named]

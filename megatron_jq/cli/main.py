@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-from megatron_jq import __version__
+from megatron_jq import __version__, streams
 from megatron_jq.cli.convert import run_convert
 from megatron_jq.cli.evaluate import run_evaluate
 from megatron_jq.cli.grid import run_grid
@@ -43,7 +43,9 @@ commands:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; argv without the program's name. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    return exit_code("megatron-jq", lambda: _run(argv))
+    # These write what they find to files: what they print is a view of it.
+    prints_its_result = argv[:1] not in (["train"], ["evaluate"])
+    return exit_code("megatron-jq", lambda: _run(argv), prints_its_result=prints_its_result)
 
 
 def program() -> NoReturn:
@@ -54,6 +56,7 @@ def program() -> NoReturn:
     exit code into an abort's. An abort itself (NCCL's watchdog ends a process so) leaves all Python stacks on standard
     error, and SIGUSR2 asks for them at any time.
     """
+    streams.protect()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)
     code = main()

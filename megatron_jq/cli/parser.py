@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_jq import streams
 from megatron_jq.errors import RunFailure, UserError
 
 _COMMAND = "megatron-jq "
@@ -32,15 +33,22 @@ def tool_parser(file: str, description: str) -> CommandParser:
 
 def run_tool(file: str, work: Callable[[], int]) -> int:
     """exit_code of tools/NAME.py, by its name."""
+    streams.protect()
     return exit_code(Path(file).stem, work)
 
 
-def exit_code(name: str, work: Callable[[], int]) -> int:
+def exit_code(name: str, work: Callable[[], int], *, prints_its_result: bool = True) -> int:
     """What work returns; 2 for bad input, 3 for a run that had to stop: both told on standard error, `NAME: error: …`,
     a line each, with the rank where there are several.
+
+    prints_its_result: output that a full disk refused is a failure, not just a warning.
     """
     try:
-        return work()
+        code = work()
+        if code == 0 and (reason := streams.loss()) is not None:
+            sys.stderr.write(f"{name}: {'error' if prints_its_result else 'warning'}: standard output: {reason}\n")
+            return 3 if prints_its_result else 0
+        return code
     except (UserError, RunFailure) as error:
         ranked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
         prefix = f"[rank {os.environ['RANK']}] " if ranked else ""

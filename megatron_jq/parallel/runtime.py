@@ -168,7 +168,7 @@ def peak_memory_bytes(runtime: Runtime) -> int:
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
     try:  # getrusage's figure begins at that of the process which started this one
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     except OSError:
         import resource

@@ -101,7 +101,7 @@ def _commit() -> str:
 def _output(*command: str) -> str:
     """A command's output; empty where it fails, or is not there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -16,6 +16,7 @@ FLOORS = {
     "__init__": 0,
     "errors": 0,
     "files": 0,
+    "streams": 0,
     "toml_files": 0,
     "objective": 0,
     "records": 1,
