@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_jq.config import SETTINGS, parse_args
 from megatron_jq.errors import UserError
+from megatron_jq.files import inside
 from megatron_jq.toml_files import did_you_mean, read_toml
 
 
@@ -43,6 +44,7 @@ def read_grid(path: str | Path) -> list[Point]:
     for values in itertools.product(*(choices for _, choices, _ in lists)):
         pairs = [(name, value, varies) for (name, _, varies), value in zip(lists, values, strict=True)]
         label = "-".join(_label(name, value) for name, value, varies in pairs if varies)
+        inside(Path(), label, path)  # it names the run's folder
         points.append(Point(label, tuple(_flag(name, value) for name, value, _ in pairs)))
         _check(path, points[-1])
     names = [point.name for point in points]

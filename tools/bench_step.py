@@ -103,7 +103,9 @@ def provenance(argv: list[str]) -> dict[str, str]:
 def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=True
+        )
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -48,7 +48,9 @@ def commit_of(root: Path) -> str:
     """Of the code that runs; "unknown" outside a repository."""
     try:
         git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=True
+        )
         changed = subprocess.run([*git, "status", "--porcelain", "megatron_jq"], capture_output=True, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

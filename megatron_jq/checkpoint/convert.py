@@ -32,6 +32,7 @@ from megatron_jq.checkpoint.huggingface import (
 from megatron_jq.checkpoint.slabs import Box, Cut, SlabReader, check_stored, main_weight, slab_axes
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.files import inside
 from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, Slab, Span, hugging_face_tensors, rows_of_slabs
 from megatron_jq.model.hf_config import hugging_face_config
 
@@ -153,7 +154,10 @@ def megatron_to_hf(load: Path, target: Path, *, dtype: torch.dtype | None, max_s
                 return _gather(slabs, tensors[name], keys).to(signature[name][1])
 
             write_weights(partial, signature, read, max_shard_bytes)
-            _write_small_files(folder / TOKENIZER, partial, architecture, signature["model.embed_tokens.weight"][1])
+            # What the manifest lists was verified; what else lies there need not be the run's, or a link to anywhere.
+            listed = [name for name in manifest.files if name.startswith(f"{TOKENIZER}/")]
+            dtype = signature["model.embed_tokens.weight"][1]
+            _write_small_files(folder / TOKENIZER, listed, partial, architecture, dtype)
             _check_written(partial, signature, architecture)
     return folder
 
@@ -173,10 +177,15 @@ def _gather(slabs: SlabReader, tensor: HuggingFaceTensor, keys: dict[str, str]) 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _write_small_files(carried: Path, target: Path, architecture: Architecture, dtype: torch.dtype) -> None:
-    """Tokenizer and generation config as they came; config.json as it came where it still describes the weights."""
-    for path in sorted(carried.iterdir()) if carried.is_dir() else ():
-        if path.is_file() and path.name != CONFIG:
+def _write_small_files(
+    carried: Path, listed: list[str], target: Path, architecture: Architecture, dtype: torch.dtype
+) -> None:
+    """Tokenizer and generation config as they came; config.json as it came where it still describes the weights.
+
+    listed: the manifest's files of the folder `carried`, by their names in it.
+    """
+    for path in [inside(carried.parent, name, carried.parent / folders.MANIFEST) for name in sorted(listed)]:
+        if path.parent == carried and path.name != CONFIG:
             shutil.copyfile(path, target / path.name)
     name, original = str(dtype).removeprefix("torch."), None
     if (carried / CONFIG).is_file() and _is_understood(carried / CONFIG):

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_jq import __version__
 from megatron_jq.errors import UserError
-from megatron_jq.files import sync, write_synced
+from megatron_jq.files import inside, sync, write_synced
 
 TRACKER, MANIFEST, TOKENIZER = "latest_checkpointed_iteration.txt", "checkpoint.json", "tokenizer"
 #: What a tokenizer's folder may hold: the rest of such a folder (often a whole model) is not carried along.
@@ -121,7 +121,7 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """name → {"bytes", "sha256"} of files in a folder."""
     found = {}
     for name in names:
-        with open(folder / name, "rb") as file:
+        with open(inside(folder, name, folder / MANIFEST, DamagedCheckpoint), "rb") as file:
             digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
             found[name] = {"bytes": file.tell(), "sha256": digest.hexdigest()}
     return found
@@ -130,7 +130,7 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """DamagedCheckpoint for the first of these files that is not what was written."""
     for name in names:
-        promised, path = manifest.files[name], folder / name
+        promised, path = manifest.files[name], inside(folder, name, folder / MANIFEST, DamagedCheckpoint)
         try:
             size = path.stat().st_size
             if size != promised["bytes"]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_jq.errors import UserError
-from megatron_jq.files import sync
+from megatron_jq.files import inside, sync
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -98,7 +98,8 @@ def _weight_files(folder: Path, flag: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: there is no such folder")
     if (folder / INDEX).exists():
-        paths = [folder / file for file in sorted(set(_weight_map(folder / INDEX).values()))]
+        files = sorted(set(_weight_map(folder / INDEX).values()))
+        paths = [folder / file for file in files]
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{folder / INDEX} names {path.name}, which is missing; download the folder again")
@@ -118,7 +119,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path} has no weight_map; download the folder again")
     for name, file in table.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        inside(path.parent, file, path)
+        if "/" in file:
             raise UserError(f"{path}: weight_map places {name} in {file!r}; only files of the folder itself are read")
     return table
 

@@ -15,6 +15,7 @@ from megatron_jq.checkpoint.huggingface import num_bytes
 from megatron_jq.checkpoint.shards import OPTIMIZER_PREFIX, RANDOM_PREFIX
 from megatron_jq.checkpoint.slabs import Box, Cut, SlabReader, check_stored, model_key, slab_axes
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
+from megatron_jq.files import inside
 from megatron_jq.model.hf import VOCABULARY
 
 #: What torch_dist.py writes beside *.distcp.
@@ -42,8 +43,9 @@ def reshard(load: Path, save: Path, cut: Cut) -> Path:
             write_shards([_counted(shard, bar) for shard in shards], partial)
             for name in manifest.files:
                 if name not in _INDEX_FILES and not name.endswith(".distcp"):
-                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(folder / name, partial / name)
+                    target = inside(partial, name, folder / MANIFEST)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(inside(folder, name, folder / MANIFEST), target)
             origin = {**(manifest.source or {}), "cut_for_tensor_model_parallel_size": cut.tensor_model_parallel_size}
             return folders.commit(partial, replace(manifest, files={}, source=origin))
 

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_jq.checkpoint.folder import DamagedCheckpoint
+from megatron_jq.files import inside
 
 #: Of Megatron-core's metadata.json.
 _FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
@@ -228,6 +229,8 @@ class _RestrictedReader(dcp.FileSystemReader):
             raise DamagedCheckpoint(f"{path} cannot be read: {fault}") from fault
         if not isinstance(metadata, Metadata):
             raise DamagedCheckpoint(f"{path} cannot be read: it holds {type(metadata).__name__}, not an index")
+        for stored in (metadata.storage_data or {}).values():
+            inside(Path(self.path), getattr(stored, "relative_path", None), path, DamagedCheckpoint)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         return metadata
 

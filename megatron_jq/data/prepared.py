@@ -113,6 +113,7 @@ def read_manifest(folder: Path, flag: str) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
         splits = {name: SplitEntry(**entry) for name, entry in values.pop("splits").items()}
         manifest = Manifest(**values, splits=splits)
+        _TOKENIZER[manifest.tokenizer_type]  # a name of ours, not a path
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

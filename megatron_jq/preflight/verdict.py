@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from megatron_jq.errors import RunFailure
+from megatron_jq.files import inside
 from megatron_jq.preflight.facts import SHARED_MEMORY, Facts
 
 
@@ -48,7 +50,7 @@ def unseen_marks(facts: dict[str, Facts], run_dir: Path) -> list[str]:
     return [
         f"{name}: run directory {run_dir} is not shared: what it writes there is not seen on the first node"
         for name, mark in marks.items()
-        if not (run_dir / mark).exists()
+        if not inside(run_dir, mark, name, RunFailure).exists()
     ]
 
 

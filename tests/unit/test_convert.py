@@ -142,7 +142,7 @@ REFUSALS = {
     "a wrong index": (lambda path: _index(path, nothing="model.safetensors"), "holds nothing, but it does not"),
     "an index that leads elsewhere": (
         lambda path: _index(path, **{NORM: "../hf/model.safetensors"}),
-        "only files of the folder itself",
+        "which is no file below",
     ),
 }
 

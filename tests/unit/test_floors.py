@@ -45,6 +45,7 @@ FLOORS = {
 # The only imports between rooms of one floor. They must form no circle.
 SAME_FLOOR = {
     "objective": {"errors"},
+    "files": {"errors"},
     "toml_files": {"errors"},
     "config": {"settings"},
     "config_estimators": {"architecture", "config"},
