@@ -61,6 +61,30 @@ def unread_note(config: Config) -> str | None:
     return f"not read by --estimator {config.objective.estimator}: {', '.join(flags)}" if flags else None
 
 
+def schedule_notes(config: Config) -> list[str]:
+    """What the run's output says of schedules whose given length does not fit the run. Steps count from 0."""
+    o, objective, last, notes = config.optimizer, config.objective, config.training.train_iters - 1, []
+    length = objective.q_schedule_iters
+    if objective.q_schedule != "constant" and length is not None and length > last:
+        notes.append(
+            f"q does not reach --q-final {objective.q_final:g} in this run: --q-schedule-iters {length} says from step "
+            f"{length} on, and the last step is {last}"
+        )
+    if o.lr_decay_style == "constant" or o.lr_decay_iters is None:
+        return notes
+    if o.lr_decay_iters <= last and o.min_lr == 0:
+        notes.append(
+            f"warning: steps {o.lr_decay_iters} to {last} train at rate 0 (--lr-decay-iters {o.lr_decay_iters}, "
+            "--min-lr 0): nothing is learnt in them"
+        )
+    if o.lr_decay_iters > last + 1:
+        notes.append(
+            f"the learning rate does not reach --min-lr {o.min_lr:g} in this run: --lr-decay-iters {o.lr_decay_iters}, "
+            f"--train-iters {last + 1}"
+        )
+    return notes
+
+
 def _flag(config: Config, setting: str) -> str:
     off = getattr(getattr(config, SETTINGS[setting][0]), setting) is False
     return f"--{'no-' if off else ''}{setting.replace('_', '-')}"

@@ -61,7 +61,7 @@ def derive(config: Config, world_size: int) -> Derived:
         rationales_per_step=rationales,
         num_resamples=config.objective.num_resamples or config.rollout.num_rationales,
         samples_answers=config.objective.estimator in SAMPLES_ANSWERS,
-        q_schedule_iters=config.objective.q_schedule_iters or config.training.train_iters,
+        q_schedule_iters=config.objective.q_schedule_iters or max(config.training.train_iters - 1, 1),
         lr_decay_iters=config.optimizer.lr_decay_iters or config.training.train_iters,
         params_dtype=config.model.params_dtype,
     )
@@ -138,6 +138,8 @@ def _range_problems(config: Config) -> list[str]:
             problems.append(f"{flag} must lie between 0 and 1, not {value}")
         elif value < least.get(name, value):
             problems.append(f"{flag} must be at least {least[name]}, not {value}")
+    if config.training.seed >= 1 << 63:
+        problems.append(f"--seed must be below 2^63, not {config.training.seed}")
     for name in (
         "train_data",
         "prompt_field",

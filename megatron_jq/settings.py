@@ -70,7 +70,7 @@ class ObjectiveConfig:
     q: float = 0.75  # commitment: 0 is RL on expected success, 1 is log marginal likelihood (GARL, PAFT)
     q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
     q_final: float | None = None  # q at the schedule's end
-    q_schedule_iters: int | None = None  # its length in steps (step: where q jumps); None: train-iters
+    q_schedule_iters: int | None = None  # q is q-final from this step on, counted from 0; None: at the last step
     num_resamples: int | None = None  # PAFT's draws a prompt; None: num-rationales
     normalize: bool = True  # the factor 1/M^q, which bounds the effective reward by 1
     grpo_iterations: int = 1  # GRPO: optimizer updates on one rollout; the learning rate counts steps, not updates
@@ -132,11 +132,12 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = 1e-3  # largest learning rate
-    min_lr: float = 0.0  # where the decay ends
+    min_lr: float = 0.0  # where the decay ends: the rate from step lr-decay-iters on
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_iters: int = 0  # steps of linear warm-up from 0
-    lr_decay_iters: int | None = None  # step at which min-lr is reached; None: train-iters
-    weight_decay: float = 0.0  # decoupled
+    # lr is min-lr from this step on, counted from 0. None: train-iters, so no step of the run trains at min-lr
+    lr_decay_iters: int | None = None
+    weight_decay: float = 0.0  # decoupled, for adam and sgd alike; not of norms and biases
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8

@@ -28,9 +28,10 @@ from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout, Sequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
+from megatron_jq.seeds import short_seed
 from megatron_jq.train import step as passes
 from megatron_jq.train.estimators import Estimator
-from megatron_jq.train.optimizer import build_optimizer, build_schedule
+from megatron_jq.train.optimizer import build_optimizer, build_schedule, clip_and_step, gradient_norm
 from megatron_jq.train.rollouts import sequences_of
 
 #: Runs one phase's work, given its name, and returns the work's result.
@@ -121,7 +122,8 @@ class StepBench:
         passes.train(self.model, sequences, coefficients, self.runtime, self.batch_options)
         with self.runtime.megatron():
             self.schedule.step(increment=1)
-            self.optimizer.step()
+            self.optimizer.prepare_grads()
+            clip_and_step(self.optimizer, self.config, norm=gradient_norm(self.optimizer))
 
     def _requests(self) -> list[RolloutRequest]:
         count, dp = self.config.rollout.num_rationales, self.runtime.groups.dp
@@ -177,7 +179,7 @@ class StepBench:
 
 def random_examples(load: Load, count: int, vocab_size: int, seed: int) -> list[Example]:
     """Prompts and answers of random tokens, alike on every rank."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(short_seed(seed))
 
     def draw(low: int, high: int, size: int) -> tuple[int, ...]:
         return tuple(torch.randint(low, high, (size,), generator=generator).tolist())

@@ -27,6 +27,7 @@ from megatron_jq.errors import UserError
 from megatron_jq.files import reason, sync
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example
+from megatron_jq.seeds import short_seed
 
 TRAIN, VALID, TEST = range(3)
 
@@ -199,7 +200,7 @@ def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Pla
     # Files without weights count by their tokens: so a run may read them more than once.
     weights = tuple(float(tokens) if w is None else w for (_, w), tokens in zip(named, train, strict=True))
     config = GPTDatasetConfig(
-        random_seed=options.seed,
+        random_seed=short_seed(options.seed),
         sequence_length=options.seq_length,
         blend=([one.prefix for one in files], list(weights) if len(files) > 1 else None),
         split=options.split,

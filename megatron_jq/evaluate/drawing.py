@@ -11,9 +11,6 @@ from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout
 from megatron_jq.rollout.engine import RolloutEngine, SamplingOptions, requests_of_replica
 
-#: Evaluation draws from streams of its own, away from those of training steps.
-EVALUATION_SEED_OFFSET = 1_000_003
-
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -13,7 +13,6 @@ from megatron_jq.data.answers import rule_of
 from megatron_jq.data.prompts import fingerprint
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
-from megatron_jq.evaluate.drawing import EVALUATION_SEED_OFFSET
 from megatron_jq.evaluate.judging import Interval, read_metrics
 from megatron_jq.evaluate.loop import fill
 from megatron_jq.evaluate.report import conclude, make_folder
@@ -32,6 +31,7 @@ from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.rollout.engine import SamplingOptions
 from megatron_jq.rollout.megatron import MegatronEngine
+from megatron_jq.seeds import evaluation_seed
 
 SAMPLES = "samples.jsonl"
 
@@ -146,7 +146,7 @@ def _generate(
         close_id=tokenizer.think_close_id,
         eos_id=tokenizer.eos_id,
         # The run that wrote the checkpoint evaluated it with these: the same samples come again.
-        seed=header.seed + EVALUATION_SEED_OFFSET,
+        seed=evaluation_seed(header.seed),
         step=max(0, header.checkpoint_step - 1),
     )
     fill(

@@ -9,6 +9,7 @@ import torch
 
 from megatron_jq.errors import UserError
 from megatron_jq.objective.tsallis import centred_weights, has_mass
+from megatron_jq.seeds import short_seed
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -70,7 +71,7 @@ def bootstrap_interval(
     if resamples < 1 or not 0 < confidence < 1:
         raise UserError(f"an interval needs resamples >= 1 and 0 < confidence < 1, got {resamples} and {confidence}")
     values_B = values_B.double().cpu()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(short_seed(seed))
     drawn = [
         values_B[torch.randint(len(values_B), values_B.shape, generator=generator)].mean() for _ in range(resamples)
     ]

@@ -5,10 +5,21 @@ The coefficients are constants (no gradient) of the surrogate loss
 Its scale is prompt_mean_scale(valid_BM, 1, num_resamples=K).
 """
 
+from typing import Protocol
+
 import torch
 
 from megatron_jq.errors import UserError
 from megatron_jq.objective.tsallis import centred_weights, check_q, has_mass
+
+
+class _Random(Protocol):
+    """numpy.random.Generator, as far as it is used here."""
+
+    def random(self, size: tuple[int, ...]): ...
+
+
+Generator = torch.Generator | _Random
 
 
 def paft_attenuation(
@@ -28,7 +39,7 @@ def paft_attenuation(
 
 
 def resample_counts(
-    log_w_BM: torch.Tensor, num_resamples: int, *, generator: torch.Generator, valid_BM: torch.Tensor | None = None
+    log_w_BM: torch.Tensor, num_resamples: int, *, generator: Generator, valid_BM: torch.Tensor | None = None
 ) -> torch.Tensor:
     """How often each rationale is drawn in K draws with replacement from Categorical(w_m / sum w), [B, M] float64.
 
@@ -41,9 +52,7 @@ def resample_counts(
     if num_resamples < 1:
         raise UserError(f"PAFT needs at least one resample a prompt, got {num_resamples}")
     relative_BM, _, _ = centred_weights(log_w_BM, valid_BM)
-    uniform_BK = torch.rand(
-        relative_BM.shape[0], num_resamples, generator=generator, dtype=torch.float64, device=generator.device
-    ).to(relative_BM.device)
+    uniform_BK = _uniforms((relative_BM.shape[0], num_resamples), generator).to(relative_BM.device)
     cdf_BM = torch.exp(relative_BM).cumsum(dim=1)
     # u < 1 makes u·total < total in float64 too, so the first entry above it exists, and its own weight is not zero.
     index_BK = torch.searchsorted(cdf_BM, uniform_BK * cdf_BM[:, -1:], right=True)
@@ -52,12 +61,19 @@ def resample_counts(
     return torch.where(has_mass(relative_BM), counts_BM, 0.0)
 
 
+def _uniforms(shape: tuple[int, int], generator: Generator) -> torch.Tensor:
+    """Uniforms in [0, 1), float64. torch's CPU generator reads 32 bits of its seed, numpy's Philox all of its key."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return torch.from_numpy(generator.random(shape))
+
+
 def paft_coefficients(
     log_w_BM: torch.Tensor,
     q: float,
     num_resamples: int,
     *,
-    generator: torch.Generator,
+    generator: Generator,
     normalize: bool = True,
     valid_BM: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -42,7 +42,7 @@ def q_at(step: int, schedule: QSchedule) -> float:
     """q of the 0-based training step: `start` at step 0 (and before), `end` from num_steps on, exactly.
 
     linear moves by equal amounts a step; cosine is half a period, flat at both ends. A pure function of its arguments,
-    so a resumed run continues where it stopped.
+    so a resumed run continues where it stopped. A run of T steps sees `end` at its last step with num_steps = T - 1.
     """
     start, end = schedule.start, schedule.end
     if schedule.kind == "constant" or step <= 0:

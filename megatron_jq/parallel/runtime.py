@@ -22,6 +22,7 @@ from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.files import reason
 from megatron_jq.parallel import cpu
 from megatron_jq.parallel.groups import ParallelGroups, build_groups, destroy_groups
+from megatron_jq.seeds import short_seed
 
 T = TypeVar("T")
 
@@ -103,7 +104,7 @@ def start(
             expert_tensor_parallel_size=expert_tensor_parallel_size,
         )
         random.seed(seed)
-        numpy.random.seed(seed % 2**32)
+        numpy.random.seed(short_seed(seed))
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=use_cuda)
     return Runtime(rank, world_size, local, groups)

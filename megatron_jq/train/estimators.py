@@ -17,6 +17,7 @@ from megatron_jq.objective.garl import effective_reward_max, garl_coefficients
 from megatron_jq.objective.paft import paft_coefficients
 from megatron_jq.objective.tsallis import prompt_mean_scale
 from megatron_jq.records import Coefficients
+from megatron_jq.seeds import stream
 
 _BASELINES = {
     "grpo": grpo_coefficients,
@@ -65,13 +66,13 @@ class Estimator:
         """Constants divided by B and M_b (or K), a pure function of its arguments, so alike on every rank.
 
         log_w_BM: ln p(y*|x,z), [B, M], nats, the whole step's table. reward_BM: 1 where the sampled answer matches;
-        read by GRPO, RLOO, MaxRL and STaR alone. PAFT draws from a generator seeded by (seed, step). SFT and
+        read by GRPO, RLOO, MaxRL and STaR alone. PAFT draws from a stream keyed by (seed, step). SFT and
         pretraining read valid_BM alone.
         """
         resamples = self.num_resamples if self.name == "paft" else None
         scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
         if self.name == "paft":
-            generator = torch.Generator().manual_seed((self.seed << 20) + step)
+            generator = stream("PAFT's draws", self.seed, step)
             joint_BM = paft_coefficients(
                 log_w_BM, q, self.num_resamples, generator=generator, normalize=self.normalize, valid_BM=valid_BM
             )

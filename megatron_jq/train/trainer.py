@@ -1,6 +1,7 @@
 """F4: the training loop. A step: sample prompts, roll out, score, coefficients, train, record."""
 
 import gc
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_jq.config import Config
-from megatron_jq.config_estimators import unread_note
+from megatron_jq.config_estimators import schedule_notes, unread_note
 from megatron_jq.config_validate import Derived
 from megatron_jq.data.answers import rule_of
 from megatron_jq.data.sampler import InOrder, PromptSampler
 from megatron_jq.errors import RunFailure, UserError
-from megatron_jq.evaluate import EVALUATION_SEED_OFFSET, Evaluation, Judge, evaluate
+from megatron_jq.evaluate import Evaluation, Judge, evaluate
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel.runtime import Runtime, together
@@ -22,12 +23,21 @@ from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
 from megatron_jq.rollout.megatron import MegatronEngine
+from megatron_jq.seeds import evaluation_seed, rollout_seed
 from megatron_jq.train import step as passes
 from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, non_finite
 from megatron_jq.train.figures import Tables, step_metrics
-from megatron_jq.train.optimizer import build_optimizer, build_schedule, first_nonfinite_parameter, learning_rate
+from megatron_jq.train.optimizer import (
+    build_optimizer,
+    build_schedule,
+    clip_and_step,
+    first_nonfinite_parameter,
+    gradient_norm,
+    learning_rate,
+    rounded,
+)
 from megatron_jq.train.pace import PaceMaker
 from megatron_jq.train.pretraining import Batch, scored_tokens
 from megatron_jq.train.recorder import Recorder, open_recorder, opening_line
@@ -89,6 +99,8 @@ class Trainer:
             given = (self.config, self.data, self.estimator, self.build_options, self.runtime)
             self.recorder.say(opening_line(*given, with_experts=has_experts))
             if (note := unread_note(self.config)) is not None:
+                self.recorder.say(note)
+            for note in schedule_notes(self.config):
                 self.recorder.say(note)
         # What stands now stays: a full collection that walks through it costs a quarter of a second every so often.
         gc.collect()
@@ -191,7 +203,7 @@ class Trainer:
             answer_budget=self.data.answer_budget,
             temperature=t.eval_temperature,
             top_p=1.0,
-            seed=t.seed + EVALUATION_SEED_OFFSET,
+            seed=evaluation_seed(t.seed),
         )
         judge = Judge(t.match, rule_of(t.normalise, self.data.heldout_format))
         return evaluate(
@@ -246,7 +258,7 @@ class Trainer:
             top_p=r.top_p,
             close_id=self.data.tokenizer.think_close_id,
             eos_id=self.data.tokenizer.eos_id,
-            seed=self.config.training.seed,
+            seed=rollout_seed(self.config.training.seed),
             step=step,
         )
 
@@ -282,14 +294,14 @@ class Trainer:
         self._check(step, prompts, sequences, "ln p(y|x,z)", trained.log_answer_BM[present_BM])
         with self.runtime.megatron():
             self.optimizer.prepare_grads()
-            grad_norm = torch.tensor(float(self.optimizer.get_grad_norm()))
-            if not torch.isfinite(grad_norm):
+            norm = gradient_norm(self.optimizer)
+            if not math.isfinite(norm):
                 names = [None] * self.runtime.world_size
                 dist.all_gather_object(names, first_nonfinite_parameter(self.model))
                 first = next((name for name in names if name is not None), "norm alone")
-                self._check(step, prompts, sequences, f"gradient ({first})", grad_norm)
-            self.optimizer.step()
-        return grad_norm.item()
+                self._check(step, prompts, sequences, f"gradient ({first})", torch.tensor(norm))
+            clip_and_step(self.optimizer, self.config, norm=norm)
+        return rounded(norm)
 
     def _check(self, step, prompts, sequences: list[Sequence], what: str, values: torch.Tensor) -> None:
         """Stop the run on every rank when `values` (alike on all ranks) are not finite; rank 0 keeps the batch."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_jq.architecture import PRESETS, architecture_to_toml
 from megatron_jq.cli.main import main
 from megatron_jq.config import ALIASES, SETTINGS, Config, load_toml, parse_args, to_argv, to_toml, with_one_rationale
-from megatron_jq.config_estimators import READ_BY, unread_note
+from megatron_jq.config_estimators import READ_BY, schedule_notes, unread_note
 from megatron_jq.config_validate import AT_LEAST, derive, validate, validate_training
 from megatron_jq.errors import UserError
 
@@ -409,3 +409,22 @@ def test_a_published_name_is_an_estimator_at_a_q(name, estimator, q):
     assert parse_args(["--estimator", name]) == parse_args(["--estimator", estimator, "--q", str(q)])
     with pytest.raises(UserError, match=f"--estimator {name} is {estimator} at q = {q:g}"):
         parse_args(["--estimator", name, "--q", "0.5"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--q-schedule linear --q-final 0", None),
+        ("--q-schedule linear --q-final 0 --q-schedule-iters 99", None),
+        ("--q-schedule cosine --q-final 0 --q-schedule-iters 100", "q does not reach --q-final 0"),
+        ("--lr-decay-style linear", None),
+        ("--lr-decay-style linear --lr-decay-iters 100", None),
+        ("--lr-decay-style cosine --lr-decay-iters 60", "steps 60 to 99 train at rate 0"),
+        ("--lr-decay-style cosine --lr-decay-iters 60 --min-lr 1e-5", None),
+        ("--lr-decay-style linear --lr-decay-iters 200", "does not reach --min-lr 0"),
+        ("--lr-decay-iters 60", None),
+    ],
+)
+def test_a_schedule_that_misses_its_end_or_wastes_steps_is_said(flags, said):
+    notes = schedule_notes(parse_args(flags.split()))
+    assert (said is None and not notes) or (len(notes) == 1 and said in notes[0])
