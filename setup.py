@@ -42,7 +42,7 @@ setup(
         "nemo": ["nemo-run>=0.11.1,<0.12", "leptonai==0.27.3"],
         "test": ["hypothesis>=6.100", "mpmath", "pytest>=8", "safetensors", "tokenizers", "transformers>=5,<6"],
     },
-    entry_points={"console_scripts": ["megatron-jq = megatron_jq.cli.main:program"]},
+    entry_points={"console_scripts": ["megatron-jq = megatron_jq.__main__:program"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",

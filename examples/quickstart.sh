@@ -4,6 +4,7 @@
 #
 #   ./examples/quickstart.sh [FOLDER]     FOLDER: where the runs go (default: runs/quickstart-DATE-TIME in the repository)
 set -euo pipefail
+trap 'exit 130' INT  # a run that Ctrl-C meets saves and ends well: the next one would begin
 
 folder=${1:-}
 [[ -z $folder ]] || folder=$(realpath -m -- "$folder")

@@ -112,13 +112,16 @@ AT_LEAST = {
     0: (
         "q", "q_final", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "sgd_momentum",
         "clip_grad", "sample_interval", "eval_interval", "score_check_interval", "save_interval",
+        "save_interval_minutes",
         "score_mismatch_alarm", "eval_temperature", "seed", "show_example", "grpo_clamp_eps_lower",
         "grpo_clamp_eps_upper", "grpo_kl_beta",
     ),
 }  # fmt: skip
 AT_MOST_ONE = ("q", "q_final", "top_p", "grpo_clamp_eps_lower")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
-ABOVE_ZERO = ("temperature", "top_p", "distributed_timeout_minutes", "phase_timeout_minutes", "adam_eps")
+ABOVE_ZERO = (
+    "temperature", "top_p", "distributed_timeout_minutes", "phase_timeout_minutes", "adam_eps", "exit_duration_in_mins",
+)  # fmt: skip
 
 
 def _range_problems(config: Config) -> list[str]:

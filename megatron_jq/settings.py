@@ -168,10 +168,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run leaves on disk and takes up again (docs/checkpoints.md). SIGTERM and SIGUSR1 save and end it."""
+    """What a run leaves on disk and takes up again (docs/checkpoints.md). SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP
+    save and end it.
+    """
 
     save: str | None = None  # folder of checkpoints; None: run-dir/checkpoints
-    save_interval: int = 0  # steps between checkpoints; 0: only at the end, and on a signal
+    save_interval: int = 0  # steps between checkpoints; 0: only by time, at the end, and on a signal
+    save_interval_minutes: float = 10.0  # also save this long after the last save; the newest two stay; 0: never
+    exit_duration_in_mins: float | None = None  # save and end, exit code 0, once the run has lasted this long
     async_save: bool = False  # write while training goes on, from a copy in host memory
     keep_last: int | None = None  # newest checkpoints to keep; None: all
     # with keep-last: the checkpoint with the highest value of this metric stays too

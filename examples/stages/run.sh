@@ -4,6 +4,7 @@
 #
 #   ./examples/stages/run.sh [FOLDER]     FOLDER: where all of it goes (default: runs/stages-DATE-TIME in the repository)
 set -euo pipefail
+trap 'exit 130' INT  # a run that Ctrl-C meets saves and ends well: the next one would begin
 
 folder=${1:-}
 [[ -z $folder ]] || folder=$(realpath -m -- "$folder")

@@ -52,6 +52,7 @@ class Manifest:
     data: str | None = None  # fingerprint of the tokenised training set
     versions: dict[str, str] | None = None  # packages that wrote it
     source: dict[str, Any] | None = None  # of a conversion: what it was made from
+    by_time: bool = False  # saved because --save-interval-minutes had passed, and for no other reason
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → bytes, sha256
     format: int = _FORMAT
 
@@ -202,20 +203,24 @@ def none_found(load: Path, damage: list[str], flag: str) -> UserError:
 
 
 def prune(save: Path, *, keep_last: int | None, keep_best: str | None) -> list[Path]:
-    """Remove checkpoints but the newest keep_last and the one with the highest metric keep_best; returns the removed.
+    """Remove checkpoints that are no longer kept; returns the removed.
 
-    A folder is renamed before it is emptied, so that what is left of a removal that was cut short has no name.
+    Kept are the newest keep_last (None: all), not counting those that were saved for the time alone; of these, the ones
+    among the newest two of all checkpoints (with keep_last 1: the newest); and the one with the highest metric
+    keep_best. A folder is renamed before it is emptied, so that what is left of a removal that was cut short has no
+    name.
     """
     remove_partial(save)
-    if keep_last is None:
-        return []
-    steps = sorted((step_of(path), path) for path in save.iterdir() if step_of(path) is not None)
-    kept = {path for _, path in steps[-keep_last:]}
+    paths = [path for _, path in sorted((step_of(p), p) for p in save.iterdir() if step_of(p) is not None)]
+    manifests = {path: _manifest_or_none(path) for path in paths}
+    by_time = [path for path in paths if manifests[path] is not None and manifests[path].by_time]
+    planned = [path for path in paths if path not in by_time]
+    stays = {*planned[-keep_last if keep_last else 0 :], *paths[-min(2, keep_last or 2) :]}
     if keep_best is not None:
-        values = {path: _metric(path, keep_best) for _, path in steps}
+        values = {path: m.metrics.get(keep_best) for path, m in manifests.items() if m is not None and m.metrics}
         known = [path for path, value in values.items() if value is not None]
-        kept |= {max(known, key=values.__getitem__)} if known else set()
-    removed = [path for _, path in steps if path not in kept]
+        stays |= {max(known, key=values.__getitem__)} if known else set()
+    removed = [path for path in paths if path not in stays]
     for path in removed:
         shutil.rmtree(path.rename(path.parent / f".{path.name}.old"), ignore_errors=True)
     return removed
@@ -227,9 +232,9 @@ def remove_partial(save: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _metric(folder: Path, name: str) -> float | None:
+def _manifest_or_none(folder: Path) -> Manifest | None:
     try:
-        return (read_manifest(folder).metrics or {}).get(name)
+        return read_manifest(folder)
     except UserError:
         return None
 

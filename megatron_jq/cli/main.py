@@ -1,7 +1,8 @@
 """F5: `megatron-jq COMMAND …`: parse, check, call, exit code.
 
 Exit codes: 0 done; 2 bad input, 3 a run that had to stop, both with `megatron-jq: error: …` on standard error; anything
-else is a fault of ours, with its traceback.
+else is a fault of ours, with its traceback. SIGINT, SIGTERM and SIGHUP end a command with one line, by that signal (a
+shell shows 130, 143, 129); a run that is in a step saves and ends with 0 (train/stopping.py).
 """
 
 import faulthandler
@@ -20,6 +21,7 @@ from megatron_jq.cli.preflight import run_preflight
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import validate_training
 from megatron_jq.errors import UserError
+from megatron_jq.interrupts import ending_at_once
 from megatron_jq.toml_files import did_you_mean
 
 COMMANDS = ("train", "evaluate", "convert", "preflight", "grid")
@@ -59,7 +61,8 @@ def program() -> NoReturn:
     streams.protect()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)
-    code = main()
+    with ending_at_once("megatron-jq"):
+        code = main()
     if code:
         sys.stdout.flush()
         sys.stderr.flush()

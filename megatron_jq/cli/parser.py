@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from megatron_jq import streams
 from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.interrupts import ending_at_once
 
 _COMMAND = "megatron-jq "
 
@@ -32,9 +33,10 @@ def tool_parser(file: str, description: str) -> CommandParser:
 
 
 def run_tool(file: str, work: Callable[[], int]) -> int:
-    """exit_code of tools/NAME.py, by its name."""
+    """exit_code of tools/NAME.py, by its name. A signal ends it with one line."""
     streams.protect()
-    return exit_code(Path(file).stem, work)
+    with ending_at_once(Path(file).stem):
+        return exit_code(Path(file).stem, work)
 
 
 def exit_code(name: str, work: Callable[[], int], *, prints_its_result: bool = True) -> int:

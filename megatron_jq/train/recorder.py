@@ -71,7 +71,8 @@ class Recorder:
                     if key != "step" and value is not None:
                         self._writer.add_scalar(key, value, metrics.step)
         self._steps += 1
-        self._bar.update(1)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            self._bar.update(1)
         if self._steps % self._interval == 0 or metrics.step + 1 == self._total:
             self.say(self._progress(metrics))
 
@@ -137,7 +138,8 @@ class Recorder:
     def close(self) -> None:
         """The end, also of a run that stops for a reason of its own: that one is told, so a fault here is a warning."""
         before = self.fault
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         with self._noting_fault(METRICS):
             self._file.close()
         if self._writer is not None:

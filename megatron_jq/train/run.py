@@ -1,5 +1,6 @@
 """F4: a run from its settings to its exit code: set-up that ranks do together, the trainer, its checkpoints."""
 
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_jq.train.watch import Watch
 
 def run_training(config: Config) -> int:
     """Train to --train-iters and evaluate. Returns the exit code. UserError before work starts on any bad input."""
+    began = time.monotonic()
     derived = derive(config, runtime_module.world_size_from_environment())
     deadline, phase = timedelta(minutes=config.parallel.distributed_timeout_minutes), Phase()
     with peers_must_answer(phase, deadline):
@@ -33,7 +35,7 @@ def run_training(config: Config) -> int:
         data = prepare_data(config, derived.architecture, runtime, run_dir, carried=carried)
         trainer = Trainer(config, derived, data, runtime, phase)
         vocab_size = trainer.build_options.vocab_size
-        saving = Saving(config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline)
+        saving = Saving(config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline, began)
         saving.load(beginning)
         if trainer.reference is not None:
             trainer.reference.begin(beginning, trainer.model.policies)
@@ -42,7 +44,7 @@ def run_training(config: Config) -> int:
         together(runtime, lambda: claim_run_directory(run_dir, config, resume=resume), main_only=True)
         if trainer.reference is not None:
             trainer.reference.keep(beginning, deadline)
-        with StopRequest().listening() as stop:
+        with StopRequest(announce=runtime.is_main).listening() as stop:
             trainer.run(beginning, saving, stop)
-    runtime_module.stop()
+            runtime_module.stop()
     return 0

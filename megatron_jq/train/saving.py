@@ -1,5 +1,6 @@
 """F4: what joins a run to its checkpoints: loading the one it begins from, and saving between steps."""
 
+import time
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -27,7 +28,7 @@ from megatron_jq.records import StepMetrics
 from megatron_jq.train.beginning import Beginning, save_folder
 from megatron_jq.train.recorder import Recorder, finite_values
 from megatron_jq.train.setup import DataSets
-from megatron_jq.train.stopping import StopRequest
+from megatron_jq.train.stopping import StopRequest, signal_name
 
 
 class Saving:
@@ -43,10 +44,13 @@ class Saving:
         model: TrainingModel,
         optimizer: MegatronOptimizer,
         deadline: timedelta,
+        began: float,
     ):
+        """began: time.monotonic() at the process's start, for --exit-duration-in-mins."""
         self._config, self._derived, self._vocab_size, self._runtime = config, derived, vocab_size, runtime
         self._model, self._optimizer = model, optimizer
         self._data = data.fingerprint
+        self._began, self._saved_at = began, time.monotonic()
         c, self._folder = config.checkpoint, save_folder(config)
         if runtime.is_main and self._folder.is_dir():
             remove_partial(self._folder)
@@ -92,30 +96,43 @@ class Saving:
             )
 
     def between_steps(self, metrics: StepMetrics, recorder: Recorder | None, stop: StopRequest) -> bool:
-        """Save where that is due; whether to stop. One all-reduce of three numbers lets all ranks do the same.
+        """Save where that is due; whether to stop. One all-reduce of five numbers lets all ranks do the same.
 
         RunFailure on every rank where a save failed, or where the step is not on record.
         """
         writer, done = self.writer, metrics.step + 1
         unrecorded = recorder is not None and recorder.fault is not None
-        asked = torch.tensor([stop.number is not None, writer.busy and not writer.done, unrecorded])
-        asked = asked.to(self._runtime.device, torch.int32)
+        asked = [stop.number or 0, writer.busy and not writer.done, unrecorded, *self._times_up()]
+        asked = torch.tensor(asked).to(self._runtime.device, torch.int32)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stopping, writing, failed = asked.tolist()
+        signalled, writing, failed, save_due, exit_due = asked.tolist()
         if failed:
             cure = "mend this and start again with --resume"
             fault = f"step {metrics.step}: {recorder.fault}; {cure}" if unrecorded else None
             agree(self._runtime, fault, RunFailure)
         if writer.busy and not writing:
             writer.wait()  # it has ended everywhere: a fault comes to light now, not at the next save
+        stopping = bool(signalled or exit_due)
         interval, last = self._config.checkpoint.save_interval, done == self._config.training.train_iters
         if stopping or last or (interval > 0 and done % interval == 0):
             self._save(metrics, recorder)
+        elif save_due and not writing:
+            self._save(metrics, recorder, by_time=True)
         if stopping:
             writer.wait()
             if recorder is not None and not last:
-                recorder.say(f"{stop.name}: step {done} is done and saved in {self._folder}; --resume goes on from it")
-        return bool(stopping)
+                why = signal_name(signalled) if signalled else "--exit-duration-in-mins"
+                left = f"{self._config.training.train_iters - done} steps are left; continue with --resume"
+                recorder.say(f"{why}: step {done} is done and saved in {self._folder}; {left}")
+        return stopping
+
+    def _times_up(self) -> tuple[bool, bool]:
+        """Whether it is time to save, and to end: by rank 0's clock, since ranks' clocks differ."""
+        c, now = self._config.checkpoint, time.monotonic()
+        if not self._runtime.is_main:
+            return False, False
+        save = c.save_interval_minutes > 0 and now - self._saved_at >= 60 * c.save_interval_minutes
+        return save, c.exit_duration_in_mins is not None and now - self._began >= 60 * c.exit_duration_in_mins
 
     def end(self, recorder: Recorder | None) -> None:
         """Of a run that stops for a reason of its own, on all ranks alike: a checkpoint that is still being written is
@@ -127,7 +144,7 @@ class Saving:
             if recorder is not None:
                 recorder.say(f"warning: {fault}")
 
-    def _save(self, metrics: StepMetrics, recorder: Recorder | None) -> None:
+    def _save(self, metrics: StepMetrics, recorder: Recorder | None, *, by_time: bool = False) -> None:
         written = together(self._runtime, lambda: recorder.written(), main_only=True)
         manifest = Manifest(
             step=metrics.step + 1,
@@ -141,8 +158,10 @@ class Saving:
             metrics_bytes=written,  # rank 0's: it writes the manifest
             data=self._data,
             versions=package_versions(),
+            by_time=by_time,
         )
         self.writer.save(self._model.policies, self._optimizer, manifest)
+        self._saved_at = time.monotonic()
 
     def _layout(self) -> dict[str, int]:
         p = self._config.parallel

@@ -3,43 +3,31 @@
 import contextlib
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-#: A launcher and the scheduler above it may both pass on one signal: what comes within this time is the same one.
-_SAME_SIGNAL_SECONDS = 1.0
+from megatron_jq.interrupts import listening
 
 
 class StopRequest:
     """Which signal this process received, if any. A second one, later, ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool = False) -> None:
         self.number: int | None = None
-        self._since = 0.0
-
-    @property
-    def name(self) -> str:
-        return "a signal to another rank" if self.number is None else signal.Signals(self.number).name
+        self._announce = announce
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Handle SIGTERM and SIGUSR1 while entered. Elsewhere than in the main thread signals keep their meaning."""
-        if threading.current_thread() is not threading.main_thread():
+        """Note SIGTERM, SIGUSR1, SIGINT and SIGHUP while entered. announce: say on standard error what happens now."""
+        with listening(self._note):
             yield self
-            return
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
-    def _receive(self, number: int, frame) -> None:
-        now = time.monotonic()
-        if self.number is None:
-            self.number, self._since = number, now
-        elif now - self._since > _SAME_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _note(self, number: int) -> None:
+        self.number = number
+        if self._announce:
+            line = f"megatron-jq: {signal_name(number)}: ends after this step and saves it; a second signal ends now\n"
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                os.write(2, line.encode())
+
+
+def signal_name(number: int) -> str:
+    return signal.Signals(number).name

@@ -103,13 +103,14 @@ def same_tensors(one: Path, other: Path, step: int) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_any_rank_ends_the_step_saves_and_exits_with_0(number, whole, tmp_path):
     run_dir = tmp_path / "run"
     argv = [*LONG, "--run-dir", str(run_dir), *TP2, "--async-save"]
     ranks = Ranks(argv, tmp_path, size=2)
     ranks.wait_for_steps(run_dir, 4)
-    ranks.signal(1, number)
+    for _ in range(2):  # from the launcher and from the terminal
+        ranks.signal(1, number)
     ended = ranks.ended()
     assert [rank.code for rank in ended] == [0, 0], ended
     steps = len(metrics(run_dir))

@@ -120,6 +120,25 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000050", TRACKER]
 
 
+@pytest.mark.parametrize(
+    ("keep_last", "left"),
+    [
+        (None, {50, 100, 150, 170, 180}),
+        (1, {150, 180}),
+        (2, {100, 150, 170, 180}),
+    ],
+)
+def test_what_was_saved_for_the_time_alone_stays_while_it_is_among_the_newest_two(keep_last, left, tmp_path):
+    by_time = {20, 90, 110, 160, 170, 180}
+    for step in sorted({50, 100, 150} | by_time):
+        write(tmp_path, step, by_time=step in by_time)
+        folders.prune(tmp_path, keep_last=keep_last, keep_best=None)
+    assert {folders.step_of(path) for path in tmp_path.glob("iter_*")} == left
+    write(tmp_path, 200), write(tmp_path, 250)
+    folders.prune(tmp_path, keep_last=keep_last, keep_best=None)
+    assert not {folders.step_of(path) for path in tmp_path.glob("iter_*")} & by_time
+
+
 def test_only_a_tokenizers_files_are_carried_along(tmp_path):
     model, partial = tmp_path / "model", tmp_path / "partial"
     model.mkdir(), partial.mkdir()

@@ -18,6 +18,7 @@ FLOORS = {
     "files": 0,
     "seeds": 0,
     "streams": 0,
+    "interrupts": 0,
     "toml_files": 0,
     "objective": 0,
     "records": 1,
