@@ -24,6 +24,7 @@ from megatron_jq.data.prepared import (
 )
 from megatron_jq.data.prompts import Placed, longest_joint, select_fitting
 from megatron_jq.data.reading import Reading, encode_reading, read_source
+from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
 from megatron_jq.data.template import PromptTemplate, template_of
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
@@ -51,6 +52,7 @@ class _Usable:
     placed: tuple[Placed, ...]
     too_long: tuple[Placed, ...]
     dropped: tuple[RecordError, ...]
+    changed: str  # which golds the tokenizer changes, in a line, or nothing
 
 
 def prepare(
@@ -190,7 +192,8 @@ def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Bud
     placed, kept = tuple(map(Placed, fitting.examples, fitting.where)), set(fitting.where)
     too_long = tuple(one for one in encoded.placed if one.where not in kept)
     dropped = (*encoded.bad, *fitting.misfits)
-    return _Usable(reading.named, _lengths(reading.named, encoded.placed), placed, too_long, dropped)
+    changed = describe_changed(placed, tokenizer)
+    return _Usable(reading.named, _lengths(reading.named, encoded.placed), placed, too_long, dropped, changed)
 
 
 def _lengths(name: str, placed: Sequence[Placed]) -> Lengths:
@@ -250,7 +253,7 @@ def report(
         prompts, answers = (" / ".join(map(str, quantiles(some))) for some in (split.prompts, split.answers))
         lines.append(f"| {split.name} | {len(split.prompts)} | {prompts} | {answers} |")
     lines += ["", f"Prompts in more than one split: {shared}.", "", "![lengths](lengths.png)", ""]
-    lines += [*_fits(budgets, sources), *_paper(template), *_losses(sources)]
+    lines += [*_fits(budgets, sources), *_paper(template), *_changed(sources), *_losses(sources)]
     return "\n".join(lines) + "\n"
 
 
@@ -284,6 +287,11 @@ def _paper(template: PromptTemplate) -> list[str]:
         f"{paper.train} / {paper.validation} / {paper.test} examples to train, validate and test.",
         "",
     ]
+
+
+def _changed(sources: Sequence[_Usable]) -> list[str]:
+    lines = [f"- {one.named}: {one.changed}" for one in sources if one.changed]
+    return ["## Gold answers that the tokenizer changes", "", *lines, ""] if lines else []
 
 
 def _losses(sources: Sequence[_Usable]) -> list[str]:

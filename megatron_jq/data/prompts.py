@@ -80,6 +80,8 @@ class PromptWriter:
             given = None if pair.rationale is None else (*encode(pair.rationale), self.tokenizer.think_close_id)
         except UserError as error:
             raise RecordError(pair.where, "not in the tokenizer", str(error)) from error
+        if not gold:
+            raise RecordError(pair.where, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
         prompt_ids = list(self._frame[0])
         for content, following in zip(contents, self._frame[1:], strict=True):
             prompt_ids += [*content, *following]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megatron_jq.data.round_trips import read_back, text_of
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate.judging import Answer, Judge, Metric, judge_prompt
 from megatron_jq.parallel.runtime import Runtime
@@ -27,27 +28,27 @@ class Evaluation:
 
 def answer_of(answer_ids: Sequence[int], tokenizer: Tokenizer) -> Answer:
     """The text of a sampled answer. Control tokens leave no text, so what they part is kept apart by U+FFFD."""
-    control = {tokenizer.eos_id, tokenizer.pad_id, tokenizer.think_open_id, tokenizer.think_close_id}
     ended = bool(answer_ids) and answer_ids[-1] == tokenizer.eos_id
-    parts: list[list[int]] = [[]]
-    for token in answer_ids[: len(answer_ids) - ended]:
-        if token in control:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return Answer("\ufffd".join(tokenizer.decode(part) for part in parts), ended)
+    return Answer(text_of(answer_ids, tokenizer), ended)
 
 
-def golds_of(example: Example) -> tuple[str, ...]:
-    """Every answer that counts as right: y* first, then its aliases."""
-    return (example.answer_text, *example.aliases)
+def golds_of(example: Example, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Every text that counts as right: y*, its aliases, and what the tokenizer makes of each where that is another.
+
+    A policy that samples y*'s own ids says decode(encode(y*)), and this need not be y* (data/round_trips.py).
+    """
+    back = (read_back(text, tokenizer) for text in example.aliases)
+    says = (text_of(example.answer_ids, tokenizer), *(text for text in back if text is not None))
+    return tuple(dict.fromkeys((example.answer_text, *example.aliases, *says)))
 
 
 def answer_matches(answer_ids: tuple[int, ...], example: Example, tokenizer: Tokenizer) -> bool:
-    """Exact match: the sampled answer ended by itself, and its text is the gold text or an alias, blanks at the ends
-    aside.
+    """Exact match: the sampled answer ended by itself, and its ids are y*'s or its text is one of golds_of's, blanks at
+    the ends aside.
     """
-    return Judge().is_right(answer_of(answer_ids, tokenizer), golds_of(example))
+    if answer_ids == example.answer_ids:
+        return True
+    return Judge().is_right(answer_of(answer_ids, tokenizer), golds_of(example, tokenizer))
 
 
 def draw(
@@ -89,7 +90,7 @@ def evaluate(
     exact = passed = majority = 0.0
     for row, example in enumerate(examples):
         drawn = rollouts[row * num_samples : (row + 1) * num_samples]
-        answers, golds = [answer_of(rollout.answer_ids, tokenizer) for rollout in drawn], golds_of(example)
+        answers, golds = [answer_of(rollout.answer_ids, tokenizer) for rollout in drawn], golds_of(example, tokenizer)
         judged = judge_prompt(answers, golds, judge)
         exact += judge_prompt(answers, golds, Judge()).value(Metric("pass", 1))
         passed += judged.value(Metric("pass", num_samples))

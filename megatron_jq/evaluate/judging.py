@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_jq.data.answers import matches, normalise
+from megatron_jq.data.answers import AcceptedAnswers
 from megatron_jq.errors import UserError
 from megatron_jq.objective.metrics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_jq.objective.tsallis import log_mean_weight
@@ -39,18 +39,14 @@ class Judge:
     match: str = "exact"
     rule: str = "none"
 
-    def vote(self, answer: Answer) -> Vote:
-        return Vote(normalise(answer.text, self.rule), answer.ended or self.match == "substring")
+    def accepted(self, golds: Sequence[str]) -> AcceptedAnswers:
+        return AcceptedAnswers(golds, self.match, self.rule)
 
-    def keys(self, golds: Sequence[str]) -> tuple[str, ...]:
-        return tuple(normalise(gold, self.rule) for gold in golds)
-
-    def accepts(self, vote: Vote, keys: tuple[str, ...]) -> bool:
-        """keys: of the gold answers."""
-        return vote.counts and matches(vote.key, keys, self.match, self.rule)
+    def vote(self, answer: Answer, accepted: AcceptedAnswers) -> Vote:
+        return Vote(accepted.key(answer.text), answer.ended or self.match == "substring")
 
     def is_right(self, answer: Answer, golds: Sequence[str]) -> bool:
-        return self.accepts(self.vote(answer), self.keys(golds))
+        return judge_prompt([answer], golds, self).right[0]
 
 
 @dataclass(frozen=True)
@@ -87,23 +83,24 @@ def read_metrics(names: str | None, num_samples: int) -> tuple[Metric, ...]:
 
 @dataclass(frozen=True)
 class Judged:
-    """One prompt's votes in the order they were drawn, and which are right by its gold answers' keys."""
+    """One prompt's votes in the order they were drawn, and which are right. Votes that are equal are right together."""
 
     votes: tuple[Vote, ...]
     right: tuple[bool, ...]
-    keys: tuple[str, ...]
-    judge: Judge
 
     def value(self, metric: Metric) -> float:
         """pass@k over all samples (unbiased), or maj@k of the first k; a tie goes to the answer drawn first."""
         if metric.kind == "pass":
             return pass_at_k(len(self.right), sum(self.right), metric.k)
-        return float(majority_at_k(self.votes, self.keys, metric.k, is_correct=self.judge.accepts))
+        right = dict(zip(self.votes, self.right, strict=True))
+        return float(majority_at_k(self.votes, right, metric.k, is_correct=lambda vote, right: right[vote]))
 
 
 def judge_prompt(answers: Sequence[Answer], golds: Sequence[str], judge: Judge) -> Judged:
-    votes, keys = tuple(judge.vote(answer) for answer in answers), judge.keys(golds)
-    return Judged(votes, tuple(judge.accepts(vote, keys) for vote in votes), keys, judge)
+    """golds: y* first, then aliases."""
+    accepted = judge.accepted(golds)
+    votes = tuple(judge.vote(answer, accepted) for answer in answers)
+    return Judged(votes, tuple(vote.counts and accepted.accepts(vote.key) for vote in votes))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def samples_of(
                 "are damaged, or --bf16 is too coarse for them"
             )
         example, answer = examples[r.prompt_slot], answer_of(r.answer_ids, tokenizer)
+        golds = golds_of(example, tokenizer)
         samples.append(
             Sample(
                 prompt=r.prompt_slot,
@@ -88,9 +89,9 @@ def samples_of(
                 answer=answer.text,
                 answer_ids=r.answer_ids,
                 ended=answer.ended,
-                golds=golds_of(example),
+                golds=golds,
                 log_w=r.log_w,
-                matched=judge.is_right(answer, golds_of(example)),
+                matched=judge.is_right(answer, golds),
             )
         )
     return samples

@@ -23,8 +23,9 @@ from megatron_jq.checkpoint.slabs import Cut
 from megatron_jq.checkpoint.store import Found, find_checkpoint
 from megatron_jq.config import Config, settings_of_text
 from megatron_jq.data.faults import summary_of
-from megatron_jq.data.prompts import longest_joint, select_fitting
+from megatron_jq.data.prompts import Placed, longest_joint, select_fitting
 from megatron_jq.data.reading import encode_reading, heldout_source, read_source
+from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.parallel.runtime import Runtime, together
@@ -142,7 +143,7 @@ def tokenizer_of(config: Config, found: Found, architecture: Architecture) -> To
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The examples to evaluate on. warning: what was left out of them, or nothing."""
+    """The examples to evaluate on. warning: what was left out, and which golds the tokenizer changes; or nothing."""
 
     source: str
     data_format: str
@@ -174,6 +175,7 @@ def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, archite
         answer_budget=answer_budget,
         overlong=d.overlong_prompts,
     )
-    left_out = [told for told in (summary_of(encoded.bad), str(fitting.overlong)) if told]
+    changed = describe_changed(tuple(map(Placed, fitting.examples, fitting.where)), tokenizer)
+    left_out = [told for told in (summary_of(encoded.bad), str(fitting.overlong), changed) if told]
     warning = f"warning: {reading.named}: {'; '.join(left_out)}" if left_out else ""
     return HeldOut(source, reading.data_format, fitting.examples, answer_budget, warning)

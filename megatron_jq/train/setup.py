@@ -18,6 +18,7 @@ from megatron_jq.data.pair import Pair
 from megatron_jq.data.prepared import is_prepared
 from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_joint, select_fitting
 from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
+from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.show import described
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
@@ -152,6 +153,8 @@ def prepare_data(
         for one, made in zip(sources, encoded, strict=True):
             if made.bad:
                 print(f"warning: {one.named}: {summary_of(made.bad)}", flush=True)
+            if changed := describe_changed(made.placed, tokenizer):
+                print(f"warning: {one.named}: {changed}", flush=True)
     data, overlong = together(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
     if runtime is None or runtime.is_main:
         for one, report in zip(sources, overlong, strict=True):

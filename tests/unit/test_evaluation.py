@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_jq.errors import UserError
@@ -82,6 +82,51 @@ def test_the_figures_of_a_prompt_are_those_of_all_its_subsets_and_votes(texts, g
         subsets = list(itertools.combinations(folded, k))
         assert judged.value(Metric("pass", k)) == pytest.approx(sum(gold in some for some in subsets) / len(subsets))
         assert judged.value(Metric("maj", k)) == brute_force_majority(folded, gold.__eq__, k)
+
+
+#: (rule, gold answers, answers that the judge holds equal to them, answers that it holds equal to another)
+SAME = (
+    (
+        "number",
+        ("18",),
+        ("18", "$18", "18 apples", "18.0", "**18**", "\\boxed{18}", "18 dollars"),
+        ("20", "20.0", "$20"),
+    ),
+    ("number", ("5 kg",), ("5", "5 kg", "5 kilograms", "**5.0 kg**"), ("7", "7 kg", "7.0 kg")),
+    ("number", ("yes",), ("yes", "Yes.", "**YES**"), ("20", "$20")),
+    (
+        "squad",
+        ("Kennedy", "John F. Kennedy", "JFK"),
+        ("kennedy", "the John F Kennedy", "JFK!"),
+        ("Nixon", "the nixon!"),
+    ),
+    ("none", ("red", "RED"), ("red", "RED", " red"), ("blue", "blue ")),
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "golds", "same", "other"), SAME, ids=[f"{rule} {golds[0]}" for rule, golds, *_ in SAME]
+)
+@pytest.mark.parametrize("match", ("exact", "substring"))
+@given(data=st.data())
+@settings(max_examples=25)
+def test_answers_that_the_judge_holds_equal_are_one_vote(rule, golds, same, other, match, data):
+    texts = data.draw(st.lists(st.sampled_from((*same, *other)), min_size=1, max_size=9))
+    judged = judge_prompt([Answer(text, True) for text in texts], golds, Judge(match, rule))
+    is_right = [text in same for text in texts]
+    assert list(judged.right) == is_right
+    for k in range(1, len(texts) + 1):
+        # two classes, right and wrong: a tie is the first answer's
+        votes = sum(is_right[:k])
+        expected = votes * 2 > k or (votes * 2 == k and is_right[0])
+        assert judged.value(Metric("maj", k)) == expected, texts
+
+
+def test_five_ways_to_say_it_win_over_one():
+    judged = judge_prompt(
+        [Answer(t, True) for t in ("20", "20", "$18", "18 apples", "18")], ["18"], Judge("exact", "number")
+    )
+    assert (judged.value(Metric("pass", 1)), judged.value(Metric("maj", 5))) == (0.6, 1)
 
 
 def test_an_unfinished_answer_votes_for_itself_under_exact_match():
