@@ -99,20 +99,23 @@ class RolloutConfig:
 class DataConfig:
     """Prompts and gold answers, and their tokens."""
 
-    train_data: str = "builtin:recall"  # builtin:KIND, a file of JSON records, a prepared folder, or hub:NAME
+    train_data: str = "builtin:recall"  # builtin:KIND, a file (JSON, .gz, parquet), a prepared folder, hub:NAME
     eval_data: str | None = None  # the same, held out
-    data_format: Literal["auto", "jsonl", "gsm8k", "finqa", "hotpotqa", "musique"] = "auto"  # auto: by the fields
+    data_format: Literal["auto", "jsonl", "gsm8k", "finqa", "hotpotqa", "musique", "messages", "verl"] = (
+        "auto"  # auto: by the fields
+    )
     prompt_field: str = "prompt"  # of a JSON-lines file
     answer_field: str = "answer"  # of a JSON-lines file; a list is the gold answer and others that count as right
     id_field: str | None = None  # of a JSON-lines file: refuse records whose value stood there before
-    rationale_field: str | None = None  # given rationales for sft; None: GSM8K's worked solution
-    finqa_answer: Literal["exe_ans", "answer"] = "exe_ans"  # FinQA's gold: the program's result, or as annotated
+    rationale_field: str | None = None  # given rationales for sft; None: GSM8K's solution, a message's <think>
+    # FinQA's gold: the program's result (on the hub: final_result), or as annotated
+    finqa_answer: Literal["exe_ans", "answer", "final_result"] = "exe_ans"
     bad_records: Literal["error", "drop"] = "error"  # records without answer, of another form, …: refuse or leave out
     prompt_style: Literal["plain", "cold", "warm"] = "plain"  # cold: the input alone; warm: task, format, chat template
     prompt_template: str | None = None  # TOML file with the words of cold and warm; None: the data set's own
     show_example: int | None = None  # print training example N (from 0) as the model sees it, and end
     train_examples: int = 1024  # examples that a builtin task makes for training
-    eval_examples: int = 64  # held-out examples to evaluate on
+    eval_examples: int = 64  # held-out examples to evaluate on, the first ones; 0: all. `evaluate`: all
     max_prompt_tokens: int | None = None  # longer prompts are overlong; None: what the context leaves
     overlong_prompts: Literal["error", "drop"] = "error"  # what to do with prompts that do not fit
     data_path: str | None = None  # for pretrain: PREFIX of .bin and .idx files, or "WEIGHT PREFIX WEIGHT PREFIX …"

@@ -35,7 +35,7 @@ TRAIN, VALID, TEST = range(3)
 @dataclass(frozen=True)
 class CorpusOptions:
     """data_path, split, seq_length: as the flags. cache: folder of the sample indices, which every rank can read.
-    train_rows: what the run will read. heldout_rows: at most so many rows of the validation split.
+    train_rows: what the run will read. heldout_rows: at most so many rows of the validation split; 0: all of them.
     """
 
     data_path: str
@@ -49,11 +49,12 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class Corpus:
-    """fingerprint: equal where the same rows come in the same order."""
+    """fingerprint: equal where the same rows come in the same order. heldout_total: rows of the validation split."""
 
     train: "Rows"
     heldout: "Rows | tuple[()]"
     fingerprint: str
+    heldout_total: int
 
 
 class Rows(Sequence[Example]):
@@ -85,6 +86,7 @@ class _Plan:
     config: GPTDatasetConfig
     tokens: tuple[int, ...]
     heldout_rows: int
+    heldout_total: int
     key: str
 
 
@@ -114,7 +116,7 @@ def open_corpus(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int, r
     built = together(runtime, lambda: _read_indices(options, plan, keys[0]))
     heldout = Rows(built[VALID], plan.heldout_rows, vocab_size, options.data_path) if plan.heldout_rows else ()
     train = Rows(built[TRAIN], options.train_rows, vocab_size, options.data_path)
-    return Corpus(train, heldout, _fingerprint(options, plan, built[TRAIN]))
+    return Corpus(train, heldout, _fingerprint(options, plan, built[TRAIN]), plan.heldout_total)
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -196,7 +198,8 @@ def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Pla
                 f"row of {options.seq_length + 1} (--seq-length, and the first one); lower it or give more text"
             )
     rows = [max(0, tokens - 1) // options.seq_length for tokens in heldout]
-    heldout_rows = min(options.heldout_rows, sum(rows)) if all(rows) else 0
+    available = sum(rows) if all(rows) else 0
+    heldout_rows = min(options.heldout_rows or available, available)
     # Files without weights count by their tokens: so a run may read them more than once.
     weights = tuple(float(tokens) if w is None else w for (_, w), tokens in zip(named, train, strict=True))
     config = GPTDatasetConfig(
@@ -212,7 +215,8 @@ def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Pla
         create_attention_mask=False,
     )
     config.split_matrix = [shares[TRAIN], shares[VALID] if heldout_rows else None, None]
-    return _Plan(files, weights, config, tuple(train), heldout_rows, _key(options, files, config, heldout_rows))
+    key = _key(options, files, config, heldout_rows)
+    return _Plan(files, weights, config, tuple(train), heldout_rows, available, key)
 
 
 def _key(options: CorpusOptions, files: tuple[IndexedFiles, ...], config: GPTDatasetConfig, heldout_rows: int) -> str:

@@ -9,7 +9,8 @@ from megatron_jq.data.jsonl import as_text, text_field
 from megatron_jq.data.linearise import blocks, table_text
 from megatron_jq.data.pair import Pair
 
-FINQA_ANSWERS = ("exe_ans", "answer")
+#: final_result: the hub's form, which has no exe_ans; the last step's result as its program writes it.
+FINQA_ANSWERS = ("exe_ans", "answer", "final_result")
 
 
 def is_finqa(record: dict) -> bool:
@@ -18,8 +19,9 @@ def is_finqa(record: dict) -> bool:
 
 
 def finqa_pair(where: str, record: dict, gold_field: str = "exe_ans") -> Pair:
-    """Text before, table, text after, question; the gold is the program's result "exe_ans" or the annotator's "answer",
-    as the file writes it. Where the fields of "qa" stand at the top level, as on the hub, they are taken from there.
+    """Text before, table, text after, question; the gold is the program's result "exe_ans" (on the hub
+    "final_result") or the annotator's "answer", as the file writes it. Where the fields of
+    "qa" stand at the top level, as on the hub, they are taken from there.
 
     RecordError: no question, no gold, a ragged table, neither text nor table.
     """
@@ -27,6 +29,9 @@ def finqa_pair(where: str, record: dict, gold_field: str = "exe_ans") -> Pair:
     if not isinstance(qa, dict):
         raise RecordError(where, "no question", "field 'qa' is not an object")
     question = text_field(qa, "question", where)
+    if gold_field not in qa and (others := [name for name in FINQA_ANSWERS if name in qa]):
+        fix = " or ".join(f"--finqa-answer {name}" for name in others)
+        raise RecordError(where, f"no {gold_field}", f"no field {gold_field!r}; the record has another gold: {fix}")
     gold = text_field(qa, gold_field, where, "--finqa-answer").strip()
     before, after = (_sentences(record, field, where) for field in ("pre_text", "post_text"))
     table = table_text(record.get("table", []), where)

@@ -11,13 +11,24 @@ from megatron_jq.data.pair import Pair
 
 
 def is_hotpotqa(record: dict) -> bool:
-    """Whether a parsed record has HotPotQA's form."""
-    return "question" in record and "supporting_facts" in record and isinstance(record.get("context"), list | dict)
+    """Whether a parsed record has HotPotQA's form: that of its context, for some files have no supporting facts."""
+    if "question" not in record:
+        return False
+    context = record.get("context")
+    if "supporting_facts" in record:
+        return isinstance(context, list | dict)
+    if isinstance(context, dict):
+        return isinstance(context.get("title"), list) and isinstance(context.get("sentences"), list)
+    first = context[0] if isinstance(context, list) and context else None
+    return isinstance(first, list) and len(first) == 2 and isinstance(first[0], str) and isinstance(first[1], list)
 
 
 def hotpotqa_pair(where: str, record: dict) -> Pair:
     """Paragraphs as "Title: text", then the question. RecordError: no question, no answer, an empty context."""
     question = text_field(record, "question", where)
+    if record.get("answer") is None:
+        detail = "no field 'answer'; the official test files are published without it: take train or dev"
+        raise RecordError(where, "no answer", detail)
     answer = text_field(record, "answer", where).strip()
     context = passages_text(_paragraphs(record.get("context"), where), where)
     parts = {"context": context, "question": question}

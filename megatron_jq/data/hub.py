@@ -6,10 +6,10 @@ library has no way to run a set's loading script; an older one is refused.
 
 from collections.abc import Iterator
 
+from megatron_jq.data.containers import INSTALL, without_nulls
 from megatron_jq.errors import UserError
 
 HUB_PREFIX = "hub:"
-INSTALL = "pip install megatron-jq[datasets]"
 
 
 def is_hub(source: str) -> bool:
@@ -38,4 +38,4 @@ def read_hub(source: str, default_split: str, *, flag: str = "--train-data") -> 
     if len(rows) == 0:
         raise UserError(f"{flag} {source} is empty; name a split with rows")
     for number, row in enumerate(rows):
-        yield f"{source}[{number}]", dict(row)
+        yield f"{source}[{number}]", without_nulls(dict(row))

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from megatron_jq.data.containers import is_parquet, opened, read_parquet
 from megatron_jq.data.faults import RecordError
 from megatron_jq.data.pair import Pair
 from megatron_jq.errors import UserError
@@ -27,53 +29,75 @@ def pair_of(where: str, record: dict, prompt_field: str, answer_field: str) -> P
     """A value is a non-empty string, or a number, which is taken as its text in the file. A list of answers is the gold
     one and others that count as right. RecordError: a field that is missing, empty or of another kind.
     """
+    if isinstance(lookup(record, prompt_field), list):
+        detail = f"field {prompt_field!r} is a list; write a string, or give --data-format messages for chat messages"
+        raise RecordError(where, f"no {prompt_field}", detail)
+    if prompt_field not in record and isinstance(record.get("conversations"), list):
+        detail = "'conversations' is not read; write it as 'messages', with 'role' and 'content' for 'from' and 'value'"
+        raise RecordError(where, f"no {prompt_field}", detail)
     prompt = text_field(record, prompt_field, where, "--prompt-field")
-    if isinstance(record.get(answer_field), list):
-        gold, *aliases = text_list(record, answer_field, where, "--answer-field")
-        return Pair(prompt, gold, where, distinct_aliases(gold, aliases))
-    return Pair(prompt, text_field(record, answer_field, where, "--answer-field"), where)
+    gold, aliases = answers_of(record, answer_field, where, "--answer-field")
+    return Pair(prompt, gold, where, aliases)
+
+
+def answers_of(record: dict, field: str, where: str, flag: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """(the gold answer, others that count as right) of a field with a text or a list of them. RecordError as above."""
+    if isinstance(lookup(record, field), list):
+        gold, *aliases = text_list(record, field, where, flag)
+        return gold, distinct_aliases(gold, aliases)
+    return text_field(record, field, where, flag), ()
 
 
 def read_records(path: str | Path, *, flag: str = "--train-data") -> Iterator[Record | RecordError]:
-    """The objects of a file in order, faults among them: one object a line, or one JSON list over any lines.
+    """The objects of a file in order, faults among them: one object a line, or one JSON list over any lines, gzipped or
+    not; or the rows of a parquet file.
 
-    UserError: no such file, nothing in it, a list that breaks off.
+    UserError: no such file, nothing in it, a list that breaks off, another container.
     """
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; give a JSON-lines file that can be read") from error
-    found = False
-    with file:
-        try:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-            file.seek(0)
-            records = _list_items(file.read(), path) if start.startswith(b"[") else _lines(file, path)
-            for record in records:
-                found = True
-                yield record
-        except OSError as error:
-            raise UserError(f"{flag} {path}: {error.strerror}; give a JSON-lines file that can be read") from error
-    if not found:
+    if is_parquet(path):
+        yield from read_parquet(path, flag)
+        return
+    empty = True
+    with opened(path, flag) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        records = _list_items(file.read(), path) if start.startswith(b"[") else _lines(file, path)
+        for record in records:
+            empty = False
+            yield record
+    if empty:
         raise UserError(f"{flag} {path} is empty; give a file with one JSON object a line")
+
+
+def lookup(record: dict, field: str) -> Any:
+    """The field's value: of the record, or with dots of objects in it ("reward_model.ground_truth"). None: no such."""
+    if field in record:
+        return record[field]
+    name, dot, rest = field.partition(".")
+    inner = record.get(name) if dot else None
+    return lookup(inner, rest) if isinstance(inner, dict) else None
 
 
 def text_field(record: dict, field: str, where: str, flag: str | None = None) -> str:
     """The field's text. `flag` is the option that names the field, where one does."""
-    if field not in record:
+    value = lookup(record, field)
+    if value is None and field not in record:
         hint = did_you_mean(field, record, f"the line has {', '.join(sorted(record)) or 'no field at all'}")
         named = f" ({flag} names the field)" if flag else ""
         raise RecordError(where, f"no {field}", f"no field {field!r}; {hint}{named}")
-    return as_text(record[field], f"field {field!r}", where, kind=f"no {field}")
+    return as_text(value, f"field {field!r}", where, kind=f"no {field}")
 
 
 def as_text(value: object, what: str, where: str, *, kind: str, empty_allowed: bool = False) -> str:
-    """A string or a number as text. RecordError: of another type, empty, not UTF-8."""
+    """A string or a number as text. RecordError: of another type, empty, not UTF-8, not a finite number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(where, kind, f"{what} is {value}, which is not a number; fill it or remove the record")
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = repr(value)  # from the hub; a file's numbers are NumberText
     if not isinstance(value, str):
         names = {type(None): "null", bool: "a boolean", list: "a list", dict: "an object"}
-        raise RecordError(where, kind, f"{what} is {names.get(type(value), type(value))}; write a string or a number")
+        kind_of = names.get(type(value), type(value).__name__)
+        raise RecordError(where, kind, f"{what} is {kind_of}; write a string or a number")
     if not value.strip() and not empty_allowed:
         raise RecordError(where, kind, f"{what} is empty; fill it or remove the record")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -84,7 +108,7 @@ def as_text(value: object, what: str, where: str, *, kind: str, empty_allowed: b
 
 def text_list(record: dict, field: str, where: str, flag: str | None = None) -> list[str]:
     """The field's list of at least one text. RecordError as for text_field."""
-    values = record.get(field)
+    values = lookup(record, field)
     if not isinstance(values, list) or not values:
         named = f" ({flag} names the field)" if flag else ""
         raise RecordError(where, f"no {field}", f"field {field!r} is not a list with something in it{named}")
@@ -92,8 +116,9 @@ def text_list(record: dict, field: str, where: str, flag: str | None = None) -> 
 
 
 def distinct_aliases(gold: str, aliases: list[str]) -> tuple[str, ...]:
-    """The aliases in order, without blank ones, repetitions and the gold answer itself."""
-    return tuple(dict.fromkeys(alias for alias in aliases if alias.strip() and alias.strip() != gold.strip()))
+    """The aliases in order, without blanks at their ends, blank ones, repetitions and the gold answer itself."""
+    bare = (alias.strip() for alias in aliases)
+    return tuple(dict.fromkeys(alias for alias in bare if alias and alias != gold.strip()))
 
 
 def _lines(file: BinaryIO, path: str | Path) -> Iterator[Record | RecordError]:

@@ -18,8 +18,12 @@ def musique_pair(where: str, record: dict) -> Pair:
     """Paragraphs as "Title: text", then the question. RecordError: as for HotPotQA, and for a question that the set
     itself marks as not answerable.
     """
-    if record.get("answerable") is False:
+    answerable = record.get("answerable", True)
+    if answerable is False:
         raise RecordError(where, "not answerable", "answerable is false; take the answerable set (musique_ans)")
+    if answerable is not True:
+        detail = f"field 'answerable' is {answerable!r}; it must be true or false"
+        raise RecordError(where, "answerable or not", detail)
     question = text_field(record, "question", where)
     answer = text_field(record, "answer", where).strip()
     aliases = record.get("answer_aliases", [])

@@ -52,6 +52,7 @@ class _Usable:
     placed: tuple[Placed, ...]
     too_long: tuple[Placed, ...]
     dropped: tuple[RecordError, ...]
+    notes: tuple[str, ...]
     changed: str  # which golds the tokenizer changes, in a line, or nothing
 
 
@@ -193,7 +194,8 @@ def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Bud
     too_long = tuple(one for one in encoded.placed if one.where not in kept)
     dropped = (*encoded.bad, *fitting.misfits)
     changed = describe_changed(placed, tokenizer)
-    return _Usable(reading.named, _lengths(reading.named, encoded.placed), placed, too_long, dropped, changed)
+    lengths = _lengths(reading.named, encoded.placed)
+    return _Usable(reading.named, lengths, placed, too_long, dropped, encoded.notes, changed)
 
 
 def _lengths(name: str, placed: Sequence[Placed]) -> Lengths:
@@ -299,5 +301,5 @@ def _losses(sources: Sequence[_Usable]) -> list[str]:
     for one in sources:
         kinds = Counter(fault.kind for fault in one.dropped)
         counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())) or "none"
-        lines.append(f"- {one.named}: {counted}")
+        lines += [f"- {one.named}: {counted}", *(f"- {one.named}: {note}" for note in one.notes)]
     return [*lines, "", "dropped.jsonl names each by file and line, with its reason."]

@@ -49,9 +49,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """One split that was read and checked. tokenizer: its fingerprint."""
+    """One split that was read and checked. total: its examples, of which `placed` may be the first ones. tokenizer: its
+    fingerprint.
+    """
 
     placed: tuple[Placed, ...]
+    total: int
     data_format: str
     prompt_style: str
     tokenizer_type: str
@@ -146,7 +149,8 @@ def read_prepared(source: str, split: str, *, count: int | None = None, flag: st
     placed = tuple(_placed(index, json.loads(line)) for index, line in enumerate(lines[:count]))
     kind = manifest.tokenizer_type
     path = tokenizer_path(folder, kind)
-    return PreparedSplit(placed, manifest.data_format, manifest.prompt_style, kind, path, manifest.tokenizer)
+    style, tokenizer = manifest.prompt_style, manifest.tokenizer
+    return PreparedSplit(placed, len(lines), manifest.data_format, style, kind, path, tokenizer)
 
 
 def _placed(index: int, row: dict) -> Placed:

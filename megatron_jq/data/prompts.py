@@ -63,7 +63,10 @@ class PromptWriter:
     def __init__(self, style: PromptStyle, tokenizer: Tokenizer):
         """UserError: the style wants a chat template and the tokenizer has none that can be used."""
         self.style, self.tokenizer = style, tokenizer
-        self._frame = tokenizer.chat_frame(system=bool(style.system)) if style.chat else ([], [])
+        # With a system message and without: a record of a chat file may have none.
+        self._frames: dict[bool, Sequence[list[int]]] = {} if style.chat else {False: ([], [])}
+        if style.chat and not style.system:
+            self._frame(system=False)
         self._after_open = tokenizer.encode(style.after_open) if style.after_open else []
         self._joint_ids = tuple(tokenizer.encode(style.after_close) if style.after_close else [])
 
@@ -72,7 +75,8 @@ class PromptWriter:
         cannot read.
         """
         text = self.style.fill(pair)
-        messages = [self.style.fill_system(pair), text] if self.style.system else [text]
+        system = self.style.fill_system(pair) if self.style.system else ""
+        messages, frame = [system, text] if system else [text], self._frame(system=bool(system))
         encode = self.tokenizer.encode
         try:
             contents = [encode(message) for message in messages]
@@ -82,12 +86,17 @@ class PromptWriter:
             raise RecordError(pair.where, "not in the tokenizer", str(error)) from error
         if not gold:
             raise RecordError(pair.where, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
-        prompt_ids = list(self._frame[0])
-        for content, following in zip(contents, self._frame[1:], strict=True):
+        prompt_ids = list(frame[0])
+        for content, following in zip(contents, frame[1:], strict=True):
             prompt_ids += [*content, *following]
         prompt_ids += [self.tokenizer.think_open_id, *self._after_open]
         answer_ids = (*gold, self.tokenizer.eos_id)
         return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases, self._joint_ids, given)
+
+    def _frame(self, *, system: bool) -> Sequence[list[int]]:
+        if system not in self._frames:
+            self._frames[system] = self.tokenizer.chat_frame(system=system)
+        return self._frames[system]
 
 
 def encode_pairs(pairs: Sequence[Pair], writer: PromptWriter, bad: BadRecords) -> list[Placed]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_jq.config import Config
 from megatron_jq.data.dataset import ReadOptions, Source, is_builtin, load_source
-from megatron_jq.data.faults import BadRecords, RecordError
+from megatron_jq.data.faults import BadRecords, RecordError, summary_of
 from megatron_jq.data.prepared import PreparedSplit, has_split, is_prepared, read_prepared
 from megatron_jq.data.prompts import Placed, PromptWriter, encode_pairs
 from megatron_jq.data.template import template_of
@@ -25,14 +25,31 @@ class Reading:
         """The one that was found in the records, or that a prepared set was made of."""
         return (self.source or self.prepared).data_format
 
+    @property
+    def taken(self) -> int:
+        """Good examples that were asked for of it."""
+        return len(self.source.pairs if self.source is not None else self.prepared.placed)
+
+    @property
+    def total(self) -> int:
+        """Good examples of the source, of which the first ones may have been asked for."""
+        return (self.source or self.prepared).total
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """A source's examples, and the records that gave none."""
+    """A source's examples, and the records that gave none. total: see Reading. notes: what else is to be said of it."""
 
     placed: tuple[Placed, ...]
     bad: tuple[RecordError, ...]
     data_format: str
+    total: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines for the user: what was left out, and what was changed."""
+        return [line for line in (summary_of(self.bad), *self.notes) if line]
 
 
 def heldout_source(config: Config) -> str | None:
@@ -43,7 +60,10 @@ def heldout_source(config: Config) -> str | None:
 
 
 def read_source(config: Config, source: str, split: str, flag: str, *, count: int | None = None) -> Reading:
-    """split: "train", "heldout" or "test". UserError: see load_source and read_prepared."""
+    """split: "train", "heldout" or "test". count: how many of it; None and 0 are all. UserError: see load_source and
+    read_prepared.
+    """
+    count = count or None
     d, named = config.data, f"{flag} {source}"
     imitated = split == "train" and config.objective.estimator == "sft"
     if is_prepared(source):
@@ -81,10 +101,15 @@ def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> En
             raise UserError(
                 f"{reading.named} was prepared with another tokenizer; use its own, --tokenizer-model {own}"
             )
-        return Encoded(reading.prepared.placed, (), reading.data_format)
+        return Encoded(reading.prepared.placed, (), reading.data_format, reading.total)
     d, source = config.data, reading.source
     style = template_of(source.data_format, d.prompt_template).style(d.prompt_style)
     bad = BadRecords(d.bad_records)
     placed = encode_pairs(source.pairs, PromptWriter(style, tokenizer), bad)
     bad.settle(reading.named, len(placed))
-    return Encoded(tuple(placed), (*source.bad, *bad.faults), reading.data_format)
+    return Encoded(tuple(placed), (*source.bad, *bad.faults), reading.data_format, reading.total, source.notes)
+
+
+def number_of(number: int, total: int) -> str:
+    """ "64 of 1,319" where the first of more examples were taken, and "64" where that is all."""
+    return f"{number} of {total:,}" if total > number else str(number)

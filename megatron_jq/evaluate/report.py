@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_jq.data.reading import number_of
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.judging import (
     Figure,
@@ -72,6 +73,7 @@ def results_of(
 def table(results: Results) -> str:
     """For a terminal."""
     header, judge = results.evaluation, results.judge
+    prompts = number_of(header.num_prompts, header.num_available or 0)
     rule = "as it is" if judge.rule == "none" else f"normalised by rule {judge.rule}"
     rows = [
         *results.metrics.items(),
@@ -85,7 +87,7 @@ def table(results: Results) -> str:
     return "\n".join(
         [
             f"{header.source}, step {header.checkpoint_step}",
-            f"{header.data_source}: {header.num_prompts} prompts x {header.num_samples} samples, "
+            f"{header.data_source}: {prompts} prompts x {header.num_samples} samples, "
             f"temperature {header.temperature:g}",
             f"{judge.match} match, text {rule}",
             f"{'':18} {'mean':>10}   {percent}",

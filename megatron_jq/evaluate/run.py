@@ -109,6 +109,7 @@ def _subject(order: Order, found: Found, settle: Callable[[Config], Config], run
         answer_budget=heldout.answer_budget,
         match=t.match,
         rule=rule_of(t.normalise, heldout.data_format),
+        num_available=heldout.total,
     )
     return Subject(config, architecture, tokenizer, heldout, header)
 

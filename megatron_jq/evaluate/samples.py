@@ -37,6 +37,7 @@ class Header:
     match: str
     rule: str
     format: int = _FORMAT
+    num_available: int | None = None  # good examples of the source; None: not written down
 
     @property
     def judge(self) -> Judge:
@@ -44,7 +45,7 @@ class Header:
 
     def differences(self, other: "Header") -> list[str]:
         """Names of the fields that make another evaluation of it."""
-        named = (f.name for f in fields(self) if f.name not in ("source", "data_source"))
+        named = (f.name for f in fields(self) if f.name not in ("source", "data_source", "num_available"))
         return [name for name in named if getattr(self, name) != getattr(other, name)]
 
 

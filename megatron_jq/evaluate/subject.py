@@ -22,9 +22,9 @@ from megatron_jq.checkpoint.huggingface import CONFIG as HF_CONFIG
 from megatron_jq.checkpoint.slabs import Cut
 from megatron_jq.checkpoint.store import Found, find_checkpoint
 from megatron_jq.config import Config, settings_of_text
-from megatron_jq.data.faults import summary_of
+from megatron_jq.data.dataset import is_builtin
 from megatron_jq.data.prompts import Placed, longest_joint, select_fitting
-from megatron_jq.data.reading import encode_reading, heldout_source, read_source
+from megatron_jq.data.reading import Reading, encode_reading, heldout_source, number_of, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
@@ -43,7 +43,11 @@ def at_first_sight(load: Path | None, hf: Path | None) -> tuple[Config, Architec
     UserError where there is none.
     """
     if hf is not None:
-        return Config(training=replace(Config().training, **_SAMPLING)), read_hugging_face_config(hf / HF_CONFIG)
+        default = Config()
+        settings = replace(
+            default, data=replace(default.data, eval_examples=0), training=replace(default.training, **_SAMPLING)
+        )
+        return settings, read_hugging_face_config(hf / HF_CONFIG)
     damage = []
     for folder in candidates(load):
         try:
@@ -92,8 +96,8 @@ def _settings_of_run(found: Found) -> Config | None:
 def settings_of(found: Found) -> Config:
     """The checkpoint's own settings as far as an evaluation has them: data, budgets, sampling, seed.
 
-    The layout is the job's. The tokenizer is the checkpoint's. Samples are 16 a prompt, at the run's evaluation
-    temperature, or that of its rollouts where the run evaluated greedily.
+    The layout is the job's, the tokenizer the checkpoint's, and the held-out data all there is. Samples are 16 a
+    prompt, at the run's evaluation temperature, or that of its rollouts where the run evaluated greedily.
     """
     manifest, default = found.manifest, Config()
     saved = _settings_of_run(found) or default
@@ -103,7 +107,13 @@ def settings_of(found: Found) -> Config:
         model=replace(default.model, bf16=manifest.bf16),
         objective=saved.objective,
         rollout=saved.rollout,
-        data=replace(saved.data, tokenizer_model=None, tokenizer_type="sentencepiece", tokenizer_vocab_size=None),
+        data=replace(
+            saved.data,
+            eval_examples=0,
+            tokenizer_model=None,
+            tokenizer_type="sentencepiece",
+            tokenizer_vocab_size=None,
+        ),
         training=replace(
             default.training,
             seed=t.seed,
@@ -143,11 +153,14 @@ def tokenizer_of(config: Config, found: Found, architecture: Architecture) -> To
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The examples to evaluate on. warning: what was left out, and which golds the tokenizer changes; or nothing."""
+    """The examples to evaluate on. total: good examples of the source. warning: what was left out, and which golds the
+    tokenizer changes; or nothing.
+    """
 
     source: str
     data_format: str
     examples: tuple[Example, ...]
+    total: int
     answer_budget: int
     warning: str
 
@@ -159,7 +172,10 @@ def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, archite
     source = d.eval_data if _settings_of_run(found) is None else heldout_source(config)
     if source is None:
         raise UserError("--eval-data is missing: name the prompts and answers to evaluate on")
-    reading = read_source(config, source, "heldout", "--eval-data", count=d.eval_examples)
+    count = d.eval_examples
+    if is_builtin(source):  # it has no end: as many as the run's own evaluation had
+        count = count or (_settings_of_run(found) or Config()).data.eval_examples
+    reading = read_source(config, source, "heldout", "--eval-data", count=count)
     encoded = encode_reading(config, reading, tokenizer)
     answer_budget = r.answer_budget or max(len(one.example.answer_ids) for one in encoded.placed)
     context = architecture.max_position_embeddings
@@ -176,6 +192,12 @@ def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, archite
         overlong=d.overlong_prompts,
     )
     changed = describe_changed(tuple(map(Placed, fitting.examples, fitting.where)), tokenizer)
-    left_out = [told for told in (summary_of(encoded.bad), str(fitting.overlong), changed) if told]
+    left_out = [told for told in (*encoded.remarks, str(fitting.overlong), changed, _first_ones(reading)) if told]
     warning = f"warning: {reading.named}: {'; '.join(left_out)}" if left_out else ""
-    return HeldOut(source, reading.data_format, fitting.examples, answer_budget, warning)
+    return HeldOut(source, reading.data_format, fitting.examples, reading.total, answer_budget, warning)
+
+
+def _first_ones(reading: Reading) -> str:
+    if reading.total == reading.taken:
+        return ""
+    return f"the first {number_of(reading.taken, reading.total)} examples are evaluated; --eval-examples 0 takes all"

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_jq.config import Config, TrainingConfig
+from megatron_jq.data.reading import number_of
 from megatron_jq.errors import RunFailure
 from megatron_jq.files import reason, sync
 from megatron_jq.model.build import BuildOptions, kernels
@@ -221,7 +222,7 @@ def opening_line(
         batch = f"{r.prompts_per_step} {of} a step"
     parts = [
         f"{o.estimator} q={o.q:g}" if estimator.uses_q else o.estimator,
-        f"{len(data.train)} training and {len(data.heldout)} held-out examples{dropped}",
+        f"{len(data.train)} training and {number_of(len(data.heldout), data.heldout_total)} held-out examples{dropped}",
         batch,
         f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()}{expert} on {runtime.device.type}, "
         f"{kernels(options, runtime)}",

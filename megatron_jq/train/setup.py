@@ -13,7 +13,6 @@ from megatron_jq.config import Config, DataConfig, to_toml
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
-from megatron_jq.data.faults import summary_of
 from megatron_jq.data.pair import Pair
 from megatron_jq.data.prepared import is_prepared
 from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_joint, select_fitting
@@ -44,6 +43,7 @@ class DataSets:
     tokenizer_path: Path
     heldout_format: str
     train_where: tuple[str, ...] = ()  # "file:line" of each training example
+    heldout_total: int = 0  # good examples of the held-out source, of which --eval-examples takes the first ones
     corpus: Corpus | None = None  # of pretraining, whose rows stand above
 
     @property
@@ -151,10 +151,9 @@ def prepare_data(
     encoded = together(runtime, lambda: [encode_reading(config, one, tokenizer) for one in sources])
     if runtime is None or runtime.is_main:
         for one, made in zip(sources, encoded, strict=True):
-            if made.bad:
-                print(f"warning: {one.named}: {summary_of(made.bad)}", flush=True)
-            if changed := describe_changed(made.placed, tokenizer):
-                print(f"warning: {one.named}: {changed}", flush=True)
+            changed = describe_changed(made.placed, tokenizer)
+            for remark in (*made.remarks, *([changed] if changed else [])):
+                print(f"warning: {one.named}: {remark}", flush=True)
     data, overlong = together(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
     if runtime is None or runtime.is_main:
         for one, report in zip(sources, overlong, strict=True):
@@ -197,7 +196,7 @@ def _prepare_corpus(
             f"--eval-interval: --split {d.split} leaves no row of {options.seq_length + 1} tokens of --data-path to "
             "validate on; give validation a larger share, or leave --eval-interval out"
         )
-    return DataSets(tokenizer, corpus.train, corpus.heldout, 0, 1, path, "corpus", corpus=corpus)
+    return DataSets(tokenizer, corpus.train, corpus.heldout, 0, 1, path, "corpus", (), corpus.heldout_total, corpus)
 
 
 def show_example(config: Config) -> int:
@@ -311,5 +310,6 @@ def _fitted(
         tokenizer_path,
         encoded[-1].data_format,
         train.where,
+        encoded[1].total if heldout else 0,
     )
     return data, overlong

@@ -86,7 +86,7 @@ def test_each_data_set_trains_in_each_style(name, style, estimator, folder, tmp_
     scored = ["--score-with", "rollout", "--score-check-interval", "1"]
     (ended,) = run([*argv, *scored, "--estimator", estimator, "--train-iters", "2"], tmp_path)
     assert ended.code == 0, ended
-    assert "5 training and 4 held-out examples" in ended.out
+    assert "5 training and 4 of 5 held-out examples" in ended.out
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and metrics[1]["eval_exact_match"] is not None
     assert all(row["log_w_mismatch_max"] < 1e-3 for row in metrics)
@@ -135,7 +135,7 @@ def test_a_run_trains_on_a_prepared_set_with_its_tokenizer_and_evaluates_on_its_
     argv = [*SMALL, "--run-dir", str(tmp_path / "run"), "--train-data", str(prepared), "--eval-interval", "2"]
     ended = run([*argv, "--tensor-model-parallel-size", str(size)], tmp_path, size=size)
     assert [end.code for end in ended] == [0] * size, ended
-    assert "30 training and 4 held-out examples" in ended[0].out
+    assert "30 training and 4 of 10 held-out examples" in ended[0].out
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[1]["eval_exact_match"] is not None and len(metrics) == 3
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("iter_*")

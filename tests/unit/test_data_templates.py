@@ -9,7 +9,8 @@ import transformers
 
 from megatron_jq.data import template as templates
 from megatron_jq.data.chat import chat_frame
-from megatron_jq.data.dataset import DATA_FORMATS, train_tokenizer
+from megatron_jq.data.converting import DATA_FORMATS
+from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.faults import BadRecords
 from megatron_jq.data.pair import Pair
 from megatron_jq.data.prompts import PromptWriter, encode_pairs
@@ -24,6 +25,7 @@ CHAT = (
 )
 PARTS = {"pre_text": "before", "table": "a | b", "post_text": "after", "context": "C", "question": "Q?"}
 PAIR = Pair("C\n\nQ?", "42", "data.json:1", parts=tuple(PARTS.items()))
+CHAT_PAIR = Pair("S\n\nQ?", "42", "data.json:1", parts=(("system", "S"), ("user", "Q?")))
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,16 @@ def shown(tokenizer, ids) -> str:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_template_of_the_package_is_valid_and_cold_holds_the_input_alone(path):
-    template = read_template(path)
+    template, is_chat = read_template(path), path.stem in ("messages", "verl")
+    pair = CHAT_PAIR if is_chat else PAIR
     assert path.stem in DATA_FORMATS
-    assert template.cold.fill(PAIR) == PAIR.prompt
+    assert template.cold.fill(pair) == pair.prompt
     assert not template.cold.chat and template.cold.after_open == template.cold.after_close == ""
-    assert "Q?" in template.warm.fill(PAIR) and len(template.warm.fill(PAIR)) > len(PAIR.prompt) + 20
     assert template.warm.chat
+    if is_chat:  # the file's own messages, and no word of ours
+        assert (template.warm.fill_system(pair), template.warm.fill(pair)) == ("S", "Q?")
+    else:
+        assert "Q?" in template.warm.fill(pair) and len(template.warm.fill(pair)) > len(pair.prompt) + 20
 
 
 @pytest.mark.parametrize(
