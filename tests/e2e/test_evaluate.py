@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.checkpoint.folder import read_manifest
+from megatron_jq.checkpoint.store import Found
 from megatron_jq.evaluate import loop
 from megatron_jq.evaluate.samples import Sample, SampleFile, read_samples
+from megatron_jq.evaluate.subject import settings_of
 from tests.e2e.launch import run
 
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
@@ -102,6 +104,18 @@ def test_other_samples_agree_with_the_log_within_their_error(trained, tmp_path):
     assert pass_1["low"] <= pass_1["value"] <= pass_1["high"]
     assert results["log_p_mean"]["value"] < 0 and 0 < results["rationale_tokens_mean"]["value"] <= 4
     assert "pass@16" in out and "maj@16" in out and f"{pass_1['value']:.4f}" in out
+
+
+def test_an_evaluation_of_some_of_the_data_says_so_and_by_default_it_takes_all(trained, alone, tmp_path):
+    [checkpoint, *_] = (trained / "checkpoints").glob("iter_*")
+    manifest = read_manifest(checkpoint)
+    assert "eval_examples = 64" in manifest.config and settings_of(Found(checkpoint, manifest)).data.eval_examples == 0
+    assert json.loads((alone / "evaluation.json").read_text())["evaluation"]["num_available"] == NUM_PROMPTS
+    few = ["--eval-examples", "5", "--eval-samples", "1"]
+    out, results = evaluate(tmp_path, "--load", str(trained / "checkpoints"), *few)
+    assert "the first 5 of 12 examples are evaluated; --eval-examples 0 takes all" in out
+    assert f"test.jsonl: 5 of {NUM_PROMPTS} prompts x 1 samples" in out
+    assert (results["evaluation"]["num_prompts"], results["evaluation"]["num_available"]) == (5, NUM_PROMPTS)
 
 
 def test_checkpoints_carry_the_majority_vote_that_keep_best_goes_by(trained):
@@ -239,7 +253,7 @@ def test_a_hugging_face_folder_is_evaluated_as_the_checkpoint_it_came_from(train
 BAD = {
     "k above n": ("--metrics pass@5", r"--metrics pass@5: K must lie between 1 and the 4 sample\(s\)"),
     "unknown metric": ("--metrics bleu@4", "--metrics 'bleu@4' is not known"),
-    "no items": ("--eval-examples 0", "--eval-examples must be at least 1, not 0"),
+    "no items": ("--eval-examples -1", "--eval-examples must be at least 0, not -1"),
     "empty file": ("--eval-data {here}/empty.jsonl", "--eval-data .*empty.jsonl is empty"),
     "no file": ("--eval-data nowhere.jsonl", "--eval-data nowhere.jsonl: No such file"),
     "greedy repeats": ("--eval-temperature 0", "--eval-samples above 1 needs --eval-temperature above 0"),

@@ -5,9 +5,11 @@ import os
 
 import pytest
 
+from megatron_jq.config import parse_args
 from megatron_jq.data.dataset import ReadOptions, load_source
 from megatron_jq.data.gsm8k import gold_answer
 from megatron_jq.data.pair import Pair
+from megatron_jq.data.reading import number_of, read_source
 from megatron_jq.errors import UserError
 from tests.unit.pairs import load_pairs
 
@@ -147,6 +149,16 @@ def test_count_takes_the_first_rows_and_must_be_positive(tmp_path):
     assert len(load_pairs(str(path), count=9)) == 5
     with pytest.raises(UserError, match="was asked for 0 examples"):
         load_pairs(str(path), count=0)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(2, 2), (0, 5), (9, 5)])
+def test_a_source_knows_of_how_many_the_first_ones_were_taken(tmp_path, count, taken):
+    path = write(tmp_path, GOOD * 5 + b"{}\n")
+    config = parse_args(["--bad-records", "drop"])
+    reading = read_source(config, str(path), "heldout", "--eval-data", count=count)
+    assert (reading.taken, reading.total) == (taken, 5)
+    assert number_of(reading.taken, reading.total) == ("2 of 5" if taken == 2 else "5")
+    assert number_of(64, 1319) == "64 of 1,319"
 
 
 def test_an_unknown_format_is_refused_with_the_nearest_name(tmp_path):
