@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_jq.architecture import Architecture, RopeScaling, read_hugging_face_config
+from megatron_jq.checkpoint import contents
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import TOKENIZER, DamagedCheckpoint, Manifest
 from megatron_jq.checkpoint.huggingface import (
@@ -66,7 +67,7 @@ def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
             return Shard(key, shapes[key], box.offset, box.shape, dtype, data)
 
         write_shards([shard(box) for box in boxes], partial)
-        folders.carry_tokenizer(source, partial)
+        contents.carry_tokenizer(source, partial)
         manifest = Manifest(
             step=0,
             architecture=asdict(architecture),

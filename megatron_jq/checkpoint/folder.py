@@ -8,32 +8,25 @@
 A folder gets its name when it is whole, so a reader never meets half of one; checksums are for what happens later.
 """
 
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_jq import __version__
+from megatron_jq.checkpoint import contents
+from megatron_jq.checkpoint.contents import DamagedCheckpoint, checksums, file_names, verify
+from megatron_jq.checkpoint.lineage import descends, latest, same_run
 from megatron_jq.errors import UserError
-from megatron_jq.files import inside, sync, write_synced
+from megatron_jq.files import reason, sync, write_synced
 
-TRACKER, MANIFEST, TOKENIZER = "latest_checkpointed_iteration.txt", "checkpoint.json", "tokenizer"
-#: What a tokenizer's folder may hold: the rest of such a folder (often a whole model) is not carried along.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
-)  # fmt: skip
+TRACKER, MANIFEST, TOKENIZER = "latest_checkpointed_iteration.txt", contents.MANIFEST, contents.TOKENIZER
 _FORMAT = 1
 _ITERATION = re.compile(r"iter_(\d{7,})")
-
-
-class DamagedCheckpoint(UserError):
-    """A folder does not hold what it promises; the text names the file or the tensor."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,11 @@ class Manifest:
     metrics: dict[str, float | None] | None = None  # of the last step
     metrics_bytes: int | None = None  # length of metrics.jsonl behind that step
     data: str | None = None  # fingerprint of the tokenised training set
+    tokenizer: str | None = None  # its fingerprint
+    answer_budget: int | None = None  # tokens that a sampled answer may take
+    run: dict[str, str] | None = None  # "id" and "directory" (ownership.py); None: no run, or one older than ids
+    branches: list[list] | None = None  # lineage.py
+    written: float | None = None  # seconds since 1970
     versions: dict[str, str] | None = None  # packages that wrote it
     source: dict[str, Any] | None = None  # of a conversion: what it was made from
     by_time: bool = False  # saved because --save-interval-minutes had passed, and for no other reason
@@ -89,7 +87,7 @@ def commit(partial: Path, manifest: Manifest, files: Mapping[str, dict[str, Any]
     Order: data on disk, manifest, rename, tracker. Another checkpoint of the same step makes way only then.
     """
     known = dict(files or {})
-    rest = [name for name in _names(partial) if name not in known]
+    rest = [name for name in file_names(partial) if name not in known]
     for name in rest:
         sync(partial / name)
     manifest = replace(manifest, files={**known, **checksums(partial, rest)})
@@ -107,41 +105,6 @@ def commit(partial: Path, manifest: Manifest, files: Mapping[str, dict[str, Any]
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def carry_tokenizer(source: Path, partial: Path) -> None:
-    """Copy a tokenizer's file, or those of its folder that are a tokenizer's, into a checkpoint that is written."""
-    target = partial / TOKENIZER
-    target.mkdir(exist_ok=True)
-    for path in [source] if source.is_file() else [source / name for name in TOKENIZER_FILES]:
-        if path.is_file():
-            shutil.copyfile(path, target / ("tokenizer.model" if path == source else path.name))
-
-
-def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """name → {"bytes", "sha256"} of files in a folder."""
-    found = {}
-    for name in names:
-        with open(inside(folder, name, folder / MANIFEST, DamagedCheckpoint), "rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-            found[name] = {"bytes": file.tell(), "sha256": digest.hexdigest()}
-    return found
-
-
-def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """DamagedCheckpoint for the first of these files that is not what was written."""
-    for name in names:
-        promised, path = manifest.files[name], inside(folder, name, folder / MANIFEST, DamagedCheckpoint)
-        try:
-            size = path.stat().st_size
-            if size != promised["bytes"]:
-                raise DamagedCheckpoint(f"{path} has {size} bytes instead of {promised['bytes']}")
-            if checksums(folder, [name])[name]["sha256"] != promised["sha256"]:
-                raise DamagedCheckpoint(f"{path} does not match its checksum")
-        except FileNotFoundError as fault:
-            raise DamagedCheckpoint(f"{path} is missing") from fault
-        except OSError as fault:
-            raise DamagedCheckpoint(f"{path} cannot be read: {fault.strerror}") from fault
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -162,21 +125,67 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def candidates(load: Path, flag: str = "--load") -> list[Path]:
-    """Checkpoint folders to try, best first: `load` itself where it is one; else those in it, from the one that the
-    tracker names downwards, and behind these any later ones. Empty where a folder holds none.
+    """Checkpoint folders to try, best first: `load` itself where it is one; else the one that the tracker names, then
+    those that it descends from, newest first. Without a tracker, from the one that was written last. Empty where a
+    folder holds none.
 
-    UserError where `load` is no folder.
+    UserError where `load` is no folder, or the tracker names no checkpoint in it.
     """
     if not load.is_dir():
         raise UserError(f"{flag} {load}: there is no such folder")
     if step_of(load) is not None or (load / MANIFEST).exists():
         return [load]
-    steps = sorted(((step_of(path), path) for path in load.iterdir() if step_of(path) is not None), reverse=True)
+    steps = saved_steps(load)
+    tracked = read_tracker(load, flag)
+    if not steps:
+        return []
+    if tracked is not None:
+        steps = {step: path for step, path in steps.items() if step <= tracked}
+    manifests = {step: manifest for step, path in steps.items() if (manifest := readable_manifest(path)) is not None}
+    newest = manifests.get(tracked) or (latest(manifests.values()) if manifests else None)
+    # What cannot be read is named by whoever verifies it.
+    return [path for step, path in steps.items() if step not in manifests or descends(newest, manifests[step])]
+
+
+def saved_steps(save: Path) -> dict[int, Path]:
+    """Step → folder of each checkpoint, newest first."""
+    steps = {step: path for path in save.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
+    return dict(sorted(steps.items(), reverse=True))
+
+
+def read_tracker(load: Path, flag: str) -> int | None:
+    """The step that the tracker names; None where there is no tracker.
+
+    UserError where it does not name a checkpoint of the folder: a run must not go on from another step than somebody
+    wrote there. Only a writer that was killed as it replaced that checkpoint leaves a number without a folder.
+    """
+    path, steps = load / TRACKER, sorted(saved_steps(load))
     try:
-        named = int((load / TRACKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        named = steps[0][0] if steps else 0
-    return [path for step, path in steps if step <= named] + [path for step, path in steps if step > named]
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read: {reason(error)}") from error
+    except UnicodeDecodeError:
+        text = "bytes that are no text"
+    known = f"there are {', '.join(map(str, steps))}" if steps else "the folder holds none"
+    fix = "write one of these into it, or remove it to take the newest" if steps else "remove it, or restore them"
+    if re.fullmatch(r"[0-9]{1,18}", text) is None:
+        says = f"says {text[:40]!r}" if text else "is empty"
+        raise UserError(f"{flag} {path} {says}, which is no checkpoint's step ({known}); {fix}")
+    step = int(text)
+    replaced = any((load / f".{folder_name(step)}.{end}").exists() for end in ("partial", "old"))
+    if step not in steps and not replaced:
+        raise UserError(f"{flag} {path} names step {step}, which is not there ({known}); {fix}")
+    return step
+
+
+def readable_manifest(folder: Path) -> Manifest | None:
+    """None where a folder holds no manifest that can be read."""
+    try:
+        return read_manifest(folder)
+    except DamagedCheckpoint:
+        return None
 
 
 def find(load: Path, flag: str = "--load", say: Callable[[str], None] = print) -> Path:
@@ -195,32 +204,48 @@ def find(load: Path, flag: str = "--load", say: Callable[[str], None] = print) -
     raise none_found(load, damage, flag)
 
 
+def left_aside(load: Path, flag: str = "--load") -> list[int]:
+    """Steps of checkpoints in a folder that its newest one does not descend from: nothing goes on from them."""
+    return sorted(set(saved_steps(load)) - {step_of(path) for path in candidates(load, flag)})
+
+
 def none_found(load: Path, damage: list[str], flag: str) -> UserError:
     """What to raise where no candidate was whole."""
     if damage:
-        return UserError(f"{flag} {load}: no whole checkpoint; {'; '.join(damage)}")
+        aside = [] if step_of(load) is not None else left_aside(load, flag)
+        hint = f"; to go on from step {' or '.join(map(str, aside))}, write that into {TRACKER}" if aside else ""
+        return UserError(f"{flag} {load}: no whole checkpoint; {'; '.join(damage)}{hint}")
     return UserError(f"{flag} {load}: there is no checkpoint (iter_NNNNNNN) in this folder")
 
 
-def prune(save: Path, *, keep_last: int | None, keep_best: str | None) -> list[Path]:
-    """Remove checkpoints that are no longer kept; returns the removed.
+def prune(save: Path, *, keep_last: int | None, keep_best: str | None, newest: Manifest | None = None) -> list[Path]:
+    """Remove the run's checkpoints that are no longer kept; returns the removed. newest: what was saved last; None:
+    what the tracker names.
 
     Kept are the newest keep_last (None: all), not counting those that were saved for the time alone; of these, the ones
-    among the newest two of all checkpoints (with keep_last 1: the newest); and the one with the highest metric
-    keep_best. A folder is renamed before it is emptied, so that what is left of a removal that was cut short has no
-    name.
+    among the newest two of all checkpoints (with keep_last 1: the newest); and, of those that `newest` descends from,
+    the one with the highest metric keep_best. What lies on a branch that the run left counts as older than all that it
+    went on from. Checkpoints of another run, and those whose manifest cannot be read, are not touched.
+
+    A folder is renamed before it is emptied, so that what is left of a removal that was cut short has no name.
     """
     remove_partial(save)
-    paths = [path for _, path in sorted((step_of(p), p) for p in save.iterdir() if step_of(p) is not None)]
-    manifests = {path: _manifest_or_none(path) for path in paths}
-    by_time = [path for path in paths if manifests[path] is not None and manifests[path].by_time]
-    planned = [path for path in paths if path not in by_time]
-    stays = {*planned[-keep_last if keep_last else 0 :], *paths[-min(2, keep_last or 2) :]}
+    manifests = {path: m for path in saved_steps(save).values() if (m := readable_manifest(path)) is not None}
+    if newest is None:
+        tracked = read_tracker(save, "--save")
+        newest = next((m for m in manifests.values() if m.step == tracked), None)
+    if newest is None:
+        return []
+    run = {path: m for path, m in manifests.items() if same_run(m, newest)}
+    line = [path for path, m in run.items() if descends(newest, m)]
+    newest_first = [*line, *(path for path in run if path not in line)]
+    planned = [path for path in newest_first if not run[path].by_time]
+    stays = {*planned[:keep_last], *newest_first[: min(2, keep_last or 2)]}
     if keep_best is not None:
-        values = {path: m.metrics.get(keep_best) for path, m in manifests.items() if m is not None and m.metrics}
+        values = {path: (run[path].metrics or {}).get(keep_best) for path in line}
         known = [path for path, value in values.items() if value is not None]
         stays |= {max(known, key=values.__getitem__)} if known else set()
-    removed = [path for path in paths if path not in stays]
+    removed = sorted(path for path in run if path not in stays)
     for path in removed:
         shutil.rmtree(path.rename(path.parent / f".{path.name}.old"), ignore_errors=True)
     return removed
@@ -228,23 +253,10 @@ def prune(save: Path, *, keep_last: int | None, keep_best: str | None) -> list[P
 
 def remove_partial(save: Path) -> None:
     """Remove what writers and removals that were killed left behind. Only where no writer is at work."""
-    for path in [*save.glob(".iter_*.partial"), *save.glob(".iter_*.old")]:
+    for path in leftovers(save):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _manifest_or_none(folder: Path) -> Manifest | None:
-    try:
-        return read_manifest(folder)
-    except UserError:
-        return None
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(file) -> "hashlib._Hash":
-    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+def leftovers(save: Path) -> list[Path]:
+    """Checkpoints that are being written or removed, or whose writer was killed."""
+    return [*save.glob(".iter_*.partial"), *save.glob(".iter_*.old")]

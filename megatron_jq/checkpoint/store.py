@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_jq.architecture import Architecture
+from megatron_jq.checkpoint import contents, ownership
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import DamagedCheckpoint, Manifest
 from megatron_jq.checkpoint.shards import (
@@ -154,9 +155,11 @@ class CheckpointWriter:
                         0, f"rank {rank} wrote {name} where rank 0 does not see it: all nodes must share --save"
                     )
         if self._tokenizer is not None:
-            folders.carry_tokenizer(self._tokenizer, partial)
+            contents.carry_tokenizer(self._tokenizer, partial)
+        ownership.still_claimed(self._save, self._save / folders.folder_name(manifest.step), manifest)
         final = folders.commit(partial, manifest, {k: v for files in everyones for k, v in files.items()})
-        folders.prune(self._save, keep_last=self._retention.keep_last, keep_best=self._retention.keep_best)
+        keep = self._retention
+        folders.prune(self._save, keep_last=keep.keep_last, keep_best=keep.keep_best, newest=manifest)
         return final
 
     def _all(self, step: int, work: Callable[[], T]) -> T:

@@ -3,30 +3,24 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_jq.checkpoint.folder import none_found
+from megatron_jq.checkpoint.folder import TRACKER, left_aside, none_found, saved_steps
 from megatron_jq.checkpoint.store import Found, find_checkpoint
-from megatron_jq.config import SETTINGS, Config, load_toml
-from megatron_jq.errors import UserError
-from megatron_jq.parallel.runtime import Runtime, agree
-
-#: Settings that a run may change when it is taken up again: they change its speed, its length or what it shows, and
-#: results within rounding at the most. Any other change is a new run, which --load begins.
-_FREE = {
-    "train_iters", "share_prompts", "micro_batch_size", "max_tokens_per_micro_batch", "pad_sequences_to_multiple_of",
-    "run_dir", "log_interval", "sample_interval", "eval_interval", "tensorboard", "score_with", "score_check_interval",
-    "score_mismatch_alarm", "rollout_batch_size", "data_cache_path",
-}  # fmt: skip
-_FREE_GROUPS = ("parallel", "checkpoint")
+from megatron_jq.config import Config
+from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.train.run_directory import METRICS, check_settings, save_folder
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """found: the checkpoint to load. resumed: it is this run's own; otherwise metrics begin anew."""
+    """found: the checkpoint to load. resumed: it is this run's own; otherwise metrics begin anew. notes: what else the
+    user should know.
+    """
 
     found: Found | None
     step: int  # steps done
     resumed: bool
     weights_only: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def metrics_bytes(self) -> int:
@@ -35,7 +29,12 @@ class Beginning:
 
     @property
     def told(self) -> str | None:
-        """A line for the user; None where a run begins from nothing."""
+        """Lines for the user; None where a run begins from nothing."""
+        lines = [line for line in (self._origin, *self.notes) if line is not None]
+        return "\n".join(lines) if lines else None
+
+    @property
+    def _origin(self) -> str | None:
         if self.found is None:
             return None
         if self.weights_only:
@@ -43,47 +42,45 @@ class Beginning:
         return f"goes on from {self.found.folder}: {self.step} steps are done"
 
 
-def save_folder(config: Config) -> Path:
-    return Path(config.checkpoint.save or Path(config.training.run_dir) / "checkpoints")
-
-
 def find_beginning(config: Config, runtime: Runtime) -> Beginning:
     """Look for the checkpoint to begin from; all ranks alike. UserError for a --load that holds none, or where the
-    run directory's own settings differ from these.
+    settings of the checkpoint to resume from differ from these.
+
+    The folder of checkpoints holds this run's alone: RunFolders.open has seen to that.
     """
-    c, folder = config.checkpoint, save_folder(config)
+    c, folder, notes = config.checkpoint, save_folder(config), ()
     if c.resume:
-        agree(runtime, changed_settings(config) if runtime.is_main else None)
         found = find_checkpoint(folder, "--resume: --save", runtime, print, missing_ok=True)
         if found is not None:
-            return Beginning(found, found.manifest.step, resumed=True, weights_only=False)
+            together(runtime, lambda: check_settings(found.manifest, config), main_only=True)
+            notes = together(runtime, lambda: _aside(found, folder), main_only=True) or ()
+            return Beginning(found, found.manifest.step, resumed=True, weights_only=False, notes=notes)
+        notes = together(runtime, lambda: _lost(config, folder), main_only=True) or ()
     if c.load is not None:
         found = find_checkpoint(Path(c.load), "--load", runtime, print)
         if found is None:
             raise none_found(Path(c.load), [], "--load")
         weights_only = c.finetune or found.manifest.optimizer is None
-        return Beginning(found, 0 if weights_only else found.manifest.step, resumed=False, weights_only=weights_only)
-    return Beginning(None, 0, resumed=c.resume, weights_only=False)
+        step = 0 if weights_only else found.manifest.step
+        return Beginning(found, step, resumed=False, weights_only=weights_only, notes=notes)
+    return Beginning(None, 0, resumed=c.resume, weights_only=False, notes=notes)
 
 
-def changed_settings(config: Config) -> str | None:
-    """What to tell a user who takes up a run with other settings than it began with; None where none differ."""
-    path = Path(config.training.run_dir) / "config.toml"
-    if not path.exists() or path.stat().st_size == 0:  # empty: the run was killed as it made the folder its own
-        return None
-    try:
-        before = load_toml(path)
-    except UserError as fault:
-        return f"--resume: {fault}"
-    changed = [
-        f"--{name.replace('_', '-')} was {_value(before, name)} and is {_value(config, name)}"
-        for name, (group, _) in SETTINGS.items()
-        if group not in _FREE_GROUPS and name not in _FREE and _value(before, name) != _value(config, name)
-    ]
-    if not changed:
-        return None
-    return f"--resume {path.parent}: {'; '.join(changed)}; go on with the old values, or begin a new run with --load"
+def _aside(found: Found, folder: Path) -> tuple[str, ...]:
+    """Checkpoints that the run does not go on from: of later steps, or of a branch that it left before."""
+    later = [step for step in saved_steps(folder) if step > found.manifest.step]
+    steps = sorted({*left_aside(folder, "--save"), *later})
+    if not steps:
+        return ()
+    those = f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+    return (
+        f"not taken up: the checkpoint{'s' if len(steps) > 1 else ''} of {those}, which this run does not continue; "
+        f"--keep-last removes them first; to go on from one, write its step into {folder / TRACKER}",
+    )
 
 
-def _value(config: Config, name: str):
-    return getattr(getattr(config, SETTINGS[name][0]), name)
+def _lost(config: Config, folder: Path) -> tuple[str, ...]:
+    """Steps on record that no checkpoint holds."""
+    metrics = Path(config.training.run_dir) / METRICS
+    steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return (f"no checkpoint in {folder}: the {steps} recorded steps are done again",) if steps else ()

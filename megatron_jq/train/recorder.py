@@ -22,7 +22,8 @@ from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import StepMetrics
 from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.estimators import Estimator
-from megatron_jq.train.setup import METRICS, TENSORBOARD, DataSets
+from megatron_jq.train.run_directory import METRICS, TENSORBOARD
+from megatron_jq.train.setup import DataSets
 
 
 class Recorder:

@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.module import Float16Module
 
 from megatron_jq.checkpoint.folder import Manifest, package_versions
+from megatron_jq.checkpoint.ownership import REFERENCE, Run
 from megatron_jq.checkpoint.store import CheckpointWriter, check_architecture, find_checkpoint, load_weights
 from megatron_jq.config import Config, to_toml
 from megatron_jq.config_validate import Derived
@@ -18,10 +19,8 @@ from megatron_jq.errors import UserError
 from megatron_jq.model.build import BuildOptions, TrainingModel, build_policies
 from megatron_jq.model.policy import Policy
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.train.beginning import Beginning, save_folder
-
-#: Folder beside a run's checkpoints. The one in it has number 0, whatever step the run began at.
-FOLDER = "reference"
+from megatron_jq.train.beginning import Beginning
+from megatron_jq.train.run_directory import save_folder
 
 
 class Reference:
@@ -36,7 +35,7 @@ class Reference:
         for chunk in chunks:
             chunk.requires_grad_(requires_grad=False)
         self.model = TrainingModel(chunks)
-        self._folder = save_folder(config) / FOLDER
+        self._folder = save_folder(config) / REFERENCE
 
     def begin(self, beginning: Beginning, policies: list[Policy]) -> None:
         """Take the weights that the run began with: those of `policies`, which hold the beginning's, or the kept ones.
@@ -58,8 +57,11 @@ class Reference:
         check_architecture(found, self._derived.architecture, self._options.vocab_size)
         load_weights(found, self.model.policies, self._runtime)
 
-    def keep(self, beginning: Beginning, deadline: timedelta) -> None:
-        """Write the weights, unless the run was taken up again. RunFailure on every rank where that fails."""
+    def keep(self, beginning: Beginning, deadline: timedelta, run: Run | None) -> None:
+        """Write the weights, unless the run was taken up again. RunFailure on every rank where that fails.
+
+        run: rank 0's, which writes the manifest.
+        """
         if _taken_up(beginning):
             return
         manifest = Manifest(
@@ -68,6 +70,7 @@ class Reference:
             vocab_size=self._options.vocab_size,
             bf16=self._config.model.bf16,
             config=to_toml(self._config),
+            run=None if run is None else asdict(run),
             versions=package_versions(),
         )
         CheckpointWriter(self._folder, self._runtime, deadline).save_weights(self.model.policies, manifest)

@@ -1,18 +1,19 @@
 """F4: a run from its settings to its exit code: set-up that ranks do together, the trainer, its checkpoints."""
 
+import contextlib
 import time
 from datetime import timedelta
-from pathlib import Path
 
 from megatron_jq.checkpoint.folder import TOKENIZER
 from megatron_jq.config import Config
 from megatron_jq.config_validate import derive
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import together
-from megatron_jq.train.beginning import find_beginning, save_folder
+from megatron_jq.train.beginning import find_beginning
 from megatron_jq.train.failures import Phase, peers_must_answer
+from megatron_jq.train.run_directory import RunFolders
 from megatron_jq.train.saving import Saving
-from megatron_jq.train.setup import check_run_directory, check_save_folder, claim_run_directory, prepare_data
+from megatron_jq.train.setup import prepare_data
 from megatron_jq.train.stopping import StopRequest
 from megatron_jq.train.trainer import Trainer
 from megatron_jq.train.watch import Watch
@@ -26,24 +27,26 @@ def run_training(config: Config) -> int:
     with peers_must_answer(phase, deadline):
         runtime = runtime_module.start_configured(config.parallel, config.training.seed)
     watch = Watch(phase, runtime, timedelta(minutes=config.parallel.phase_timeout_minutes))
-    with watch, peers_must_answer(phase, deadline, watch.missing_peers):
-        run_dir, resume = Path(config.training.run_dir), config.checkpoint.resume
-        together(runtime, lambda: check_run_directory(run_dir, resume=resume), main_only=True)
-        together(runtime, lambda: check_save_folder(save_folder(config)), main_only=True)
+    folders = RunFolders(config)  # rank 0's: the others leave it alone
+    with watch, peers_must_answer(phase, deadline, watch.missing_peers), contextlib.closing(folders):
+        for note in together(runtime, folders.open, main_only=True) or ():
+            print(note, flush=True)
         beginning = find_beginning(config, runtime)
         carried = None if beginning.found is None else beginning.found.folder / TOKENIZER
-        data = prepare_data(config, derived.architecture, runtime, run_dir, carried=carried)
+        data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
         trainer = Trainer(config, derived, data, runtime, phase)
         vocab_size = trainer.build_options.vocab_size
-        saving = Saving(config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline, began)
+        saving = Saving(
+            config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline, began, folders
+        )
         saving.load(beginning)
         if trainer.reference is not None:
             trainer.reference.begin(beginning, trainer.model.policies)
         trainer.schedule.step(increment=beginning.step)
         # Last: a folder whose run was refused for another fault stays free for the next try.
-        together(runtime, lambda: claim_run_directory(run_dir, config, resume=resume), main_only=True)
+        together(runtime, folders.claim, main_only=True)
         if trainer.reference is not None:
-            trainer.reference.keep(beginning, deadline)
+            trainer.reference.keep(beginning, deadline, folders.run)
         with StopRequest(announce=runtime.is_main).listening() as stop:
             trainer.run(beginning, saving, stop)
             runtime_module.stop()

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_jq.checkpoint.folder import Manifest, package_versions, remove_partial
+from megatron_jq.checkpoint.folder import Manifest, package_versions
+from megatron_jq.checkpoint.lineage import Branches
 from megatron_jq.checkpoint.store import (
     CheckpointWriter,
     Found,
@@ -19,14 +20,16 @@ from megatron_jq.checkpoint.store import (
     load_weights,
     synchronise_main_weights,
 )
-from megatron_jq.config import Config, to_toml
+from megatron_jq.config import Config, settings_of_text, to_toml
 from megatron_jq.config_validate import Derived
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.build import TrainingModel
 from megatron_jq.parallel.runtime import Runtime, agree, together
 from megatron_jq.records import StepMetrics
-from megatron_jq.train.beginning import Beginning, save_folder
+from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.recorder import Recorder, finite_values
+from megatron_jq.train.resume_rules import Rule, changed
+from megatron_jq.train.run_directory import RunFolders
 from megatron_jq.train.setup import DataSets
 from megatron_jq.train.stopping import StopRequest, signal_name
 
@@ -45,15 +48,18 @@ class Saving:
         optimizer: MegatronOptimizer,
         deadline: timedelta,
         began: float,
+        folders: RunFolders,
     ):
-        """began: time.monotonic() at the process's start, for --exit-duration-in-mins."""
+        """began: time.monotonic() at the process's start, for --exit-duration-in-mins. folders: rank 0's are open, the
+        others' are not used.
+        """
         self._config, self._derived, self._vocab_size, self._runtime = config, derived, vocab_size, runtime
         self._model, self._optimizer = model, optimizer
-        self._data = data.fingerprint
+        self._data, self._answer_budget = data.fingerprint, data.answer_budget
+        self._tokenizer = data.tokenizer.fingerprint()
         self._began, self._saved_at = began, time.monotonic()
-        c, self._folder = config.checkpoint, save_folder(config)
-        if runtime.is_main and self._folder.is_dir():
-            remove_partial(self._folder)
+        c, self._folders, self._folder = config.checkpoint, folders, folders.save
+        self._branches: Branches | None = None  # rank 0's
         self.writer = CheckpointWriter(
             self._folder,
             runtime,
@@ -69,11 +75,15 @@ class Saving:
         UserError on every rank where it does not fit this run.
         """
         found = beginning.found
+        if self._runtime.is_main:
+            self._branches = self._folders.branches(found.manifest if beginning.resumed and found else None)
         if found is None:
             return
         check_architecture(found, self._derived.architecture, self._vocab_size)
         if not beginning.weights_only:
             self._check_run(found)
+        if beginning.resumed:
+            self._check_resumed(found)
         load_weights(found, self._model.policies, self._runtime)
         if beginning.weights_only:
             synchronise_main_weights(self._optimizer, self._runtime)
@@ -88,12 +98,40 @@ class Saving:
             flag = "--train-data"
             if self._config.objective.estimator == "pretrain":
                 flag = "--data-path (and --train-iters, where files are read more than once)"
-            raise UserError(f"{found.folder} was trained on other data than {flag} gives now; restore it, {remedy}")
+            before = None if saved.config is None else settings_of_text(saved.config, f"{found.folder}: its settings")
+            changes = [] if before is None else changed(before, self._config, Rule.SAME_DATA)
+            because = f" ({'; '.join(changes)})" if changes else ""
+            raise UserError(
+                f"{found.folder} was trained on other data than {flag} gives now{because}; restore it, {remedy}"
+            )
         if saved.optimizer["name"] != optimizer:
             raise UserError(
                 f"{found.folder} was trained with --optimizer {saved.optimizer['name']}, not {optimizer}; "
                 f"keep that, {remedy}"
             )
+
+    def _check_resumed(self, found: Found) -> None:
+        """What a resumed run may name otherwise, but not change: tokenizer, answer budget, the experts' loss."""
+        saved, faults = found.manifest, []
+        before = None if saved.config is None else settings_of_text(saved.config, f"{found.folder}: its settings")
+        if saved.tokenizer is not None and saved.tokenizer != self._tokenizer:
+            faults.append("--tokenizer-model is another tokenizer")
+        elif saved.tokenizer is None and before is not None:  # older than fingerprints: by name
+            faults += changed(before, self._config, Rule.SAME_TOKENS)
+        budget = saved.answer_budget
+        if budget is None and before is not None:
+            budget = before.rollout.answer_budget
+        if self._derived.samples_answers and budget not in (None, self._answer_budget):
+            faults.append(
+                f"sampled answers could take {budget} tokens and now {self._answer_budget} (the longest gold answer, "
+                f"held-out ones included): give --answer-budget {budget}"
+            )
+        coefficient = saved.architecture.get("moe_aux_loss_coeff")
+        if self._derived.architecture.moe_aux_loss_coeff != coefficient:
+            now = self._derived.architecture.moe_aux_loss_coeff
+            faults.append(f"--moe-aux-loss-coeff was {coefficient} and is {now}")
+        if faults:
+            raise UserError(f"--resume from {found.folder}: {'; '.join(faults)}; or begin a new run with --load")
 
     def between_steps(self, metrics: StepMetrics, recorder: Recorder | None, stop: StopRequest) -> bool:
         """Save where that is due; whether to stop. One all-reduce of five numbers lets all ranks do the same.
@@ -157,6 +195,11 @@ class Saving:
             metrics=finite_values(metrics),
             metrics_bytes=written,  # rank 0's: it writes the manifest
             data=self._data,
+            tokenizer=self._tokenizer,
+            answer_budget=self._answer_budget,
+            run=None if self._folders.run is None else asdict(self._folders.run),
+            branches=self._branches,
+            written=time.time(),
             versions=package_versions(),
             by_time=by_time,
         )

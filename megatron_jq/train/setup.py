@@ -1,15 +1,14 @@
-"""F4: everything that must be right before the first step: run directory, tokenizer, data. Ranks fail together."""
+"""F4: everything that must be right before the first step: tokenizer and data. Ranks fail together."""
 
-import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_jq.architecture import Architecture
-from megatron_jq.config import Config, DataConfig, to_toml
+from megatron_jq.config import Config, DataConfig
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
@@ -21,12 +20,10 @@ from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.show import described
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
-from megatron_jq.files import reason, sync, write_synced
+from megatron_jq.files import sync
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example
-
-#: What a run records, in its directory.
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+from megatron_jq.train.run_directory import writing
 
 
 @dataclass(frozen=True)
@@ -50,69 +47,6 @@ class DataSets:
     def fingerprint(self) -> str:
         """Of the training examples, in order: a run that is taken up again must find the same."""
         return fingerprint(self.train) if self.corpus is None else self.corpus.fingerprint
-
-
-def check_run_directory(run_dir: Path, *, resume: bool = False) -> None:
-    """Make the folder and try to write there. UserError when that fails, or when the folder belongs to another run
-    (resume: it may be this one's).
-    """
-    with _writing("--run-dir", run_dir):
-        if not resume and ((run_dir / "config.toml").exists() or (run_dir / METRICS).exists()):
-            raise _taken(run_dir)
-        _try_to_write(run_dir)
-    with _writing("--run-dir", run_dir / METRICS):
-        if (run_dir / METRICS).exists():
-            open(run_dir / METRICS, "ab").close()
-    with _writing("--run-dir", run_dir / TENSORBOARD):
-        if (run_dir / TENSORBOARD).exists():
-            _try_to_write(run_dir / TENSORBOARD)
-
-
-def check_save_folder(save: Path) -> None:
-    """Make the folder of checkpoints and try to write there. UserError when that fails."""
-    with _writing("--save", save):
-        _try_to_write(save)
-
-
-def _try_to_write(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as scratch:
-        scratch.write(b"x")
-
-
-def claim_run_directory(run_dir: Path, config: Config, *, resume: bool = False) -> None:
-    """Write config.toml, which makes the folder this run's. UserError as above, also for a run that was quicker."""
-    partial, path = run_dir / ".config.toml", run_dir / "config.toml"
-    with _writing("--run-dir", run_dir):
-        if resume:
-            write_synced(partial, to_toml(config))
-            os.replace(partial, path)
-            return
-        try:
-            with open(path, "x", encoding="utf-8"):
-                pass  # of two runs that begin at once, one has it
-        except FileExistsError as fault:
-            raise _taken(run_dir) from fault
-        try:
-            write_synced(partial, to_toml(config))
-            os.replace(partial, path)
-        except OSError:
-            path.unlink()  # empty: the folder stays free
-            raise
-
-
-@contextlib.contextmanager
-def _writing(flag: str, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as fault:
-        raise UserError(f"{flag} {folder} cannot be written: {reason(fault)}; name a folder that can") from fault
-
-
-def _taken(run_dir: Path) -> UserError:
-    return UserError(
-        f"--run-dir {run_dir} holds another run; give --resume to go on with it, name a new folder, or remove that one"
-    )
 
 
 def prepare_data(
@@ -246,7 +180,7 @@ def _own_tokenizer(config: Config, pairs: Sequence[Pair] | None, path: Path, car
         return
     if carried is not None and (carried / "tokenizer.model").is_file():
         partial = path.with_name(f".{path.name}")
-        with _writing("--run-dir", path):
+        with writing("--run-dir", path):
             shutil.copyfile(carried / "tokenizer.model", partial)
             sync(partial)
             os.replace(partial, path)

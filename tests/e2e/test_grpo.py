@@ -91,9 +91,11 @@ def test_the_layout_does_not_change_the_training(layout, twice, tmp_path):
 def cut_back(source: Path, target: Path, step: int) -> None:
     """The run as it was when it had saved `step`."""
     shutil.copytree(source, target)
-    for path in (target / "run" / "checkpoints").glob("iter_*"):
+    save = target / "run" / "checkpoints"
+    for path in save.glob("iter_*"):
         if folders.step_of(path) > step:
             shutil.rmtree(path)
+    (save / folders.TRACKER).write_text(f"{step}\n")
 
 
 def test_a_run_that_is_taken_up_again_keeps_the_reference_of_its_first_start(twice, tmp_path):

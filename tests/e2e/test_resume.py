@@ -14,8 +14,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_jq.checkpoint import folder as folders
+from megatron_jq.checkpoint.ownership import CLAIM, LOCK
 from megatron_jq.records import MEASURED
-from megatron_jq.train import setup
+from megatron_jq.train import run_directory
 from megatron_jq.train.recorder import Recorder
 from megatron_jq.train.trainer import Trainer
 from tests.e2e.launch import SMALL, Ranks, run
@@ -29,6 +30,19 @@ def metrics(run_dir: Path) -> list[str]:
     """metrics.jsonl, line by line, without times and memory."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     return [json.dumps({key: value for key, value in line.items() if key not in MEASURED}) for line in lines]
+
+
+def saved_names(save: Path) -> list[str]:
+    """What is in a folder of checkpoints beside the run's claim and lock."""
+    return sorted(path.name for path in save.iterdir() if path.name not in (CLAIM, LOCK))
+
+
+def forget(run_dir: Path, *steps: int) -> None:
+    """Remove the run's last checkpoints, as if it had been killed before it saved them."""
+    for step in steps:
+        shutil.rmtree(run_dir / "checkpoints" / folders.folder_name(step))
+    newest = next(iter(folders.saved_steps(run_dir / "checkpoints")))
+    (run_dir / "checkpoints" / folders.TRACKER).write_text(f"{newest}\n")
 
 
 def finished(argv: list[str], folder: Path, size: int = 2, prepare=None) -> str:
@@ -197,7 +211,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(small_disk,
         assert rank.code == 3 and len(rank.err.splitlines()) == 1, rank.err
         assert f"checkpoint of step 6 in {save} could not be written: rank" in rank.err
         assert "No space left on device" in rank.err
-    assert sorted(path.name for path in save.iterdir()) == ["iter_0000003", folders.TRACKER]
+    assert saved_names(save) == ["iter_0000003", folders.TRACKER]
     continued = [*SMALL, "--run-dir", str(tmp_path / "new"), "--train-iters", "4", "--load", str(save)]
     finished([*continued, "--save", str(tmp_path / "elsewhere")], tmp_path, size=1)
     assert [json.loads(line)["step"] for line in metrics(tmp_path / "new")] == [3]
@@ -214,7 +228,7 @@ def test_a_write_that_fails_on_one_rank_ends_all_of_them(extra, tmp_path):
     for rank in run(argv, tmp_path, size=2, prepare=limit_file_size):
         assert rank.code == 3 and len(rank.err.splitlines()) == 1, rank.err
         assert "checkpoint of step 3" in rank.err and "rank 1: File too large" in rank.err
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert saved_names(tmp_path / "run" / "checkpoints") == []
 
 
 def test_a_step_that_cannot_be_recorded_ends_all_ranks_and_is_done_again(whole, tmp_path):
@@ -284,7 +298,7 @@ def test_a_run_that_was_killed_as_it_took_its_folder_begins(tmp_path):
     run_dir = tmp_path / "run"
 
     def kill_it(rank: int) -> None:
-        setup.write_synced = lambda path, text: os.kill(os.getpid(), signal.SIGKILL)
+        run_directory.write_synced = lambda path, text: os.kill(os.getpid(), signal.SIGKILL)
 
     argv = [*SMALL, "--lr", "0.002", "--run-dir", str(run_dir)]
     assert run(argv, tmp_path, prepare=kill_it)[0].code == -signal.SIGKILL
@@ -298,7 +312,7 @@ def test_a_run_that_was_killed_as_it_took_its_folder_begins(tmp_path):
 def test_metrics_that_were_lost_behind_a_checkpoint_are_told_and_leave_whole_lines(whole, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole(*TP2), run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / folders.folder_name(12))
+    forget(run_dir, 12)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:40])  # the checkpoint is of step 9
     out = finished([*LONG, "--run-dir", str(run_dir), *TP2, "--resume"], tmp_path)
@@ -336,8 +350,7 @@ def test_tensorboard_has_every_step_of_a_run_that_was_killed_behind_a_checkpoint
 def test_another_layout_takes_a_run_up_and_its_losses_agree(whole, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole(*TP2), run_dir)
-    for step in (6, 9, 12):
-        shutil.rmtree(run_dir / "checkpoints" / folders.folder_name(step))
+    forget(run_dir, 6, 9, 12)
     finished([*LONG, "--run-dir", str(run_dir), *PP2, *SHARDED, "--resume"], tmp_path)
     ours, theirs = ([json.loads(line) for line in metrics(path)] for path in (run_dir, whole(*TP2)))
     assert ours[:3] == theirs[:3] and len(ours) == 12

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_jq.checkpoint import contents
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import MANIFEST, TRACKER, DamagedCheckpoint, Manifest
 from megatron_jq.errors import UserError
@@ -41,12 +42,16 @@ def test_what_was_half_written_has_no_name_and_is_begun_anew(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000020", TRACKER]
 
 
-def test_a_kill_before_the_tracker_moves_leaves_the_new_checkpoint_to_be_found(tmp_path):
+def test_nothing_later_than_the_tracker_is_taken(tmp_path):
+    """A writer that was killed before it moved the tracker left it there, or a user who went back."""
     write(tmp_path, 20)
     write(tmp_path, 40)
     (tmp_path / TRACKER).write_text("20\n")
-    assert [path.name for path in folders.candidates(tmp_path)] == ["iter_0000020", "iter_0000040"]
-    shutil.rmtree(tmp_path / "iter_0000020")
+    assert [path.name for path in folders.candidates(tmp_path)] == ["iter_0000020"]
+    flip(tmp_path / "iter_0000020" / "a.distcp")
+    with pytest.raises(UserError, match=f"no whole checkpoint.*to go on from step 40, write that into {TRACKER}"):
+        folders.find(tmp_path, say=lambda _: None)
+    (tmp_path / TRACKER).unlink()
     assert folders.find(tmp_path).name == "iter_0000040"
 
 
@@ -144,10 +149,10 @@ def test_only_a_tokenizers_files_are_carried_along(tmp_path):
     model.mkdir(), partial.mkdir()
     for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
         (model / name).write_text(name)
-    folders.carry_tokenizer(model, partial)
+    contents.carry_tokenizer(model, partial)
     assert sorted(p.name for p in (partial / "tokenizer").iterdir()) == ["generation_config.json", "tokenizer.json"]
     (tmp_path / "pieces.model").write_text("pieces")
-    folders.carry_tokenizer(tmp_path / "pieces.model", partial)
+    contents.carry_tokenizer(tmp_path / "pieces.model", partial)
     assert (partial / "tokenizer" / "tokenizer.model").read_text() == "pieces"
 
 
