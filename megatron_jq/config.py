@@ -44,6 +44,7 @@ __all__ = [
     "RolloutConfig",
     "SETTINGS",
     "TrainingConfig",
+    "explicit_settings",
     "load_toml",
     "parse_args",
     "settings_of_text",
@@ -103,6 +104,12 @@ def parse_args(argv: list[str], prog: str = "megatron-jq train", base: Config = 
             kind = SETTINGS[name.replace("-", "_")][1]
             raise UserError(f"--{name} {text}: expected {_expectation(kind)}") from stop
     raise AssertionError(f"each of {flags} parses alone, together they do not")
+
+
+def explicit_settings(argv: list[str]) -> frozenset[str]:
+    """Names of the settings that a command line's flags name; those of its `--config` file are not among them."""
+    names = {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in _tokenise(argv)[1]}
+    return frozenset(name if name in SETTINGS else name.removeprefix("no_") for name in names) & SETTINGS.keys()
 
 
 def _run_tyro(flags: list[str], base: Config, prog: str) -> Config:

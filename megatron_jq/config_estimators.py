@@ -27,7 +27,9 @@ READ_BY = {
     **dict.fromkeys(("rationale_budget", "answer_budget", "max_prompt_tokens", "overlong_prompts"), _PROMPTED),
     **dict.fromkeys(("prompt_field", "answer_field", "id_field", "data_format", "finqa_answer"), _PROMPTED),
     **dict.fromkeys(("bad_records", "prompt_style", "prompt_template", "train_examples"), _PROMPTED),
-    **dict.fromkeys(("tokenizer_vocab_size", "eval_temperature", "eval_samples", "match", "normalise"), _PROMPTED),
+    **dict.fromkeys(("tokenizer_vocab_size", "match", "normalise"), _PROMPTED),
+    **dict.fromkeys(("eval_temperature", "eval_top_p", "eval_samples"), _PROMPTED),
+    **dict.fromkeys(("train_data", "eval_data", "rollout_batch_size", "share_prompts", "sample_interval"), _PROMPTED),
 }
 
 
@@ -53,12 +55,6 @@ def unread_problems(config: Config, settings: Iterable[str] = _OF_ONE_ALONE) -> 
         f"{_flag(config, setting)} is for --estimator {' or '.join(READ_BY[setting])} alone, not {name}"
         for setting in unread(config, settings)
     ]
-
-
-def unread_note(config: Config) -> str | None:
-    """What the run's output says of them."""
-    flags = [_flag(config, setting) for setting in unread(config)]
-    return f"not read by --estimator {config.objective.estimator}: {', '.join(flags)}" if flags else None
 
 
 def schedule_notes(config: Config) -> list[str]:

@@ -163,6 +163,7 @@ class TrainingConfig:
     sample_interval: int = 10  # steps between printed samples; 0: never
     eval_interval: int = 0  # steps between evaluations; 0: only at the end, where there is evaluation data
     eval_temperature: float = 0.0  # 0: greedy
+    eval_top_p: float = 1.0  # nucleus mass of an evaluation's samples
     eval_samples: int = 1  # samples a held-out prompt; `evaluate`: 16
     match: Literal["exact", "substring"] = "exact"  # evaluated answers are right if equal to, or if they hold, the gold
     normalise: Literal["auto", "none", "text", "squad", "number"] = "auto"  # rule for both texts; auto: the data's own

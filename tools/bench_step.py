@@ -5,8 +5,8 @@
         --rationale-tokens 64 --answer-tokens 8 --steps 3 --warmup 1
 
 The same line behind `torchrun --nproc-per-node N` measures a layout of N processes. docs/benchmarks.md explains the
-figures. Beside the flags below, every setting of `megatron-jq train` is taken, `--config FILE` included; those of data,
-evaluation and run directory are not read.
+figures. Beside the flags below, every setting of `megatron-jq train` is taken, `--config FILE` included; flags of data,
+evaluation and run directory are refused.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_jq.cli.parser import json_output_problems, run_tool, tool_parser
-from megatron_jq.config import Config, parse_args
+from megatron_jq.config import Config, explicit_settings, parse_args
+from megatron_jq.config_reads import refuse_unread
 from megatron_jq.config_validate import resolve_architecture, validate_training
 from megatron_jq.errors import UserError
 
@@ -57,6 +58,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args, rest = parser.parse_known_args(argv)
     config = parse_args(rest, prog="bench_step")
+    refuse_unread("tools/bench_step.py", config, resolve_architecture(config), explicit_settings(rest))
     if args.rationale_tokens is None:
         args.rationale_tokens = config.rollout.rationale_budget
     if args.answer_tokens is None:

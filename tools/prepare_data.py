@@ -7,7 +7,7 @@
         --bad-records drop --overlong-prompts drop --max-prompt-tokens 4096
 
 Beside the flags below, every setting of `megatron-jq train` is taken, `--config FILE` included; those of data,
-tokenizer, budgets, seed and model are read. docs/data.md says what the folder holds.
+tokenizer, budgets, seed and model are read, and flags of others refused. docs/data.md says what the folder holds.
 
 Exit codes: 0; 2 on bad input.
 """
@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 from megatron_jq.cli.parser import run_tool, tool_parser
-from megatron_jq.config import Config, ModelConfig, parse_args
+from megatron_jq.config import Config, ModelConfig, explicit_settings, parse_args
 from megatron_jq.config_estimators import unread_problems
+from megatron_jq.config_reads import refuse_unread
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.data.prepare import prepare
 from megatron_jq.errors import UserError
@@ -38,7 +39,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         "the one before it (default: each source whole)",
     )
     args, rest = parser.parse_known_args(argv)
-    return args, parse_args(rest, prog="prepare_data")
+    config = parse_args(rest, prog="prepare_data")
+    refuse_unread("tools/prepare_data.py", config, resolve_architecture(config), explicit_settings(rest))
+    return args, config
 
 
 def main(argv: list[str] | None = None) -> int:

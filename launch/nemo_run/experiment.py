@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_jq.config import SETTINGS, Config, to_argv
+from megatron_jq.config import SETTINGS, Config, explicit_settings, parse_args, to_argv
+from megatron_jq.config_reads import refuse_unread, without_unread
+from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.errors import UserError
 
 try:
@@ -63,6 +65,13 @@ def parser(description: str) -> Parser:
     return flags
 
 
+def settings(argv: list[str]) -> Config:
+    """Of a command line of training. UserError on bad input, and for flags that the run would not read."""
+    config = parse_args(argv)
+    refuse_unread("train", config, resolve_architecture(config), explicit_settings(argv))
+    return config
+
+
 def absolute(config: Config, remote: bool) -> Config:
     """The settings with absolute paths. UserError where a relative one would be looked up on another machine."""
     for name in _PATHS:
@@ -84,7 +93,8 @@ def resumable(config: Config) -> Config:
 
 
 def training(args: argparse.Namespace, config: Config) -> "run.Script":
-    return _on_ranks(args, "train", *to_argv(config))
+    # A file may hold what this run does not read: on a command line that would be refused.
+    return _on_ranks(args, "train", *to_argv(without_unread(config, resolve_architecture(config))))
 
 
 def evaluation(args: argparse.Namespace, config: Config) -> "run.Script":

@@ -11,7 +11,7 @@
 import sys
 from dataclasses import replace
 
-from experiment import absolute, drawing, evaluation, executor, parser, resumable, start, training
+from experiment import absolute, drawing, evaluation, executor, parser, resumable, settings, start, training
 
 from megatron_jq import streams
 from megatron_jq.config import Config, parse_args
@@ -33,7 +33,7 @@ def configs_of(points: list[Point], rest: list[str], remote: bool) -> list[Confi
     """The points' settings; each has a folder of its own in the sweep's."""
     configs = []
     for point in points:
-        config = absolute(parse_args([*rest, *point.flags]), remote)
+        config = absolute(settings([*rest, *point.flags]), remote)
         folder = f"{config.training.run_dir}/{point.name}"
         configs.append(resumable(replace(config, training=replace(config.training, run_dir=folder))))
     return configs

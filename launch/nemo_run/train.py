@@ -9,10 +9,9 @@
 
 import sys
 
-from experiment import absolute, drawing, evaluation, executor, parser, resumable, start, training
+from experiment import absolute, drawing, evaluation, executor, parser, resumable, settings, start, training
 
 from megatron_jq import streams
-from megatron_jq.config import parse_args
 from megatron_jq.errors import UserError
 
 
@@ -22,7 +21,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--evaluate-flags", default="", metavar="FLAGS", help="such as '--eval-samples 16'")
     flags.add_argument("--plot", action="store_true", help="at last, draw RUN_DIR/run.png")
     args, rest = flags.parse_known_args(argv)
-    config = resumable(absolute(parse_args(rest), remote=args.ssh is not None))
+    config = resumable(absolute(settings(rest), remote=args.ssh is not None))
 
     def add_tasks(experiment) -> None:
         before = experiment.add(

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from megatron_jq.cli.parser import CommandParser
-from megatron_jq.config import Config, TrainingConfig, parse_args
+from megatron_jq.config import Config, TrainingConfig, explicit_settings, parse_args
+from megatron_jq.config_reads import READS, refuse_unread, unread_note
+from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.errors import UserError
 
 PROG = "megatron-jq evaluate"
-#: Settings that matter to samples which are there already.
-_FOR_RESCORING = ("match", "normalise", "seed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,9 +22,9 @@ def parser() -> argparse.ArgumentParser:
         usage=f"{PROG} (--load DIR | --hf DIR | --rescore FILE) [--name value ...]",
         description="Sample answers to held-out prompts and report pass@k, maj@k and ln P̂ with intervals. A killed "
         "evaluation goes on with the same command.",
-        epilog="Every other flag is train's (train --help), on top of the checkpoint's own settings: --eval-data, "
-        "--eval-examples, --eval-samples (16), --eval-temperature, --match exact|substring, --normalise RULE, "
-        "--rationale-budget, --answer-budget, --rollout-batch-size, --seed, the layout, --device, --config FILE, ….",
+        epilog="These flags of train (train --help) are taken too, on top of the checkpoint's own settings: "
+        + ", ".join("--" + name.replace("_", "-") for name in sorted(READS["evaluate"]))
+        + "; --config FILE.",
         allow_abbrev=False,
     )
     flags.add_argument("--load", type=Path, metavar="DIR", help="a folder of checkpoints, or one iter_NNNNNNN of it")
@@ -52,6 +52,9 @@ def run_evaluate(argv: list[str], before_imports: Callable[[], None]) -> int:
         raise UserError(f"evaluate: give one of --load, --hf and --rescore, not {' and '.join(given) or 'none'}")
     if own.rescore is not None:
         return _rescore(own, rest, before_imports)
+    flags, shape = explicit_settings(rest), resolve_architecture(Config())
+    # Whatever the checkpoint's settings are: said before Megatron-core is imported.
+    refuse_unread("evaluate", Config(), shape, flags - READS["evaluate"])
     config = parse_args(rest, PROG)
     before_imports()
     from megatron_jq.evaluate.run import Order, evaluate_policy
@@ -63,7 +66,7 @@ def run_evaluate(argv: list[str], before_imports: Callable[[], None]) -> int:
         phase.now = what
 
     output = own.output or Path("runs/evaluation")
-    order = Order(own.load, own.hf, output, own.metrics, own.bootstrap_resamples, own.confidence)
+    order = Order(own.load, own.hf, output, own.metrics, own.bootstrap_resamples, own.confidence, flags)
     with peers_must_answer(phase, deadline):
         evaluate_policy(order, partial(parse_args, rest, PROG), enter)
     return 0
@@ -73,10 +76,9 @@ def _rescore(own: argparse.Namespace, rest: list[str], before_imports: Callable[
     """Judge a file of samples by the judge that wrote it, but for what flags say."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("evaluate --rescore: runs in one process; start it without torchrun")
-    names = (token.removeprefix("--").partition("=")[0] for token in rest if token.startswith("--"))
-    for name in names:
-        if name.replace("-", "_") not in _FOR_RESCORING:
-            raise UserError(f"--{name} changes no sample that is there already; evaluate anew, or leave it out")
+    command, flags, shape = "evaluate --rescore", explicit_settings(rest), resolve_architecture(Config())
+    refuse_unread(command, Config(), shape, flags)
+    parse_args(rest, PROG)
     before_imports()
     from megatron_jq.data.answers import rule_of
     from megatron_jq.evaluate.judging import Interval, Judge
@@ -85,7 +87,10 @@ def _rescore(own: argparse.Namespace, rest: list[str], before_imports: Callable[
 
     header, prompts = read_samples(own.rescore)
     was = TrainingConfig(match=header.match, normalise=header.rule, seed=header.seed)
-    t = parse_args(rest, PROG, Config(training=was)).training
+    config = parse_args(rest, PROG, Config(training=was))
+    if (note := unread_note(command, config, shape, flags, Config(training=was))) is not None:
+        print(note)
+    t = config.training
     judge = Judge(t.match, rule_of(t.normalise, header.data_format))
     interval = Interval(own.bootstrap_resamples, own.confidence, t.seed)
     conclude(header, prompts, judge, own.metrics, interval, own.output)

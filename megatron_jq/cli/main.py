@@ -18,8 +18,9 @@ from megatron_jq.cli.evaluate import run_evaluate
 from megatron_jq.cli.grid import run_grid
 from megatron_jq.cli.parser import exit_code
 from megatron_jq.cli.preflight import run_preflight
-from megatron_jq.config import parse_args
-from megatron_jq.config_validate import validate_training
+from megatron_jq.config import explicit_settings, parse_args
+from megatron_jq.config_reads import refuse_unread
+from megatron_jq.config_validate import resolve_architecture, validate_training
 from megatron_jq.errors import UserError
 from megatron_jq.interrupts import ending_at_once
 from megatron_jq.toml_files import did_you_mean
@@ -95,6 +96,7 @@ def _run(argv: list[str]) -> int:
     # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.
     world_size = os.environ.get("WORLD_SIZE")
     validate_training(config, None if world_size is None else int(world_size))
+    refuse_unread("train", config, resolve_architecture(config), explicit_settings(rest))
     _silence_known_warnings()
     if config.data.show_example is not None:
         from megatron_jq.train.setup import show_example

@@ -88,7 +88,7 @@ def table(results: Results) -> str:
         [
             f"{header.source}, step {header.checkpoint_step}",
             f"{header.data_source}: {prompts} prompts x {header.num_samples} samples, "
-            f"temperature {header.temperature:g}",
+            f"temperature {header.temperature:g}" + (f", top-p {header.top_p:g}" if header.top_p < 1 else ""),
             f"{judge.match} match, text {rule}",
             f"{'':18} {'mean':>10}   {percent}",
             *(f"{name:18} {_number(f.value):>10}   {_number(f.low)} to {_number(f.high)}" for name, f in rows),

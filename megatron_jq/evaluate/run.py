@@ -8,6 +8,7 @@ from megatron_jq.architecture import Architecture
 from megatron_jq.checkpoint.convert import architecture_of
 from megatron_jq.checkpoint.store import Found, load_weights
 from megatron_jq.config import Config
+from megatron_jq.config_reads import refuse_unread, unread_note
 from megatron_jq.config_validate import validate
 from megatron_jq.data.answers import rule_of
 from megatron_jq.data.prompts import fingerprint
@@ -34,6 +35,8 @@ from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.seeds import evaluation_seed
 
 SAMPLES = "samples.jsonl"
+#: Its name in config_reads.
+COMMAND = "evaluate"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Order:
     metrics: str | None
     resamples: int
     confidence: float
+    flags: frozenset[str] = frozenset()  # settings that the command line names
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Cal
     base, architecture = at_first_sight(order.load, order.hf)
     config = settle(base)
     validate(config, runtime_module.world_size_from_environment(), architecture)
+    refuse_unread(COMMAND, config, architecture, order.flags)
     runtime = runtime_module.start_configured(config.parallel, config.training.seed)
     together(runtime, lambda: make_folder(order.output), main_only=True)
     with checkpoint_to_evaluate(order.load, order.hf, order.output, runtime) as found:
@@ -88,6 +93,9 @@ def _subject(order: Order, found: Found, settle: Callable[[Config], Config], run
     validate(config, runtime.world_size, architecture)
     read_metrics(order.metrics, config.training.eval_samples)
     Interval(order.resamples, order.confidence, config.training.seed).check()
+    note = unread_note(COMMAND, config, architecture, order.flags, settings_of(found))
+    if note is not None and runtime.is_main:
+        print(note, flush=True)
     tokenizer = tokenizer_of(config, found, architecture)
     heldout = heldout_examples(config, found, tokenizer, architecture)
     if heldout.warning and runtime.is_main:
@@ -104,6 +112,7 @@ def _subject(order: Order, found: Found, settle: Callable[[Config], Config], run
         num_prompts=len(heldout.examples),
         num_samples=t.eval_samples,
         temperature=t.eval_temperature,
+        top_p=t.eval_top_p,
         seed=t.seed,
         rationale_budget=config.rollout.rationale_budget,
         answer_budget=heldout.answer_budget,
@@ -143,7 +152,7 @@ def _generate(
         rationale_budget=header.rationale_budget,
         answer_budget=header.answer_budget,
         temperature=header.temperature,
-        top_p=1.0,
+        top_p=header.top_p,
         close_id=tokenizer.think_close_id,
         eos_id=tokenizer.eos_id,
         # The run that wrote the checkpoint evaluated it with these: the same samples come again.

@@ -38,6 +38,7 @@ class Header:
     rule: str
     format: int = _FORMAT
     num_available: int | None = None  # good examples of the source; None: not written down
+    top_p: float = 1.0  # older files do not say it
 
     @property
     def judge(self) -> Judge:

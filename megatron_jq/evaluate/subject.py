@@ -119,6 +119,7 @@ def settings_of(found: Found) -> Config:
             seed=t.seed,
             eval_samples=_SAMPLING["eval_samples"],
             eval_temperature=t.eval_temperature or saved.rollout.temperature,
+            eval_top_p=t.eval_top_p,
             match=t.match,
             normalise=t.normalise,
             max_tokens_per_micro_batch=t.max_tokens_per_micro_batch,

@@ -44,7 +44,8 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
         "score_mismatch_alarm",
     )),
     (Rule.FREE, "evaluation, which no gradient reads", (
-        "eval_data", "eval_examples", "eval_interval", "eval_temperature", "eval_samples", "match", "normalise",
+        "eval_data", "eval_examples", "eval_interval", "eval_temperature", "eval_top_p", "eval_samples", "match",
+        "normalise",
     )),
     (Rule.FREE, "where and when it is saved; a folder of another run is refused", (
         "run_dir", "save", "save_interval", "save_interval_minutes", "exit_duration_in_mins", "async_save",

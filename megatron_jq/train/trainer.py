@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_jq.config import Config
-from megatron_jq.config_estimators import schedule_notes, unread_note
+from megatron_jq.config_estimators import schedule_notes
+from megatron_jq.config_reads import unread_note
 from megatron_jq.config_validate import Derived
 from megatron_jq.data.answers import rule_of
 from megatron_jq.data.sampler import InOrder, PromptSampler
@@ -57,6 +58,7 @@ class Trainer:
 
     def __init__(self, config: Config, derived: Derived, data: DataSets, runtime: Runtime, phase: Phase | None = None):
         self.config, self.data, self.runtime, self.phase = config, data, runtime, phase or Phase()
+        self.derived = derived
         c, o, r = config.training, config.objective, config.rollout
         pretrains = o.estimator == "pretrain"  # the corpus has its own order, as long as the run
         B = r.prompts_per_step
@@ -98,7 +100,7 @@ class Trainer:
             has_experts = self.model.config.num_moe_experts is not None
             given = (self.config, self.data, self.estimator, self.build_options, self.runtime)
             self.recorder.say(opening_line(*given, with_experts=has_experts))
-            if (note := unread_note(self.config)) is not None:
+            if (note := unread_note("train", self.config, self.derived.architecture)) is not None:
                 self.recorder.say(note)
             for note in schedule_notes(self.config):
                 self.recorder.say(note)
@@ -202,7 +204,7 @@ class Trainer:
             self._sampling(step),
             answer_budget=self.data.answer_budget,
             temperature=t.eval_temperature,
-            top_p=1.0,
+            top_p=t.eval_top_p,
             seed=evaluation_seed(t.seed),
         )
         judge = Judge(t.match, rule_of(t.normalise, self.data.heldout_format))

@@ -26,11 +26,8 @@ from megatron_jq.cli.main import main
 DEADLINE_SECONDS = 90
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: A run of a second: the tiny policy, 4 prompts x 4 rationales of up to 4 tokens.
-SMALL = (
-    "train --prompts-per-step 4 --num-rationales 4 --rationale-budget 4 --train-examples 32 --eval-examples 4 "
-    "--train-iters 3 --sample-interval 0 --device cpu"
-).split()
+#: A run of a second.
+SMALL = ["train", "--config", str(REPOSITORY / "tests/e2e/small.toml"), "--device", "cpu"]
 
 
 @dataclass(frozen=True)

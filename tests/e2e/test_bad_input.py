@@ -77,7 +77,8 @@ def test_refused_on_every_rank_before_work_starts(name, size, tmp_path, monkeypa
     if data:
         Path("data.jsonl").write_text(data)
         flags = ["--train-data", "data.jsonl", *flags]
-    argv = [*SMALL, "--run-dir", "run", "--tensor-model-parallel-size", str(size), *flags]
+    small = SMALL if "--config" not in flags else ["train", "--device", "cpu"]
+    argv = [*small, "--run-dir", "run", "--tensor-model-parallel-size", str(size), *flags]
     assert_refused(run(argv, tmp_path, size=size, prepare=without_cuda), message)
     assert not list(tmp_path.rglob("metrics.jsonl")) and not list(tmp_path.rglob("config.toml"))
 

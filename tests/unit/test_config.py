@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from megatron_jq.architecture import PRESETS, architecture_to_toml
 from megatron_jq.cli.main import main
 from megatron_jq.config import ALIASES, SETTINGS, Config, load_toml, parse_args, to_argv, to_toml, with_one_rationale
-from megatron_jq.config_estimators import READ_BY, schedule_notes, unread_note
+from megatron_jq.config_estimators import READ_BY, schedule_notes
+from megatron_jq.config_reads import unread_note
 from megatron_jq.config_validate import AT_LEAST, derive, validate, validate_training
 from megatron_jq.errors import UserError
 
@@ -279,7 +280,8 @@ def test_training_refuses_what_is_another_estimators_and_evaluation_lets_it_be(f
 def test_what_an_estimator_does_not_read_may_stay_for_another_and_is_told(flags, note):
     config = parse_args(flags.split())
     validate_training(config, 1)
-    assert note in unread_note(config) if note else unread_note(config) is None
+    told = unread_note("train", config, PRESETS["tiny"])
+    assert note in told if note else told is None
 
 
 def test_each_estimator_takes_every_setting_that_it_reads():

@@ -1,0 +1,242 @@
+"""F1: which command reads which setting, given the others. What nobody reads is refused as a flag, noted in a file.
+
+A flag is what somebody asked for now: one that changes nothing is an error, which names it. A `--config` file may serve
+several commands, estimators and data sets: what a command does not read of it is said in a line.
+
+Who adds a setting: training reads it unless config_estimators.READ_BY or NEEDS says when not; `evaluate` and the tools
+read what READS lists. tests/unit/test_flags.py holds all of this against the code.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_jq.architecture import Architecture
+from megatron_jq.config import SETTINGS, Config
+from megatron_jq.config_estimators import READ_BY, SAMPLES_ANSWERS
+from megatron_jq.errors import UserError
+
+_LAYOUT = {
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout",
+    "context_parallel_size", "sequence_parallel", "device", "transformer_impl",
+}  # fmt: skip
+_RECORDS = {
+    "data_format", "prompt_field", "answer_field", "id_field", "finqa_answer", "bad_records", "prompt_style",
+    "prompt_template", "max_prompt_tokens", "overlong_prompts", "tokenizer_type", "tokenizer_model",
+}  # fmt: skip
+_MODEL = {name for name, (group, _) in SETTINGS.items() if group == "model"}
+
+#: Settings that say how a sample is judged: also one that was drawn before.
+JUDGING = {"match", "normalise"}
+
+#: Command → the settings that it reads. Training is not here: it reads all that NEEDS and READ_BY do not take from it.
+READS: dict[str, frozenset[str]] = {
+    "evaluate": frozenset(
+        _LAYOUT | _RECORDS | JUDGING
+        | {"bf16", "make_vocab_size_divisible_by", "distributed_timeout_minutes", "seed", "eval_data", "eval_examples",
+           "eval_samples", "eval_temperature", "eval_top_p", "rationale_budget", "answer_budget", "rollout_batch_size"}
+    ),
+    "evaluate --rescore": frozenset(JUDGING | {"seed"}),
+    "tools/prepare_data.py": frozenset(
+        _RECORDS | _MODEL
+        | {"estimator", "train_data", "eval_data", "train_examples", "eval_examples", "rationale_field",
+           "rationale_budget", "answer_budget", "tokenizer_vocab_size", "seed"}
+    ),
+    "tools/bench_step.py": frozenset(
+        (_LAYOUT | _MODEL | {name for name, (group, _) in SETTINGS.items() if group in ("parallel", "optimizer")}
+         | {name for name, (group, _) in SETTINGS.items() if group == "rollout"}
+         | {"estimator", "q", "normalize", "max_prompt_tokens", "train_iters", "micro_batch_size", "seed",
+            "max_tokens_per_micro_batch", "share_prompts", "pad_sequences_to_multiple_of"})
+        - {"score_check_interval", "score_mismatch_alarm"}
+    ),
+}  # fmt: skip
+
+#: (command, setting) → what to give instead.
+INSTEAD = {
+    ("evaluate", "temperature"): "give --eval-temperature",
+    ("evaluate", "top_p"): "give --eval-top-p",
+    ("evaluate", "train_data"): "give --eval-data",
+    ("evaluate", "run_dir"): "give --output",
+    ("evaluate", "num_rationales"): "give --eval-samples",
+    ("evaluate", "micro_batch_size"): "give --rollout-batch-size",
+    ("evaluate", "model"): "give --load or --hf",
+    ("evaluate", "save"): "give --output",
+}
+_WHY = {
+    "evaluate": "it trains nothing, and takes the model from the checkpoint",
+    "evaluate --rescore": "it changes no sample that is there already; evaluate again for that",
+    "tools/prepare_data.py": "it does not change the set",
+    "tools/bench_step.py": "it measures steps on made-up prompts, and saves nothing",
+}
+
+#: Settings that a command line of training may name although nothing reads them → why that is right.
+LISTED = {
+    "context_parallel_size": "1 is the only value; any other is refused",
+    "show_example": "prints an example in place of training: the rest of the line is training's, and stays as it is",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Settings that only count where another one says so. holds: whether it does; says: what it must be."""
+
+    settings: tuple[str, ...]
+    holds: Callable[[Config, Architecture], bool]
+    says: str
+
+
+def _sources(config: Config) -> list[str]:
+    d = config.data
+    return [source for source in (d.train_data, d.eval_data) if source is not None]
+
+
+def _has_files(config: Config) -> bool:
+    return not all(source.startswith("builtin:") for source in _sources(config))
+
+
+def _has_fields(config: Config) -> bool:
+    return _has_files(config) and config.data.data_format not in ("gsm8k", "finqa", "hotpotqa", "musique")
+
+
+NEEDS = (
+    Need(("sgd_momentum",), lambda c, a: c.optimizer.optimizer == "sgd", "--optimizer sgd"),
+    Need(("adam_beta1", "adam_beta2", "adam_eps"), lambda c, a: c.optimizer.optimizer == "adam", "--optimizer adam"),
+    Need(
+        ("min_lr", "lr_decay_iters"), lambda c, a: c.optimizer.lr_decay_style != "constant",
+        "--lr-decay-style linear or cosine",
+    ),
+    Need(
+        ("score_check_interval", "score_mismatch_alarm"), lambda c, a: c.rollout.score_with == "rollout",
+        "--score-with rollout",
+    ),
+    Need(
+        ("grpo_clamp_eps_lower", "grpo_clamp_eps_upper"), lambda c, a: c.objective.grpo_iterations > 1,
+        "--grpo-iterations above 1: the first update has nothing to clip",
+    ),
+    Need(("train_examples",), lambda c, a: c.data.train_data.startswith("builtin:"), "--train-data builtin:KIND"),
+    Need(("data_format", "bad_records"), lambda c, a: _has_files(c), "data from a file"),
+    Need(
+        ("prompt_field", "answer_field", "id_field"), lambda c, a: _has_fields(c),
+        "records of no fixed form (--data-format jsonl, or auto)",
+    ),
+    Need(
+        ("finqa_answer",), lambda c, a: _has_files(c) and c.data.data_format in ("auto", "finqa"),
+        "FinQA's records",
+    ),
+    Need(("prompt_template",), lambda c, a: c.data.prompt_style != "plain", "--prompt-style cold or warm"),
+    Need(("tokenizer_vocab_size",), lambda c, a: c.data.tokenizer_model is None, "no --tokenizer-model"),
+    Need(
+        ("micro_batch_size",), lambda c, a: c.training.max_tokens_per_micro_batch is None,
+        "no --max-tokens-per-micro-batch, which bounds a micro-batch instead",
+    ),
+    Need(("eval_top_p",), lambda c, a: c.training.eval_temperature > 0, "--eval-temperature above 0"),
+    Need(("ffn_hidden_size",), lambda c, a: a.num_experts is None, "a model without experts"),
+    Need(
+        ("moe_ffn_hidden_size", "moe_router_topk", "moe_aux_loss_coeff"), lambda c, a: a.num_experts is not None,
+        "a model with experts (--num-experts)",
+    ),
+)  # fmt: skip
+#: The same, of training alone.
+NEEDS_IN_TRAINING = (
+    Need(
+        ("match", "normalise"), lambda c, a: has_heldout(c) or c.objective.estimator in SAMPLES_ANSWERS, "--eval-data"
+    ),
+    Need(
+        ("eval_examples", "eval_samples", "eval_temperature", "eval_top_p"), lambda c, a: has_heldout(c), "--eval-data"
+    ),
+)
+#: The same, of `evaluate` alone.
+NEEDS_IN_EVALUATION = (Need(("tokenizer_type",), lambda c, a: c.data.tokenizer_model is not None, "--tokenizer-model"),)
+
+
+def has_heldout(config: Config) -> bool:
+    """Whether a run may have data to be evaluated on: named, or brought by its training data."""
+    d = config.data
+    from_a_corpus = config.objective.estimator == "pretrain"
+    # What a prepared folder holds is known once it is read.
+    return (
+        from_a_corpus or d.eval_data is not None or d.train_data.startswith("builtin:") or Path(d.train_data).is_dir()
+    )
+
+
+def unread(command: str, config: Config, architecture: Architecture) -> dict[str, str]:
+    """Setting → why the command does not read it, of those that it does not read with these settings."""
+    needs = NEEDS
+    if command == "train":
+        estimator, reasons, needs = config.objective.estimator, {}, (*NEEDS, *NEEDS_IN_TRAINING)
+        for name, readers in READ_BY.items():
+            if estimator not in readers:
+                reasons[name] = f"of --estimator {_either(readers)} alone"
+    else:
+        reasons = {name: INSTEAD.get((command, name), _WHY[command]) for name in SETTINGS if name not in READS[command]}
+        if command == "evaluate":
+            needs = (*NEEDS, *NEEDS_IN_EVALUATION)
+    for need in needs:
+        if not need.holds(config, architecture):
+            for name in need.settings:
+                reasons.setdefault(name, f"it needs {need.says}")
+    return reasons
+
+
+def refuse_unread(command: str, config: Config, architecture: Architecture, flags: Collection[str]) -> None:
+    """UserError with a line for each of `flags` (settings that the command line names) that is not read."""
+    reasons = unread(command, config, architecture)
+    by = f"--estimator {config.objective.estimator}" if command == "train" else command
+    lines = [
+        f"{flag_of(config, name)} is not read by {_reader(by, name, config)}: {reasons[name]}"
+        + (" instead" if reasons[name].startswith("give ") else "; leave it out")
+        for name in SETTINGS
+        if name in flags and name in reasons and not (command == "train" and name in LISTED)
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def _reader(by: str, name: str, config: Config) -> str:
+    of_another = name in READ_BY and config.objective.estimator not in READ_BY[name]
+    return "this run" if by.startswith("--estimator") and not of_another else by
+
+
+def unread_note(
+    command: str,
+    config: Config,
+    architecture: Architecture,
+    flags: Collection[str] = (),
+    base: Config = Config(),  # noqa: B008 (frozen)
+) -> str | None:
+    """What the output says of settings other than `base`'s that are not read. None: there are none."""
+    reasons = unread(command, config, architecture)
+    names = [n for n in SETTINGS if n in reasons and n not in flags and _value(config, n) != _value(base, n)]
+    of_others = [name for name in names if name in READ_BY or command != "train"]
+    parts = []
+    if of_others:
+        by = f"--estimator {config.objective.estimator}" if command == "train" else command
+        parts.append(f"not read by {by}: {', '.join(flag_of(config, name) for name in of_others)}")
+    rest = [f"{flag_of(config, name)} ({reasons[name]})" for name in names if name not in of_others]
+    if rest:
+        parts.append(f"not read by this run: {', '.join(rest)}")
+    return "; ".join(parts) or None
+
+
+def without_unread(config: Config, architecture: Architecture) -> Config:
+    """The same training without the settings that it does not read: what a command line may hold (to_argv)."""
+    for name in unread("train", config, architecture):
+        group = SETTINGS[name][0]
+        changed = replace(getattr(config, group), **{name: _value(Config(), name)})
+        config = replace(config, **{group: changed})
+    return config
+
+
+def flag_of(config: Config, name: str) -> str:
+    """As a command line would have it."""
+    return f"--{'no-' if _value(config, name) is False else ''}{name.replace('_', '-')}"
+
+
+def _value(config: Config, name: str) -> Any:
+    return getattr(getattr(config, SETTINGS[name][0]), name)
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
