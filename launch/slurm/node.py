@@ -3,9 +3,13 @@
 
     node.py --launcher torchrun|tasks --ranks-per-node N --records DIR -- train --q 0.75 …
 
-What comes behind `--` goes to megatron-jq. SIGUSR1 to this process is passed on to the ranks alone, and to each only
-once it handles the signal: torchrun would die of it, and so would a rank that still imports or a helper of a rank. Its
-number is in DIR/agents/NODE.TASK, for `kill`: Slurm's own signals go to every process of a step.
+What follows `--` goes to megatron-jq. SIGUSR1 to this process is passed on to the ranks alone, and to each only once it
+handles the signal: torchrun would die of it, and so would a rank that still imports or a helper of a rank. Its number
+is in DIR/agents/NODE.TASK, for `kill`: Slurm's own signals go to every process of a step.
+
+SIGTERM, by which Slurm asks for the nodes, is passed on in the same way and leaves a file DIR/told/NODE.TASK. From then
+on the ranks have all the time that Slurm gives them: torchrun's own handler would kill them after 30 s. Where no rank
+runs yet, this process ends with code 143.
 
 A rank that fails leaves a file DIR/failures/RANK: "class time exit-code rank node". Class 0: it failed by itself.
 1: exit code 3, which may be for a peer that went away. 2: it was told to end. The least of them is the job's cause.
@@ -38,19 +42,34 @@ def main() -> int:
     parser.add_argument("command", nargs="+", help="megatron-jq's command and flags")
     args = parser.parse_args()
     run = run_torchrun if args.launcher == "torchrun" else run_task
-    failures = run(args)
+    try:
+        failures = run(args)
+    except ToldToEnd:
+        failures = {first_rank(args): 128 + signal.SIGTERM}
     for rank, code in failures.items():
         record(args.records / "failures", rank, code)
     return min(failures.values(), key=failure_class, default=0)
 
 
+class ToldToEnd(SystemExit):
+    """SIGTERM came while no rank ran."""
+
+
+def first_rank(args: argparse.Namespace) -> int:
+    """The least rank of this process."""
+    if args.launcher == "tasks":
+        return int(os.environ["SLURM_PROCID"])
+    return int(os.environ["SLURM_NODEID"]) * args.ranks_per_node
+
+
 def run_torchrun(args: argparse.Namespace) -> dict[int, int]:
     """All ranks of this node; {rank: exit code} of those that failed."""
-    pass_on_usr1(ranks_below_this_process, args.records)
+    pass_on(ranks_below_this_process, args.records)
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig
     from torch.distributed.run import main as torchrun
 
     environ, node_rank = os.environ, int(os.environ["SLURM_NODEID"])
@@ -66,16 +85,19 @@ def run_torchrun(args: argparse.Namespace) -> dict[int, int]:
         "local-addr": environ["MASTER_ADDR"] if node_rank == 0 else environ["SLURMD_NODENAME"],
         "max-restarts": 0,
     }
-    first = node_rank * args.ranks_per_node
+    if hasattr(LaunchConfig, "signals_to_handle"):
+        flags["signals-to-handle"] = "SIGINT,SIGHUP,SIGQUIT"  # SIGTERM is ours
+    else:
+        print("warning: this torch kills ranks 30 s after SIGTERM; LAUNCHER=tasks does not", file=sys.stderr)
     try:
         torchrun([*(f"--{name}={value}" for name, value in flags.items()), "-m", "megatron_jq", *args.command])
     except ChildFailedError as error:
         return {rank: as_shell_code(failure.exitcode) for rank, failure in error.failures.items()}
     except SignalException as error:
-        return {first: 128 + error.sigval}
+        return {first_rank(args): 128 + error.sigval}
     except (RendezvousError, DistError) as error:  # the nodes did not meet
         print(f"[{environ['SLURMD_NODENAME']}] torchrun: {type(error).__name__}: {error}", file=sys.stderr)
-        return {first: 1}
+        return {first_rank(args): 1}
     return {}
 
 
@@ -92,8 +114,7 @@ def run_task(args: argparse.Namespace) -> dict[int, int]:
     child = subprocess.Popen(
         [sys.executable, "-m", "megatron_jq", *args.command], start_new_session=True, preexec_fn=die_with_parent
     )
-    pass_on_usr1(lambda: [child.pid], args.records)
-    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    pass_on(lambda: [child.pid], args.records)
     code = as_shell_code(child.wait())
     return {int(rank): code} if code else {}
 
@@ -115,25 +136,40 @@ def ranks_below_this_process() -> list[int]:
     return found
 
 
-def pass_on_usr1(ranks: Callable[[], list[int]], records: Path) -> None:
-    """On SIGUSR1: send it once to each of `ranks()`, as soon as it has a handler for it. Announces this process."""
-    asked = threading.Event()
-    signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
+def pass_on(ranks: Callable[[], list[int]], records: Path) -> None:
+    """On SIGUSR1 or SIGTERM: send it once to each of `ranks()`, as soon as it has a handler for it.
 
-    def deliver() -> None:
-        asked.wait()
-        told: set[int] = set()
-        while True:
-            for pid in ranks():
-                if pid not in told and handles(pid, signal.SIGUSR1):
-                    told.add(pid)
-                    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                        os.kill(pid, signal.SIGUSR1)
-            time.sleep(0.2)
+    Announces this process.
+    """
+    task = f"{os.environ['SLURMD_NODENAME']}.{os.environ['SLURM_LOCALID']}"
+    asked = {signal.SIGUSR1: threading.Event(), signal.SIGTERM: threading.Event()}
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked[signal.SIGUSR1].set())
 
-    threading.Thread(target=deliver, daemon=True).start()
-    name = f"{os.environ['SLURMD_NODENAME']}.{os.environ['SLURM_LOCALID']}"
-    (records / "agents" / name).write_text(f"{os.getpid()}\n", encoding="utf-8")
+    def terminate(number: int, frame: object) -> None:
+        (records / "told" / task).touch()
+        if not ranks():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise ToldToEnd
+        asked[signal.SIGTERM].set()
+
+    signal.signal(signal.SIGTERM, terminate)
+    for number, event in asked.items():
+        threading.Thread(target=deliver, args=(number, event, ranks), daemon=True).start()
+    (records / "told").mkdir(exist_ok=True)
+    (records / "agents" / task).write_text(f"{os.getpid()}\n", encoding="utf-8")
+
+
+def deliver(number: int, asked: threading.Event, ranks: Callable[[], list[int]]) -> None:
+    """Once `asked` is set: send a signal to each rank, whenever it gets a handler for it."""
+    asked.wait()
+    told: set[int] = set()
+    while True:
+        for pid in ranks():
+            if pid not in told and handles(pid, number):
+                told.add(pid)
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    os.kill(pid, number)
+        time.sleep(0.2)
 
 
 def handles(pid: int, number: int) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import json
 import math
 import os
 import socket
@@ -14,10 +15,12 @@ from megatron_jq.cli.parser import CommandParser
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.preflight.facts import Facts, find_facts
 from megatron_jq.preflight.meeting import Host, report
-from megatron_jq.preflight.verdict import Limits, faults, unseen_marks
+from megatron_jq.preflight.verdict import CHECKS, Fault, Limits, faults, unseen_marks
 
 #: Longer than any wait behind --timeout (meeting.report).
 _HUNG_SECONDS = 15.0
+#: In the run directory: a line per job that started although a waived check found something.
+WAIVED = "preflight-waived.jsonl"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--min-shared-memory", type=_amount, default=1.0, metavar="GIB", help="in /dev/shm (1)")
     flags.add_argument("--max-clock-skew", type=_amount, default=2.0, metavar="S", help="from the median node (2)")
     flags.add_argument("--timeout", type=_amount, default=30.0, metavar="S", help="for all nodes to report (30)")
+    flags.add_argument(
+        "--waive", action="append", default=[], choices=CHECKS, metavar="CHECK",
+        help="start although this check finds something, which is logged and recorded in the run directory's "
+        f"{WAIVED}; may be repeated: {', '.join(CHECKS)}",
+    )  # fmt: skip
     return flags
 
 
@@ -85,6 +93,21 @@ def run_preflight(argv: list[str]) -> int:
         faulthandler.cancel_dump_traceback_later()
 
 
+def _how_to_waive(serious: list[Fault]) -> list[str]:
+    checks = dict.fromkeys(fault.check for fault in serious if fault.check is not None)
+    flags = " ".join(f"--waive {check}" for check in checks)
+    return [f"preflight: to start all the same: {flags} (in a job: PREFLIGHT_FLAGS)"] if checks else []
+
+
+def _record(waived: list[Fault], run_dir: Path, key: str) -> None:
+    """Say and write down what was waived."""
+    for fault in waived:
+        print(f"preflight: waived ({fault.check}): {fault}")
+    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "start": key, "waived": waived}
+    with (run_dir / WAIVED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def _as_host(
     host: Host, nodes: list[str], args: argparse.Namespace, address: str, key: str, own: Facts, deadline: float
 ) -> int:
@@ -102,12 +125,16 @@ def _as_host(
     thread.start()
     host.wait()
     limits = Limits(args.gpus_per_node, args.min_free_disk, args.min_shared_memory, args.max_clock_skew)
-    found = faults(nodes, host.facts, host.clocks, limits) + unseen_marks(host.facts, args.run_dir)
-    host.reply(found)
+    lines = faults(nodes, host.facts, host.clocks, limits) + unseen_marks(host.facts, args.run_dir)
+    waived = [fault for fault in lines if fault.check in args.waive]
+    serious = [fault for fault in lines if fault.check not in args.waive]
+    host.reply(serious)
     thread.join(1)
     if failure:
         raise failure[0]
-    if found:
-        raise RunFailure("\n".join(f"preflight: {fault}" for fault in found))
+    if serious:
+        raise RunFailure("\n".join([*(f"preflight: {fault}" for fault in serious), *_how_to_waive(serious)]))
+    if waived:
+        _record(waived, args.run_dir, key)
     print(f"preflight: {len(nodes)} node(s) fit; commit {own.commit}, sources {own.sources}")
     return 0

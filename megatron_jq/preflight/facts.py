@@ -27,13 +27,14 @@ class Facts:
 
     node: str
     versions: tuple[tuple[str, str], ...]  # (name, version): Python, the driver and PACKAGES
-    commit: str  # "-" where the sources are no git checkout
+    commit: str  # "-" where the sources are no git checkout, or there is no git
     sources: str  # digest of this package's Python files: what runs, whatever the commit says
     gpus: int
     free_disk: float | None  # of the run directory's file system
     shared_memory: float | None  # free
     mark: str | None  # a file that this node wrote into the run directory
     troubles: tuple[str, ...]
+    mig: int = 0  # GPUs that are split into MIG slices, which `gpus` does not count
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -62,10 +63,10 @@ def find_facts(node: str, run_dir: Path) -> Facts:
         shared_memory = shutil.disk_usage(SHARED_MEMORY).free / _GIB
     except OSError as error:
         troubles.append(f"{SHARED_MEMORY}: {error.strerror}")
-    gpus, driver = _gpus()
+    gpus, mig, driver = _gpus()
     versions = (("Python", sys.version.split()[0]), ("NVIDIA driver", driver), *_package_versions())
     return Facts(
-        node, versions, _commit(), source_digest(_SOURCES), gpus, free_disk, shared_memory, mark, tuple(troubles)
+        node, versions, _commit(), source_digest(_SOURCES), gpus, free_disk, shared_memory, mark, tuple(troubles), mig
     )
 
 
@@ -79,18 +80,36 @@ def _package_versions() -> list[tuple[str, str]]:
     return found
 
 
-def _gpus() -> tuple[int, str]:
-    """(number of GPUs that this process may use, driver version or "-"), by nvidia-smi: CUDA would take seconds."""
+def _gpus() -> tuple[int, int, str]:
+    """(GPUs for this process, those of them that are split into MIG slices, driver version or "-").
+
+    By nvidia-smi: CUDA would take seconds.
+    """
     lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not lines or visible is None:
-        return len(lines), lines[0].strip() if lines else "-"
-    named = [device for device in visible.split(",") if device.strip()]
-    return min(len(lines), len(named)), lines[0].strip()
+    driver = lines[0].strip() if lines else "-"
+    # An old driver does not know the last field: then none of its GPUs is split.
+    table = _output("nvidia-smi", "--query-gpu=index,uuid,mig.mode.current", "--format=csv,noheader")
+    gpus, mig = count_gpus(table or "?, ?, -\n" * len(lines), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return gpus, mig, driver
+
+
+def count_gpus(table: str, visible: str | None) -> tuple[int, int]:
+    """(GPUs that ranks may use, GPUs in MIG mode): a line "index, UUID, MIG mode" each, and CUDA_VISIBLE_DEVICES.
+
+    Of slices CUDA shows one to a process, whatever there is: where no GPU is whole, they count as one.
+    """
+    rows = [tuple(field.strip() for field in line.split(",")) for line in table.splitlines() if line.strip()]
+    split = [row for row in rows if row[2] == "Enabled"]
+    whole = len(rows) - len(split)
+    if visible is None:
+        return whole or min(len(split), 1), len(split)
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    slices = [name for name in names if name.startswith("MIG-") or any(name in (i, uuid) for i, uuid, _ in split)]
+    return min(whole, len(names) - len(slices)) or min(len(slices), 1), len(split)
 
 
 def _commit() -> str:
-    """HEAD of the checkout that this package lies in, "+" behind it where the package was changed since."""
+    """HEAD of the checkout that this package lies in, "+" after it where the package was changed since."""
     head = _output("git", "-C", str(_SOURCES), "rev-parse", "--short=12", "HEAD").strip()
     if not head:
         return "-"

@@ -38,6 +38,8 @@ for g in $(seq 0 $((gpus - 1))); do
 done
 echo "Name=gpu Type=h100 File=$folder/dev/nvidia[0-$((gpus - 1))]" >"$folder/gres.conf"
 touch "$folder/plugstack.conf"
+# Without a file Slurm looks for cgroups: where only version 2 is mounted without systemd, slurmd does not start.
+echo "CgroupPlugin=cgroup/v1" >"$folder/cgroup.conf"
 
 # A job that is queued again waits for cred_expire seconds.
 cat >"$folder/slurm.conf" <<CONF
@@ -60,7 +62,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 EnforcePartLimits=ALL
 SlurmdTimeout=8

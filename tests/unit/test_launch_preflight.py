@@ -13,9 +13,9 @@ import pytest
 from megatron_jq.cli.main import main
 from megatron_jq.errors import RunFailure
 from megatron_jq.preflight import meeting
-from megatron_jq.preflight.facts import Facts, find_facts, source_digest
+from megatron_jq.preflight.facts import Facts, count_gpus, find_facts, source_digest
 from megatron_jq.preflight.meeting import Host, report
-from megatron_jq.preflight.verdict import Limits, Reading, faults, unseen_marks
+from megatron_jq.preflight.verdict import CHECKS, Limits, Reading, faults, unseen_marks
 
 NODES = ("a", "b", "c")
 FIT = Facts(
@@ -45,7 +45,7 @@ def test_fit_nodes_have_no_faults():
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"gpus": 7}, "b: 7 of 8 GPUs (nvidia-smi, CUDA_VISIBLE_DEVICES)"),
+        ({"gpus": 7}, "b: 7 of 8 GPUs (nvidia-smi, CUDA_VISIBLE_DEVICES; --gpus-per-node is 8)"),
         ({"free_disk": 9.5}, "b: 9.50 GiB of free disk for the run directory, 10 wanted"),
         ({"shared_memory": 0.25}, "b: 0.25 GiB of free shared memory in /dev/shm, 1 wanted"),
         ({"commit": "bad"}, "b: source commit bad, but c0ffee on 2 node(s)"),
@@ -62,6 +62,46 @@ def test_each_fault_names_its_node(change, fault):
 
 def test_the_odd_one_is_the_one_that_differs_from_most_even_if_it_is_the_first():
     assert verdict(a={"commit": "old"}) == ["a: source commit old, but c0ffee on 2 node(s)"]
+
+
+def test_a_node_without_git_is_no_difference_where_the_sources_agree():
+    assert verdict(b={"commit": "-"}, c={"commit": "-"}) == []
+    # The sources differ: then everything that is known is said.
+    said = verdict(b={"commit": "-", "sources": "9"})
+    assert said == ["b: source commit -, but c0ffee on 2 node(s)", "b: source digest 9, but 123 on 2 node(s)"]
+    # Two commits remain two commits.
+    assert verdict(a={"commit": "-"}, c={"commit": "old"}) == ["c: source commit old, but c0ffee on 1 node(s)"]
+
+
+EIGHT = "".join(f"{k}, GPU-{k}, Disabled\n" for k in range(8))
+SLICED = "".join(f"{k}, GPU-{k}, Enabled\n" for k in range(2))
+MIXED = SLICED + "2, GPU-2, Disabled\n3, GPU-3, [N/A]\n"
+
+
+@pytest.mark.parametrize(
+    ("table", "visible", "expected"),
+    [
+        ("", None, (0, 0)),
+        (EIGHT, None, (8, 0)),
+        (EIGHT, "0,1,2", (3, 0)),
+        (EIGHT, "", (0, 0)),
+        (EIGHT, "GPU-3,GPU-5", (2, 0)),
+        (SLICED, None, (1, 2)),  # 14 slices, of which CUDA shows one
+        (SLICED, "MIG-a,MIG-b,MIG-c", (1, 2)),
+        (SLICED, "0,1", (1, 2)),
+        (SLICED, "", (0, 2)),
+        (MIXED, None, (2, 2)),
+        (MIXED, "0,1,2,3", (2, 2)),
+        (MIXED, "GPU-0", (1, 2)),
+    ],
+)
+def test_slices_of_a_gpu_are_not_counted_as_gpus(table, visible, expected):
+    assert count_gpus(table, visible) == expected
+
+
+def test_a_node_of_slices_is_told_from_one_with_too_few_gpus():
+    (line,) = verdict(b={"gpus": 1, "mig": 8})
+    assert line.startswith("b: 1 of 8 GPUs (") and "8 GPU(s) are split into MIG slices" in line
 
 
 def test_a_node_that_did_not_report_is_named():
@@ -193,6 +233,36 @@ def test_the_command_names_an_unfit_node_and_a_missing_one(meeting_point, tmp_pa
     assert time.monotonic() - began < 10 and list(tmp_path.iterdir()) == []
 
 
+def test_a_waived_check_is_said_and_recorded_and_the_others_still_count(meeting_point, tmp_path, capsys, monkeypatch):
+    flags = ["preflight", "--node", "n", "--run-dir", str(tmp_path), "--min-free-disk", "1e9", "--gpus-per-node", "99"]
+    assert main([*flags, "--waive", "disk"]) == 3
+    captured = capsys.readouterr()
+    assert "of 99 GPUs" in captured.err and "of free disk" not in captured.err
+    assert captured.err.splitlines()[-1].endswith("to start all the same: --waive gpus (in a job: PREFLIGHT_FLAGS)")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    assert main([*flags, "--waive", "disk", "--waive=gpus"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("preflight: waived (gpus): n: ") and said[1].startswith("preflight: waived (disk): n: ")
+    (line,) = (tmp_path / "preflight-waived.jsonl").read_text().splitlines()
+    gpus, disk = json.loads(line)["waived"]
+    assert "of 99 GPUs" in gpus and "of free disk for the run directory, 1e+09 wanted" in disk
+
+
+def test_every_fault_but_a_missing_node_names_a_check_that_may_be_waived(tmp_path):
+    odd = {
+        "gpus": 0, "free_disk": 0.0, "shared_memory": 0.0, "commit": "x", "sources": "y", "mark": "none",
+        "versions": tuple((name, "9") for name, _ in find_facts("n", tmp_path).versions),
+        "troubles": ("/dev/shm: gone", "run directory cannot be written"),
+    }  # fmt: skip
+    usual = tuple((name, "1") for name, _ in odd["versions"])
+    facts = {node: replace(FIT, node=node, versions=usual) for node in "ac"} | {"b": replace(FIT, node="b", **odd)}
+    clocks = {"a": Reading(0.0, 0.0), "b": Reading(60.0, 0.0), "c": Reading(0.0, 0.0)}
+    lines = faults((*NODES, "d"), facts, clocks, LIMITS) + unseen_marks(facts, tmp_path)
+    assert {fault.check for fault in lines} == {None, *CHECKS}
+    assert [str(fault) for fault in lines if fault.check is None] == ["d: did not report"]
+
+
 def test_a_master_address_that_does_not_resolve_is_told_at_once(meeting_point, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     began = time.monotonic()
@@ -221,6 +291,7 @@ def test_a_file_system_that_does_not_answer_does_not_hold_up_the_job(meeting_poi
         (["--max-clock-skew", "inf"], "--max-clock-skew: inf is not a number of at least 0"),
         (["--min-free-disk", "much"], "--min-free-disk: much is not a number of at least 0"),
         (["--gpus-per-node", "-1"], "--gpus-per-node: -1 is not a whole number of at least 0"),
+        (["--waive", "everything"], "--waive: invalid choice: 'everything'"),
         ([], "set MASTER_ADDR and MASTER_PORT"),
     ],
 )
