@@ -90,7 +90,7 @@ def stage_flops(plan: Plan, stage: int, replicas: list[int]) -> StageFlops:
         if work.phase == "train":
             again = _recomputed_share(plan, layers)
             factors = 1 + again + _BACKWARD_MATRIX, 1 + again + _BACKWARD_ATTENTION, 1 + _BACKWARD_MATRIX
-            if plan.config.rollout.top_p < 1:
+            if plan.has_nucleus:
                 factors = *factors[:2], 2 + _BACKWARD_MATRIX  # the head's logits are made again
             parts = tuple(factor * part for factor, part in zip(factors, parts, strict=True))
         by_phase[work.phase] = sum(parts)

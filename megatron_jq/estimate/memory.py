@@ -206,8 +206,7 @@ def _score(plan: Plan, stage: int) -> Phase:
     moments = [(_layers(plan, activations.forward_working(plan, tokens), tokens),)]
     if _heads(plan, stage):
         rows, row = sequences * plan.lengths.answer, plan.element * plan.architecture.hidden_size
-        nucleus = plan.config.rollout.top_p < 1
-        logits = _nucleus(plan, rows) if nucleus else _logits(plan, rows, two=True)
+        logits = _logits(plan, rows, two=True)
         moments.append((Part("head chunk", (rows + tokens) * row, tokens * row), logits))
     return _phase("score", moments)
 
@@ -227,9 +226,12 @@ def _logits(plan: Plan, rows: int, *, two: bool) -> Part:
     return Part("logits", plan.vocab_rows * size, 4 * chunk * plan.vocab_rows)
 
 
-def _nucleus(plan: Plan, rows: int) -> Part:
-    elements = min(rows, chunk_tokens(plan)) * plan.vocab_rows
-    return Part("logits", NUCLEUS_BYTES * elements, 8 * elements)
+def _nucleus(plan: Plan, rows: int, drawn: int) -> Part:
+    """Of a chunk of `rows` head rows, of which so many were drawn: their logits are copied where others lie between."""
+    chunk = min(rows, chunk_tokens(plan))
+    searched = min(chunk, drawn)
+    apart = 4 * chunk * (searched < chunk)
+    return Part("logits", plan.vocab_rows * (apart + NUCLEUS_BYTES * searched), 8 * chunk * plan.vocab_rows)
 
 
 def in_flight(plan: Plan, stage: int, micro_batches: int) -> list[int]:
@@ -283,9 +285,10 @@ def _head(plan: Plan) -> list[tuple[Part, ...]]:
     rows = sequences * (plan.lengths.rationale + plan.lengths.answer)
     around = Part("head chunk", 2 * rows * row + tokens * row * (1 / plan.split + (plan.split > 1)), tokens * row)
     table = plan.vocab_rows * plan.architecture.hidden_size
-    if plan.config.rollout.top_p < 1:  # linear_log_probs: bisection forward, a gradient of its own backward
+    if plan.has_nucleus:  # linear_log_probs: bisection forward, a gradient of its own backward
         own = Part("head chunk", table * (4 + 2 * plan.element), 4 * table)
-        return [(around, _nucleus(plan, rows)), (around, _logits(plan, rows, two=True), own)]
+        search = _nucleus(plan, rows, sequences * plan.drawn_tokens)
+        return [(around, search), (around, _logits(plan, rows, two=True), own)]
     logits = _logits(plan, rows, two=plan.tp > 1)
     if plan.element == 4:
         return [(around, logits)]

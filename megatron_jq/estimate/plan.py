@@ -141,6 +141,11 @@ class Plan:
         return self.config.rollout.score_with == "rollout"
 
     @property
+    def has_nucleus(self) -> bool:
+        """Whether trained tokens have a nucleus (--top-p): those that were drawn. Scored gold answers have none."""
+        return self.config.rollout.top_p < 1 and not self.imitates
+
+    @property
     def drawn_tokens(self) -> int:
         """Of a rationale, and of a sampled answer behind it."""
         if self.imitates:

@@ -218,15 +218,24 @@ def _head(plan: Plan, phase: str) -> list[Message]:
     """Three numbers a row and process: once a micro-batch in scoring, once a chunk in training and of a reference."""
     lengths = plan.lengths
     each = lengths.answer + (lengths.rationale if phase != "score" else 0)
-    rows, nucleus = [row.sequences * each for row in plan.busiest_rows], plan.config.rollout.top_p < 1
+    rows, nucleus = [row.sequences * each for row in plan.busiest_rows], plan.has_nucleus and phase != "score"
     size, chunks = 3 * FLOAT32 * sum(rows) * plan.tp, sum(max(1, -(-n // chunk_tokens(plan))) for n in rows)
     calls = chunks if phase != "score" and not nucleus else len(rows)
     found = [Message(phase, "tp", "all-gather", "head", calls, size, plan.tp)]
     if nucleus:
-        found.append(Message(phase, "tp", "all-gather", "nucleus", chunks, size, plan.tp))
-        total = sum(rows) * (32 * FLOAT64 + FLOAT32)
+        drawn = sum(row.sequences for row in plan.busiest_rows) * plan.drawn_tokens
+        chunks = sum(_chunks_with_drawn(plan, each, n) for n in rows)
+        found.append(Message(phase, "tp", "all-gather", "nucleus", chunks, 3 * FLOAT32 * drawn * plan.tp, plan.tp))
+        total = drawn * (32 * FLOAT64 + FLOAT32)
         found.append(Message(phase, "tp", "all-reduce", "nucleus", 33 * chunks, total, plan.tp))
     return found
+
+
+def _chunks_with_drawn(plan: Plan, each: int, rows: int) -> int:
+    """Chunks of a micro-batch's head rows, `each` of a sequence, that hold a drawn token: those come first."""
+    size = chunk_tokens(plan)
+    starts = range(0, rows, size)
+    return sum(s % each < plan.drawn_tokens or (s // each + 1) * each < min(s + size, rows) for s in starts)
 
 
 def _reductions(plan: Plan, stage: int) -> list[Message]:

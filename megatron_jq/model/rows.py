@@ -165,6 +165,8 @@ def pack_sequences(
         return sent(torch.tensor(values, dtype=torch.long), device)
 
     cell_N = ints(cells)
+    if not with_rationale and not tempered_answers:  # nothing that is scored was sampled
+        temperature = top_p = 1.0
     head = ScoreHead(
         ints(where),
         ints(targets),

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_jq.objective.clipping import TokenRule
 from megatron_jq.parallel.collectives import all_gather_flat
+from megatron_jq.parallel.transfers import sent
 
 #: Logits that exist at one time, in elements, by device: bounds memory, and is large enough for efficient GEMMs.
 _CHUNK_ELEMENTS = {"cpu": 3 << 24, "cuda": 1 << 27}
@@ -147,13 +148,16 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, targets_T, group, chunk, vocab_size, inverse_temperature_T, top_p):
         column_T, here_T = _local_targets(targets_T, weight_VH.shape[0], group)
-        threshold_T = None if top_p is None else hidden_TH.new_empty(len(targets_T), dtype=torch.float32)
+        threshold_T = has_nucleus_T = None
+        if top_p is not None:
+            threshold_T = hidden_TH.new_full((len(targets_T),), float("-inf"), dtype=torch.float32)
+            has_nucleus_T = (top_p < 1).cpu()  # waits for the device once; a nucleus takes 32 passes over its logits
         partial = []
         for part in _chunks(len(targets_T), chunk):
             logits = _chunk_logits(hidden_TH, weight_VH, part, group, vocab_size, inverse_temperature_T)
             if top_p is not None:
-                threshold_T[part] = _threshold_with_target(logits, top_p, column_T[part], here_T[part], part, group)
-                logits.masked_fill_(logits < threshold_T[part, None], float("-inf"))
+                tokens = has_nucleus_T[part].nonzero().squeeze(1)
+                _cut_to_nucleus_(logits, tokens, top_p[part], column_T[part], here_T[part], threshold_T[part], group)
             partial.append(_exponentials_(logits, column_T[part], here_T[part]))
         normaliser_T, target_T = _merge(*_exchange(torch.cat(partial, dim=1), group))
         ctx.save_for_backward(hidden_TH, weight_VH, column_T, here_T, normaliser_T, inverse_temperature_T, threshold_T)
@@ -207,8 +211,9 @@ def linear_log_probs(
     hidden_TH is alike on all ranks of the group; weight_VH is this rank's shard. Differentiable in both: the gradient
     of hidden_TH is this rank's share and must be summed over the group by the caller's mapping (Megatron-core's
     copy_to / gather_from regions do so). With top_p_T the distribution is first cut to its nucleus, whose membership is
-    a constant for the gradient; 1.0 keeps all tokens. Cost without top-p: one all-gather of 3T numbers
-    a rank in the forward pass, whatever the chunk is; none in the backward pass.
+    a constant for the gradient; 1.0 keeps all tokens and costs nothing. Cost without top-p: one all-gather of 3T
+    numbers a rank in the forward pass, whatever the chunk is; none in the backward pass. Of tokens with a nucleus:
+    another such all-gather and 33 all-reduces of one number a token for each chunk that has some.
     """
     chunk_tokens = chunk_tokens or default_chunk_tokens(weight_VH.shape[0], weight_VH.device)
     return _LinearLogProbs.apply(
@@ -404,11 +409,20 @@ def log_probs_as_trained(
     return log_prob_T
 
 
-def _threshold_with_target(logits, top_p_T, column, here, part, group):
-    """A sampled token stays in the nucleus even when rounding puts it a hair outside the one it was drawn from."""
-    target = torch.where(here, logits.gather(-1, column[:, None]).squeeze(-1), float("-inf"))
-    _all_reduce(target, group, dist.ReduceOp.MAX)
-    return torch.minimum(nucleus_threshold(logits, top_p_T[part], group), target)
+def _cut_to_nucleus_(logits_TV, tokens, top_p_T, column_T, here_T, threshold_T, group) -> None:
+    """Set logits outside the nucleus to -inf, in place, and write down its threshold. tokens: those of the chunk that
+    have a nucleus, on the host and alike on all ranks; nothing is computed for the others, such as gold answers'.
+
+    A sampled token stays in the nucleus even when rounding puts it a hair outside the one it was drawn from.
+    """
+    if not len(tokens):
+        return
+    n = sent(tokens, logits_TV.device)
+    logits_NV = logits_TV if len(tokens) == len(logits_TV) else logits_TV[n]
+    target_N = torch.where(here_T[n], logits_NV.gather(-1, column_T[n][:, None]).squeeze(-1), float("-inf"))
+    _all_reduce(target_N, group, dist.ReduceOp.MAX)
+    threshold_T[n] = torch.minimum(nucleus_threshold(logits_NV, top_p_T[n], group), target_N)
+    logits_TV.masked_fill_(logits_TV < threshold_T[:, None], float("-inf"))
 
 
 def nucleus_threshold(logits_TV: torch.Tensor, top_p_T: torch.Tensor, group) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_jq.parallel import logprob
 from megatron_jq.parallel.logprob import (
     linear_log_probs,
     mask_vocabulary_padding,
@@ -173,6 +174,39 @@ def test_nucleus_membership_is_a_constant_and_the_rest_is_renormalised(layer):
         torch.autograd.grad(expected, (hidden, weight), upstream),
         strict=True,
     ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk", [4, 7, 1000])
+def test_only_tokens_that_have_a_nucleus_are_searched_and_nothing_else_changes(layer, monkeypatch, share, chunk):
+    """Values and gradients equal those of a search over every token; the rows that were searched are counted."""
+    hidden, weight, targets, upstream = (x.float() if x.is_floating_point() else x for x in layer)
+    drawn = torch.arange(T) % 10 < 10 * share
+    top_p, searched = torch.where(drawn, 0.7, 1.0), []
+
+    def counting(logits, top_p_T, group):
+        searched.append(len(logits))
+        assert (top_p_T < 1).all()
+        return nucleus_threshold(logits, top_p_T, group)
+
+    def scored(h, w):
+        return linear_log_probs(h, w, targets, None, chunk_tokens=chunk, vocab_size=V, top_p_T=top_p)
+
+    monkeypatch.setattr(logprob, "nucleus_threshold", counting)
+    found = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    values = scored(*found)
+    gradients = torch.autograd.grad(values, found, upstream)
+    chunks = drawn.split(chunk)
+    assert searched == [int(part.sum()) for part in chunks if part.any()]
+
+    logits = (hidden @ weight.t())[:, :V]
+    thresholds = torch.minimum(nucleus_threshold(logits, top_p, None), logits[torch.arange(T), targets])
+    cut = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    masked = (cut[0] @ cut[1].t())[:, :V].masked_fill(drawn[:, None] & (logits < thresholds[:, None]), -math.inf)
+    expected = masked.log_softmax(dim=-1)[torch.arange(T), targets]
+    torch.testing.assert_close(values, expected)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected, cut, upstream), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

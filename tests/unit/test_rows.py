@@ -86,6 +86,16 @@ def test_temperature_and_nucleus_hold_for_what_was_sampled_alone(answers_too):
         assert (inverse, top_p) == ((2.0, 0.75) if sampled else (1.0, 1.0))
 
 
+def test_scored_answers_were_not_sampled_and_carry_no_temperature_and_no_nucleus():
+    """A nucleus of no token would be sought by 32 passes over the vocabulary for every one."""
+    head = pack_sequences(sequences(), device=CPU, with_rationale=False, temperature=0.5, top_p=0.75).head
+    assert head.inverse_temperature_N is None and head.top_p_N is None
+    head = pack_sequences(
+        sequences(), device=CPU, with_rationale=False, temperature=0.5, top_p=0.75, tempered_answers=True
+    ).head
+    assert set(head.top_p_N.tolist()) == {0.75}
+
+
 def test_the_plain_distribution_carries_no_temperature_and_no_nucleus():
     head = pack_sequences(sequences(), device=CPU, with_rationale=True).head
     assert head.inverse_temperature_N is None and head.top_p_N is None
