@@ -115,7 +115,7 @@ class StepMetrics:
     num_rationales_valid: int
     rationale_tokens_mean: float
     forced_fraction: float
-    tokens_trained: int
+    tokens_trained: int  # of trained rows, without padding; a prompt once for all its rationales where it is shared
     seconds_rollout: float  # of the median rank
     seconds_score: float
     seconds_train: float

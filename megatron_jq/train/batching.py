@@ -5,6 +5,7 @@ Sequences are plain token ids, so moving them between replicas costs four bytes 
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,21 @@ from megatron_jq.model.rows import padded, sharing_pays
 from megatron_jq.parallel.collectives import all_gather_flat
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Sequence
+
+
+def trained_tokens(sequences: Iterable[Sequence], present_BM: torch.Tensor, *, share_prompts: bool) -> int:
+    """Tokens of this replica's sequences that were trained on, without padding; over all replicas the step's.
+
+    present_BM: which slots of the whole step were, alike on every rank. share_prompts: a prompt counts once for all its
+    rationales, with the first of them; so the sum does not depend on how they lie in micro-batches and replicas.
+    """
+    first_B = present_BM.int().argmax(dim=1).tolist()
+    total = 0
+    for s in sequences:
+        if present_BM[s.prompt_slot, s.rationale_slot]:
+            with_prompt = not share_prompts or s.rationale_slot == first_B[s.prompt_slot]
+            total += len(s) if with_prompt else len(s) - len(s.prompt_ids)
+    return total
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from megatron_jq.objective.metrics import effective_sample_size
 from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
 from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
+from megatron_jq.train.batching import trained_tokens
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.pace import Pace
 from megatron_jq.train.step import Scores
@@ -52,12 +53,15 @@ def step_metrics(
     grad_norm: float,
     lr: float,
     pace: Pace,
+    share_prompts: bool,
 ) -> StepMetrics:
-    """rollouts and sequences are this replica's. Two small collectives over replicas; all ranks get one result."""
+    """rollouts and sequences are this replica's; share_prompts: as the training pass had it. Two small
+    collectives over replicas; all ranks get one result.
+    """
     valid_BM = tables.valid_BM
     kept_B = valid_BM.sum(dim=1) >= estimator.minimum_rationales
     log_p_B = log_mean_weight(tables.log_w_BM, valid_BM)[kept_B]
-    count, tokens, forced, trained_tokens = _totals(rollouts, sequences, tables.trained, runtime)
+    count, tokens, forced, trained_tokens = _totals(rollouts, sequences, tables.trained, runtime, share_prompts)
     return StepMetrics(
         step=step,
         q=q if estimator.uses_q else None,
@@ -90,11 +94,10 @@ def step_metrics(
     )
 
 
-def _totals(rollouts, sequences, trained: Scores, runtime: Runtime) -> list[float]:
-    """Valid rationales, their tokens, how many were closed by force, and tokens that went through the training pass."""
+def _totals(rollouts, sequences, trained: Scores, runtime: Runtime, share_prompts: bool) -> list[float]:
+    """Valid rationales, their tokens, how many were closed by force, and tokens that were trained on."""
     valid = [r for r in rollouts if r.valid]
-    present_BM = trained.present_BM
-    passed = sum(len(s) for s in sequences if present_BM[s.prompt_slot, s.rationale_slot])
+    passed = trained_tokens(sequences, trained.present_BM, share_prompts=share_prompts)
     totals = [len(valid), sum(len(r.rationale_ids) for r in valid), sum(r.forced for r in valid), passed]
     return runtime.groups.sum_over_replicas(torch.tensor(totals, dtype=torch.float64, device=runtime.device)).tolist()
 

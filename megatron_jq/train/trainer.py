@@ -170,7 +170,7 @@ class Trainer:
         return step_metrics(
             step, q, self.estimator, tables, rollouts, sequences, self.runtime,
             log_w_mismatch=mismatch, grad_norm=updates.grad_norm, lr=learning_rate(self.optimizer),
-            pace=pace,
+            pace=pace, share_prompts=self.train_options.share_prompts,
         )  # fmt: skip
 
     def _with_evaluation(self, metrics: StepMetrics) -> StepMetrics:

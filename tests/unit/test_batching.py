@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_jq.model.rows import pack_sequences, sharing_pays
 from megatron_jq.records import Sequence
-from megatron_jq.train.batching import Unit, _decode, micro_batches, units
+from megatron_jq.train.batching import Unit, _decode, micro_batches, trained_tokens, units
 
 CPU = torch.device("cpu")
 
@@ -117,3 +117,17 @@ def test_short_prompts_before_padded_branches_are_not_shared():
     assert not sharing_pays(short, 64) and sharing_pays(short, 1)
     assert sharing_pays(long, 64)
     assert Unit(tuple(short), 64).cost(1000) == pytest.approx(sum(Unit((s,), 64).cost(1000) for s in short))
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_trained_tokens_count_a_shared_prompt_once_however_its_rationales_are_spread(share_prompts):
+    """B = 3, M = 4, the last rationales of the second prompt and all of the third left out."""
+    lengths = {(b, m): (5 + 10 * b, 3 + m) for b in range(3) for m in range(4)}
+    sequences = [Sequence(b, m, (1,) * p, (2,) * z, z, (3, 4)) for (b, m), (p, z) in lengths.items()]
+    present = torch.tensor([[True] * 4, [False, True, True, False], [False] * 4])
+    branches = sum(z + 2 for (b, m), (_, z) in lengths.items() if present[b, m])
+    prompts = 5 + 15 if share_prompts else 4 * 5 + 2 * 15
+    for size in (1, 2, 3, 5):
+        replicas = [sequences[rank::size] for rank in range(size)]
+        counted = sum(trained_tokens(part, present, share_prompts=share_prompts) for part in replicas)
+        assert counted == prompts + branches
