@@ -163,9 +163,15 @@ def load_toml(path: str | Path, base: Config = Config()) -> Config:  # noqa: B00
 
 
 def settings_of_text(text: str, path: str | Path) -> Config:
-    """The defaults with the keys of a TOML text (to_toml's) on top; path: where it was found. UserError as above."""
+    """The defaults with the keys of a TOML text (to_toml's) on top; path: where it was found. UserError as above.
+
+    It is a run's record: one without add_bos_token is from before that setting, when no prompt began with one.
+    """
     try:
-        return _with_tables(Config(), tomllib.loads(text), path)
+        tables = tomllib.loads(text)
+        if "add_bos_token" not in tables.get("data", {}):
+            tables["data"] = {**tables.get("data", {}), "add_bos_token": "off"}
+        return _with_tables(Config(), tables, path)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} are not valid TOML: {error}") from error
 

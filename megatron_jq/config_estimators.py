@@ -30,6 +30,7 @@ READ_BY = {
     **dict.fromkeys(("tokenizer_vocab_size", "match", "normalise"), _PROMPTED),
     **dict.fromkeys(("eval_temperature", "eval_top_p", "eval_samples"), _PROMPTED),
     **dict.fromkeys(("train_data", "eval_data", "rollout_batch_size", "share_prompts", "sample_interval"), _PROMPTED),
+    **dict.fromkeys(("add_bos_token", "chat_date"), _PROMPTED),
 }
 
 

@@ -1,5 +1,6 @@
 """F1: what is wrong with a configuration, found before any work starts, and what follows from a right one."""
 
+import datetime
 import math
 import re
 from dataclasses import dataclass, fields
@@ -94,6 +95,7 @@ def _problems(config: Config, world_size: int | None, architecture: Architecture
         *_length_problems(config, architecture),
         *_schedule_problems(config),
         *_checkpoint_problems(config),
+        *_date_problems(config),
     ]
 
 
@@ -162,6 +164,17 @@ def _range_problems(config: Config) -> list[str]:
         if values[name] == "":
             problems.append(f"--{name.replace('_', '-')} must not be empty")
     return problems
+
+
+def _date_problems(config: Config) -> list[str]:
+    date = config.data.chat_date
+    if date is None:
+        return []
+    try:
+        datetime.datetime.strptime(date, "%Y-%m-%d")
+    except ValueError:
+        return [f"--chat-date must be a date as YYYY-MM-DD, not {date!r}"]
+    return []
 
 
 def _checkpoint_problems(config: Config) -> list[str]:

@@ -113,6 +113,8 @@ class DataConfig:
     bad_records: Literal["error", "drop"] = "error"  # records without answer, of another form, …: refuse or leave out
     prompt_style: Literal["plain", "cold", "warm"] = "plain"  # cold: the input alone; warm: task, format, chat template
     prompt_template: str | None = None  # TOML file with the words of cold and warm; None: the data set's own
+    add_bos_token: Literal["auto", "on", "off"] = "auto"  # before prompts: the tokenizer's rule; a chat template's own
+    chat_date: str | None = None  # YYYY-MM-DD: today's for a chat template that writes it
     show_example: int | None = None  # print training example N (from 0) as the model sees it, and end
     train_examples: int = 1024  # examples that a builtin task makes for training
     eval_examples: int = 64  # held-out examples to evaluate on, the first ones; 0: all. `evaluate`: all

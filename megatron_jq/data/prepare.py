@@ -216,6 +216,8 @@ def _write(config, folder: Path, template: PromptTemplate, train: Reading, token
         tokenizer_type=d.tokenizer_type,
         tokenizer=tokenizer.fingerprint(),
         splits=entries,
+        add_bos_token=d.add_bos_token,
+        chat_date=d.chat_date,
     )
     write_manifest(folder, manifest)
     return manifest

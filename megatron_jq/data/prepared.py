@@ -19,7 +19,8 @@ from megatron_jq.errors import UserError
 from megatron_jq.records import Example
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
+_READABLE = (2, FORMAT)  # 2 had no add_bos_token: no prompt began with one
 SPLITS = ("train", "validation", "test")
 _TOKENIZER = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer"}
 
@@ -35,7 +36,9 @@ class SplitEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """content: SHA-256 over the tokenizer's and the splits' fingerprints: equal where training would be the same."""
+    """content: SHA-256 over the tokenizer's and the splits' fingerprints: equal where training would be the same.
+    add_bos_token, chat_date: the settings that the prompts were written with.
+    """
 
     format: int
     content: str
@@ -45,6 +48,8 @@ class Manifest:
     tokenizer_type: str
     tokenizer: str
     splits: dict[str, SplitEntry]
+    add_bos_token: str = "off"
+    chat_date: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class PreparedSplit:
     tokenizer_type: str
     tokenizer_path: Path
     tokenizer: str
+    add_bos_token: str
+    chat_date: str | None
 
 
 def is_prepared(source: str) -> bool:
@@ -121,7 +128,7 @@ def read_manifest(folder: Path, flag: str) -> Manifest:
         raise UserError(f"{flag} {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{flag} {path} is no manifest of a prepared set; prepare it again") from error
-    if manifest.format != FORMAT:
+    if manifest.format not in _READABLE:
         raise UserError(
             f"{flag} {folder}: its format is {manifest.format}, this version reads {FORMAT}; prepare it again"
         )
@@ -149,8 +156,10 @@ def read_prepared(source: str, split: str, *, count: int | None = None, flag: st
     placed = tuple(_placed(index, json.loads(line)) for index, line in enumerate(lines[:count]))
     kind = manifest.tokenizer_type
     path = tokenizer_path(folder, kind)
-    style, tokenizer = manifest.prompt_style, manifest.tokenizer
-    return PreparedSplit(placed, len(lines), manifest.data_format, style, kind, path, tokenizer)
+    m = manifest
+    return PreparedSplit(
+        placed, len(lines), m.data_format, m.prompt_style, kind, path, m.tokenizer, m.add_bos_token, m.chat_date
+    )
 
 
 def _placed(index: int, row: dict) -> Placed:

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_jq.data.chat import ChatFrame
 from megatron_jq.data.faults import BadRecords, RecordError
 from megatron_jq.data.pair import Pair
 from megatron_jq.data.template import PromptStyle
@@ -60,15 +61,19 @@ class EncodedExamples:
 class PromptWriter:
     """Writes pairs as token ids, in one style with one tokenizer."""
 
-    def __init__(self, style: PromptStyle, tokenizer: Tokenizer):
-        """UserError: the style wants a chat template and the tokenizer has none that can be used."""
+    def __init__(
+        self, style: PromptStyle, tokenizer: Tokenizer, *, add_bos_token: str = "auto", chat_date: str | None = None
+    ):
+        """UserError: the style wants a chat template and the tokenizer has none that can be used; no such token."""
         self.style, self.tokenizer = style, tokenizer
         # With a system message and without: a record of a chat file may have none.
-        self._frames: dict[bool, Sequence[list[int]]] = {} if style.chat else {False: ([], [])}
+        self._date, self._frames = chat_date, {}
+        # A chat template writes what a conversation begins with.
+        self._bos = [] if style.chat and add_bos_token == "auto" else tokenizer.bos_ids(add_bos_token)
         if style.chat and not style.system:
             self._frame(system=False)
-        self._after_open = tokenizer.encode(style.after_open) if style.after_open else []
-        self._joint_ids = tuple(tokenizer.encode(style.after_close) if style.after_close else [])
+        self._after_open = self._following(style.after_open)
+        self._joint_ids = tuple(self._following(style.after_close))
 
     def example(self, index: int, pair: Pair) -> Example:
         """UserError: the template asks for a piece that the pair does not have. RecordError: a text that the tokenizer
@@ -76,27 +81,51 @@ class PromptWriter:
         """
         text = self.style.fill(pair)
         system = self.style.fill_system(pair) if self.style.system else ""
-        messages, frame = [system, text] if system else [text], self._frame(system=bool(system))
-        encode = self.tokenizer.encode
+        frame = self._frame(system=bool(system)) if self.style.chat else None
         try:
-            contents = [encode(message) for message in messages]
-            gold = encode(pair.answer)
-            given = None if pair.rationale is None else (*encode(pair.rationale), self.tokenizer.think_close_id)
+            prompt_ids = self._prompt(frame, system, text)
+            gold = self._continued(pair.answer, self._joint_ids)
+            given = None if pair.rationale is None else self._given(frame, pair.rationale)
         except UserError as error:
             raise RecordError(pair.where, "not in the tokenizer", str(error)) from error
         if not gold:
             raise RecordError(pair.where, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
-        prompt_ids = list(frame[0])
-        for content, following in zip(contents, frame[1:], strict=True):
-            prompt_ids += [*content, *following]
-        prompt_ids += [self.tokenizer.think_open_id, *self._after_open]
         answer_ids = (*gold, self.tokenizer.eos_id)
         return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases, self._joint_ids, given)
 
-    def _frame(self, *, system: bool) -> Sequence[list[int]]:
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the prompts."""
+        return sorted({frame.note for frame in self._frames.values() if frame.note})
+
+    def _frame(self, *, system: bool) -> ChatFrame:
         if system not in self._frames:
-            self._frames[system] = self.tokenizer.chat_frame(system=system)
+            self._frames[system] = self.tokenizer.chat_frame(system=system, date=self._date)
         return self._frames[system]
+
+    def _prompt(self, frame: ChatFrame | None, system: str, text: str) -> list[int]:
+        """x, up to `<think>` and what follows it."""
+        if frame is None:
+            ids = [*self._bos, *self.tokenizer.encode(text)]
+        else:
+            ids = self.tokenizer.encode_chat(frame, [system, text] if system else [text])
+            if ids[: len(self._bos)] != self._bos:
+                ids = [*self._bos, *ids]
+            if frame.opened is not None:
+                return ids
+        return [*ids, self.tokenizer.think_open_id, *self._after_open]
+
+    def _given(self, frame: ChatFrame | None, rationale: str) -> tuple[int, ...]:
+        opened = self._after_open if frame is None or frame.opened is None else frame.opened
+        return (*self._continued(rationale, opened), self.tokenizer.think_close_id)
+
+    def _following(self, text: str) -> list[int]:
+        """Fixed text directly after `<think>` or `</think>`."""
+        return self.tokenizer.encode_inside(text, after_token=True) if text else []
+
+    def _continued(self, text: str, before: Sequence[int] | str) -> list[int]:
+        """Text after a fixed boundary, on its own: `before` may be empty, and then a control token is before it."""
+        return self.tokenizer.encode_inside(text, after_token=not before)
 
 
 def encode_pairs(pairs: Sequence[Pair], writer: PromptWriter, bad: BadRecords) -> list[Placed]:

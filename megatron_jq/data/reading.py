@@ -74,6 +74,7 @@ def read_source(config: Config, source: str, split: str, flag: str, *, count: in
                 f"{named} was prepared with --prompt-style {prepared.prompt_style}; "
                 "leave --prompt-style and --prompt-template out, or prepare the set again"
             )
+        _check_prompts(named, config, prepared)
         if imitated and any(one.example.rationale_ids is None for one in prepared.placed):
             raise UserError(f"{named} was prepared without rationales; prepare it again with --estimator sft")
         return Reading(named, None, prepared)
@@ -91,6 +92,29 @@ def read_source(config: Config, source: str, split: str, flag: str, *, count: in
     return Reading(named, load_source(source, options, count=count, seed=seed, split=split, flag=flag), None)
 
 
+def _check_prompts(named: str, config: Config, prepared: PreparedSplit) -> None:
+    """UserError where a setting asks for other prompts than the set holds."""
+    d = config.data
+    for flag, wanted, default, held in (
+        ("--add-bos-token", d.add_bos_token, "auto", prepared.add_bos_token),
+        ("--chat-date", d.chat_date, None, prepared.chat_date),
+    ):
+        if wanted not in (default, held):
+            was = f"with {flag} {held}" if held is not None else f"without {flag}"
+            raise UserError(f"{named} was prepared {was}; leave {flag} out, or prepare the set again")
+
+
+def _notes(config: Config, prepared: PreparedSplit, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What to know of a set that is from before --add-bos-token."""
+    unlike = prepared.add_bos_token == "off" and config.data.add_bos_token == "auto" and prepared.prompt_style != "warm"
+    if not unlike or not tokenizer.bos_ids("auto"):
+        return ()
+    return (
+        "its prompts are without the tokenizer's beginning of a text; with --add-bos-token off all other prompts of "
+        "the run, and of its evaluations, are too",
+    )
+
+
 def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> Encoded:
     """Token ids. UserError: a prepared set of another tokenizer, a template that does not fit, bad records that are
     not to be dropped.
@@ -101,13 +125,16 @@ def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> En
             raise UserError(
                 f"{reading.named} was prepared with another tokenizer; use its own, --tokenizer-model {own}"
             )
-        return Encoded(reading.prepared.placed, (), reading.data_format, reading.total)
+        notes = _notes(config, reading.prepared, tokenizer)
+        return Encoded(reading.prepared.placed, (), reading.data_format, reading.total, notes)
     d, source = config.data, reading.source
     style = template_of(source.data_format, d.prompt_template).style(d.prompt_style)
     bad = BadRecords(d.bad_records)
-    placed = encode_pairs(source.pairs, PromptWriter(style, tokenizer), bad)
+    writer = PromptWriter(style, tokenizer, add_bos_token=d.add_bos_token, chat_date=d.chat_date)
+    placed = encode_pairs(source.pairs, writer, bad)
     bad.settle(reading.named, len(placed))
-    return Encoded(tuple(placed), (*source.bad, *bad.faults), reading.data_format, reading.total, source.notes)
+    notes = (*source.notes, *writer.notes)
+    return Encoded(tuple(placed), (*source.bad, *bad.faults), reading.data_format, reading.total, notes)
 
 
 def number_of(number: int, total: int) -> str:

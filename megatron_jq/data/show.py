@@ -1,6 +1,7 @@
 """F2: one example as the model sees it: its tokens with their boundaries, and which of them carry weight."""
 
 from megatron_jq.data.tokenizers import Tokenizer
+from megatron_jq.errors import UserError
 from megatron_jq.records import Example
 
 _BOUNDARY = "│"
@@ -28,7 +29,7 @@ def described(
         f"at most {prompt} + {rationale_budget} + {between} + {answer_budget} = "
         f"{prompt + rationale_budget + 1 + joint + answer_budget} tokens",
         "",
-        f"prompt x: {prompt} tokens, weight 0",
+        f"prompt x: {prompt} tokens, weight 0{_beginning(example, tokenizer)}",
         *_tokens(example.prompt_ids, tokenizer),
         "",
         *_rationale(example, tokenizer, rationale_budget, given=estimator == "sft"),
@@ -46,6 +47,17 @@ def described(
     if example.aliases:
         lines += ["", f"also right: {', '.join(map(repr, example.aliases))}"]
     return "\n".join(lines)
+
+
+def _beginning(example: Example, tokenizer: Tokenizer) -> str:
+    """Whether x begins with the tokenizer's own beginning of a text, of a tokenizer that has one."""
+    try:
+        bos = tuple(tokenizer.bos_ids("on"))
+    except UserError:
+        return ""
+    names = " ".join(map(tokenizer.piece, bos))
+    has = example.prompt_ids[: len(bos)] == bos
+    return f", begins with {names}" if has else f", without {names} at its beginning (--add-bos-token)"
 
 
 def _rationale(example: Example, tokenizer: Tokenizer, budget: int, *, given: bool) -> list[str]:

@@ -6,33 +6,38 @@ Those two, the end of text and the padding have ids of their own, which `encode`
 
 import hashlib
 import io
-import itertools
-import json
-import os
 import re
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 
-from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN, chat_frame
+from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN, ChatFrame
+from megatron_jq.data.hf_tokenizer import HuggingFaceTokenizer
+from megatron_jq.data.tokenizer_files import read_file, write_atomically
 from megatron_jq.errors import UserError
 from megatron_jq.toml_files import did_you_mean
 
-CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_KINDS = ("sentencepiece", "huggingface")
+_NO_CHAT = (
+    "a sentencepiece tokenizer has no chat template; give a --prompt-template with chat = false, "
+    "or --tokenizer-type huggingface"
+)
 
 
 class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer.
 
-    Ids are below vocab_size; a model's embedding may have further, unused rows. `encode` adds no token of its own
-    (neither a beginning nor an end) and never gives one of the four control ids below. `decode` leaves control ids out.
-    `piece` shows one id, a control id too. `chat_frame` is the fixed ids before, between and after the contents of the
-    messages of a conversation (a system message, if asked for, and the user's), up to where `<think>` follows.
-    Two tokenizers of one fingerprint give the same ids.
+    Ids are below vocab_size; a model's embedding may have further, unused rows. `encode` takes a text from its
+    beginning, adds no token of its own (neither a beginning nor an end) and never gives one of the four control ids
+    below. `encode_inside` takes what follows a control token (after_token) or other text: a blank that the tokenizer
+    puts before a text's beginning is put there only where the tokenizer itself puts it after tokens. `bos_ids` are what
+    stands before a text, by the tokenizer's own rule ("auto"), always ("on") or never ("off"). `decode` leaves control
+    ids out. `piece` shows one id, a control id too. `chat_frame` is the fixed text before, between and after the
+    contents of the messages of a conversation (a system message, if asked for, and the user's), up to where `<think>`
+    follows; date is today's for it. `encode_chat` takes one of its conversations as one text; with a frame that opens
+    the rationale itself, up to what it writes after `<think>`. Two tokenizers of one fingerprint give the same ids.
     """
 
     @property
@@ -46,9 +51,12 @@ class Tokenizer(Protocol):
     @property
     def think_close_id(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
+    def encode_inside(self, text: str, *, after_token: bool) -> list[int]: ...
+    def bos_ids(self, rule: str) -> list[int]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def piece(self, token: int) -> str: ...
-    def chat_frame(self, *, system: bool) -> tuple[list[int], ...]: ...
+    def chat_frame(self, *, system: bool, date: str | None = None) -> ChatFrame: ...
+    def encode_chat(self, frame: ChatFrame, contents: Sequence[str]) -> list[int]: ...
     def fingerprint(self) -> str: ...
     def save(self, path: str | Path) -> None: ...
 
@@ -73,7 +81,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path):
         """UserError: no such file, not a sentencepiece model, a control symbol missing."""
-        self._model = _read(path, "--tokenizer-model")
+        self._model = read_file(path, "--tokenizer-model")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
@@ -94,6 +102,17 @@ class SentencePieceTokenizer:
             raise UserError(f"the tokenizer has no piece for {piece!r}; train one on this data")
         return ids
 
+    def encode_inside(self, text: str, *, after_token: bool) -> list[int]:
+        """As encode: sentencepiece puts its blank before every text that it is given."""
+        return self.encode(text)
+
+    def bos_ids(self, rule: str) -> list[int]:
+        """The model file has no rule, so that "auto" is none. UserError: "on" without such a piece."""
+        token = self._processor.bos_id()
+        if rule == "on" and token < 0:
+            raise UserError("--add-bos-token on: the sentencepiece model has no piece for the beginning of a text")
+        return [token] if rule == "on" else []
+
     def decode(self, ids: Iterable[int]) -> str:
         """An id beyond vocab_size, which a model with more rows than pieces may sample, reads as the unknown piece."""
         unknown = self._processor.unk_id()
@@ -102,19 +121,20 @@ class SentencePieceTokenizer:
     def piece(self, token: int) -> str:
         return self._processor.id_to_piece(token).replace("\u2581", " ")
 
-    def chat_frame(self, *, system: bool) -> tuple[list[int], ...]:
+    def chat_frame(self, *, system: bool, date: str | None = None) -> ChatFrame:
         """UserError: there is none."""
-        raise UserError(
-            "a sentencepiece tokenizer has no chat template; give a --prompt-template with chat = false, "
-            "or --tokenizer-type huggingface"
-        )
+        raise UserError(_NO_CHAT)
+
+    def encode_chat(self, frame: ChatFrame, contents: Sequence[str]) -> list[int]:
+        """UserError: as chat_frame."""
+        raise UserError(_NO_CHAT)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """The model file, byte for byte."""
-        _write_atomically(path, self._model)
+        write_atomically(path, self._model)
 
     def _control_id(self, piece: str, path: str | Path) -> int:
         token = self._processor.piece_to_id(piece)
@@ -165,7 +185,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise UserError(_training_fault(str(error), vocab_size)) from error
-    _write_atomically(model_path, model.getvalue())
+    write_atomically(model_path, model.getvalue())
     return SentencePieceTokenizer(model_path)
 
 
@@ -180,134 +200,3 @@ def _training_fault(message: str, vocab_size: int | None) -> str:
     if "sentences_.empty()" in message:
         return "there is no text to train a tokenizer on; give --train-data with some"
     return f"sentencepiece could not train on the texts: {message}"
-
-
-class HuggingFaceTokenizer:
-    """A local Hugging Face folder (tokenizer.json, tokenizer_config.json) through the `tokenizers` library.
-
-    Nothing is downloaded and no code of the folder is run. `<think>` and `</think>` must be added tokens of it, as in
-    Qwen3's. The library would match added tokens in any text; the literal of a control token, or of another that the
-    folder marks as special, is cut after its first character before encoding, so that it is spelled out instead.
-    """
-
-    def __init__(self, path: str | Path):
-        """UserError: the package, a file or a token is missing."""
-        try:
-            from tokenizers import Tokenizer as FastTokenizer
-        except ImportError as error:
-            raise UserError("--tokenizer-type huggingface needs: pip install megatron-jq[hf]") from error
-        self._files = {
-            name: _read(Path(path) / name, "--tokenizer-model") for name in ("tokenizer.json", "tokenizer_config.json")
-        }
-        try:
-            self._settings = settings = dict(json.loads(self._files["tokenizer_config.json"]))
-            self._tokenizer = FastTokenizer.from_buffer(self._files["tokenizer.json"])
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--tokenizer-model {path} does not hold a Hugging Face tokenizer: {error}") from error
-        self._origin, template = f"--tokenizer-model {path}", Path(path) / CHAT_TEMPLATE
-        if template.is_file():
-            self._files[CHAT_TEMPLATE] = _read(template, "--tokenizer-model")
-        self._tokenizer.no_truncation()  # a folder may have been saved with either
-        self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        decoder = self._tokenizer.get_added_tokens_decoder()
-        added = {token.content: number for number, token in decoder.items()}
-        names = [_token_name(settings, "eos_token"), THINK_OPEN, THINK_CLOSE]
-        names.insert(1, _token_name(settings, "pad_token") or names[0])  # padding is never scored: any id serves
-        for name in names:
-            if name not in added:
-                what = "an eos_token" if name is None else repr(name)
-                raise UserError(f"--tokenizer-model {path} has no added token for {what}; add it to its files")
-        self.eos_id, self.pad_id, self.think_open_id, self.think_close_id = (added[name] for name in names)
-        self._control_ids = frozenset(added[name] for name in names)
-        guarded = {*names, *(token.content for token in decoder.values() if token.special)}
-        self._guarded_ids = frozenset(added[name] for name in guarded)
-        self._literal = re.compile(f"(?=({'|'.join(re.escape(name) for name in sorted(guarded))}))")
-
-    def encode(self, text: str) -> list[int]:
-        """UserError: the tokenizer reads a control token out of the text all the same."""
-        cuts = [0, *(match.start() + 1 for match in self._literal.finditer(text)), len(text)]
-        parts = (text[start:end] for start, end in itertools.pairwise(cuts))
-        ids = [token for part in parts for token in self._tokenizer.encode(part, add_special_tokens=False).ids]
-        if not self._guarded_ids.isdisjoint(ids):
-            raise UserError(f"the tokenizer reads a control token out of {text[:80]!r}; remove it from the data")
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Ids without a token, which a model with more rows than tokens may sample, read as U+FFFD at the end, and
-        special tokens other than the control ids as they are written.
-
-        The library would drop both, and a wrong answer could pass for a right one.
-        """
-        ids = [int(i) for i in ids if i not in self._control_ids]
-        unknown = sum(self._tokenizer.id_to_token(i) is None for i in ids)
-        return self._tokenizer.decode(ids, skip_special_tokens=False) + "\ufffd" * unknown
-
-    def piece(self, token: int) -> str:
-        """Its text, or the library's name for it where it is part of a character alone."""
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
-        name = self._tokenizer.id_to_token(token)
-        return (name or "\ufffd") if not text or "\ufffd" in text else text
-
-    def chat_frame(self, *, system: bool) -> tuple[list[int], ...]:
-        """UserError: the folder has no chat template, or one that cannot be used."""
-        template = self._chat_template()
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        special = {name: token for name in names if (token := _token_name(self._settings, name)) is not None}
-        frame = chat_frame(template, special, system=system, origin=self._origin)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids for text in frame)
-
-    def _chat_template(self) -> str:
-        if CHAT_TEMPLATE in self._files:
-            return self._files[CHAT_TEMPLATE].decode("utf-8", errors="replace")
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next((one["template"] for one in template if one.get("name") == "default"), None)
-        if not isinstance(template, str):
-            raise UserError(
-                f"{self._origin} has no chat template; add {CHAT_TEMPLATE}, "
-                "or give a --prompt-template with chat = false"
-            )
-        return template
-
-    def fingerprint(self) -> str:
-        """Of tokenizer.json and the control ids: tokenizer_config.json may be written in many ways."""
-        control = f"{self.eos_id} {self.pad_id} {self.think_open_id} {self.think_close_id}\n"
-        return hashlib.sha256(control.encode() + self._files["tokenizer.json"]).hexdigest()
-
-    def save(self, path: str | Path) -> None:
-        """A folder with its files, byte for byte."""
-        for name, content in self._files.items():
-            _write_atomically(Path(path) / name, content)
-
-
-def _token_name(settings: dict, key: str) -> str | None:
-    """tokenizer_config.json holds a token as its text or as an object with its text under "content"."""
-    token = settings.get(key)
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read(path: str | Path, flag: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; name a tokenizer that can be read") from error
-
-
-def _write_atomically(path: str | Path, content: bytes) -> None:
-    """Under its final name the file is whole or absent: other ranks may be waiting for it."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error

@@ -55,6 +55,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
     (Rule.SAME_DATA, "where prompts and answers come from, and how they are written as tokens", (
         "train_data", "data_format", "prompt_field", "answer_field", "id_field", "rationale_field", "finqa_answer",
         "bad_records", "prompt_style", "prompt_template", "train_examples", "max_prompt_tokens", "overlong_prompts",
+        "add_bos_token", "chat_date",
         "data_path", "split", "seq_length", "max_position_embeddings",
     )),
     (Rule.SAME_DATA, "the checkpoint keeps the number of tokens that a sampled answer may take", ("answer_budget",)),

@@ -190,5 +190,5 @@ def test_an_alias_counts_as_right_where_sampled_answers_are_judged(folder):
     example = Example(0, "p", "Aldeby", (1,), (2,), aliases=("Aldeby town",))
     for text, right in (("Aldeby", True), ("\n\nAldeby town", True), ("town", False), ("Aldeby, Aldeby town", False)):
         assert answer_matches((*tokenizer.encode(text), tokenizer.eos_id), example, tokenizer) is right
-    start = tokenizer.chat_frame(system=False)[0][0]
+    start = tokenizer.encode_chat(tokenizer.chat_frame(system=False), [""])[0]
     assert not answer_matches((*tokenizer.encode("Aldeby"), start, tokenizer.eos_id), example, tokenizer)

@@ -21,6 +21,7 @@ from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
 from megatron_jq.data.tokenizers import load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.records import Example
+from tests.unit.tokenizer_kinds import make
 from tools.prepare_data import main
 
 
@@ -191,7 +192,7 @@ def test_a_damaged_set_is_refused(tmp_path, damage):
         case "manifest":
             manifest.write_text("{}")
         case "format":
-            manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+            manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
         case "split":
             manifest.write_text(manifest.read_text().replace('"train"', '"training"'))
     faults = {
@@ -199,7 +200,7 @@ def test_a_damaged_set_is_refused(tmp_path, damage):
         "cut": "was changed or damaged",
         "gone": "train.jsonl: No such file",
         "manifest": "is no manifest",
-        "format": "its format is 1, this version reads 2; prepare it again",
+        "format": "its format is 1, this version reads 3; prepare it again",
         "split": "has no split train; it has training",
     }
     with pytest.raises(UserError, match=faults[damage]) as error:
@@ -362,3 +363,39 @@ def test_the_tool_prints_its_report_and_the_folder(tmp_path, capsys):
     assert (folder / "report.md").read_text() in out and out.endswith(f"\n{folder}\n")
     assert "| train | 20 |" in out and "| test | 10 |" in out
     assert (folder / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The beginning of a text and the date
+
+
+def test_a_set_keeps_the_settings_of_its_prompts_and_refuses_others(tmp_path):
+    source = write(tmp_path)
+    folder = make(tmp_path / "tokenizer", "prepend", bos="before", chat_template="{{ messages[0].content }}")
+    flags = ["--train-data", source, "--tokenizer-type", "huggingface", "--tokenizer-model", str(folder)]
+    made(tmp_path, *flags, "--chat-date", "2024-07-26")
+    made(tmp_path, *flags, "--add-bos-token", "off", name="without")
+    tokenizer, read = load_tokenizer("huggingface", folder), {}
+    for name in ("set", "without"):
+        reading = read_source(config(), str(tmp_path / name), "train", "--train-data")
+        read[name] = encode_reading(config(), reading, tokenizer)
+    begins, bare = read["set"].placed[3].example.prompt_ids, read["without"].placed[3].example.prompt_ids
+    assert begins == (*tokenizer.bos_ids("on"), *bare)
+    assert read["set"].notes == () and "--add-bos-token off" in " ".join(read["without"].notes)
+    for name, wrong, was in (
+        ("set", ("--add-bos-token", "off"), "with --add-bos-token auto"),
+        ("without", ("--add-bos-token", "on"), "with --add-bos-token off"),
+        ("set", ("--chat-date", "2025-01-01"), "with --chat-date 2024-07-26"),
+        ("without", ("--chat-date", "2025-01-01"), "without --chat-date"),
+    ):
+        with pytest.raises(UserError, match=f"was prepared {was}; leave {wrong[0]} out"):
+            read_source(config(*wrong), str(tmp_path / name), "train", "--train-data")
+
+
+def test_a_set_from_before_those_settings_is_read_as_it_was(tmp_path):
+    made(tmp_path, "--train-data", write(tmp_path), "--add-bos-token", "off")
+    manifest = tmp_path / "set" / "manifest.json"
+    table = json.loads(manifest.read_text())
+    new = read_prepared(str(tmp_path / "set"), "train")
+    del table["add_bos_token"], table["chat_date"]
+    manifest.write_text(json.dumps({**table, "format": 2}))
+    assert read_prepared(str(tmp_path / "set"), "train") == new

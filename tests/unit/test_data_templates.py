@@ -1,5 +1,6 @@
 """Templates, chat frames and the token boundaries of what they write."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import tokenizers
 import transformers
 
 from megatron_jq.data import template as templates
-from megatron_jq.data.chat import chat_frame
+from megatron_jq.data.chat import THINK_OPEN, chat_frame
 from megatron_jq.data.converting import DATA_FORMATS
 from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.faults import BadRecords
@@ -58,10 +59,6 @@ def with_settings(folder: Path, tmp_path: Path, **values) -> Path:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     return tmp_path
-
-
-def shown(tokenizer, ids) -> str:
-    return "".join(tokenizer.piece(token) for token in ids)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
@@ -174,7 +171,7 @@ def test_data_cannot_forge_a_turn_of_the_conversation(folder):
 
 def test_a_sampled_special_token_does_not_pass_for_nothing(folder):
     tokenizer = load_tokenizer("huggingface", folder)
-    start = tokenizer.chat_frame(system=False)[0][0]
+    start = tokenizer.encode_chat(tokenizer.chat_frame(system=False), [""])[0]
     assert tokenizer.decode([*tokenizer.encode("42"), start]) == "42<|im_start|>"
 
 
@@ -196,7 +193,7 @@ def test_a_chat_template_in_a_file_of_its_own_comes_first_and_is_saved_along(fol
     own = with_settings(folder, tmp_path / "own")
     (own / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
     tokenizer = load_tokenizer("huggingface", own)
-    assert [shown(tokenizer, ids) for ids in tokenizer.chat_frame(system=False)] == ["[", "]"]
+    assert tokenizer.chat_frame(system=False).texts == ("[", "]")
     tokenizer.save(tmp_path / "copy")
     copy = load_tokenizer("huggingface", tmp_path / "copy")
     assert copy.chat_frame(system=False) == tokenizer.chat_frame(system=False)
@@ -211,7 +208,8 @@ def test_of_several_chat_templates_the_default_is_taken(folder, tmp_path):
 
 @pytest.mark.parametrize("opening", ["<think>", "<think>\n", "<think>\n\n"])
 def test_a_chat_template_that_opens_the_rationale_itself_opens_it_once(opening):
-    assert chat_frame(f"U{{{{ messages[0].content }}}}A{opening}", {}, system=False, origin="x") == ("U", "A")
+    frame = chat_frame(f"U{{{{ messages[0].content + 'A' + {opening!r} }}}}", {}, system=False, origin="x")
+    assert frame.texts == ("U", "A") and THINK_OPEN + frame.opened == opening
 
 
 @pytest.mark.parametrize(
@@ -247,3 +245,63 @@ def test_without_a_chat_template_a_warm_prompt_is_refused_with_what_to_do(folder
 def test_an_unknown_style_is_refused():
     with pytest.raises(UserError, match="--prompt-style worm is not known; did you mean warm"):
         template_of("jsonl").style("worm")
+
+
+# What transformers' Jinja has
+
+
+M = "{{ messages[0].content }}"
+RENDERED_BY_TRANSFORMERS = {
+    "generation": "A{% generation %}{% set x = 'in' %}b {{ x }}{% endgeneration %}{{ x }}" + M,
+    "generation, trimmed": "{% for m in messages %}{%- generation -%}\n{{ m.content }}{% endgeneration %}{% endfor %}",
+    "tojson": "{{ {'b': '<é> & \\'', 'a': [1, none, true]} | tojson }}" + M,
+    "tojson with options": "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, indent=2, sort_keys=true) }}" + M,
+    "tojson separators": "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=False, separators=(',', ':')) }}" + M,
+    "break and continue": "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}"
+    "{% endif %}{{ i }}{% endfor %}" + M,
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
+    + M,
+    "dict": "{{ dict(a=1)['a'] }}" + M,
+    "variables": "{{ tools is none }}{{ documents is none }}{{ tools is defined and documents is defined }}"
+    "{{ add_generation_prompt }}{{ date_string is defined }}{{ bos_token is defined }}{{ eos_token }}" + M,
+    "an exception that is not raised": "{% if messages | length > 5 %}{{ raise_exception('no') }}{% endif %}" + M,
+    "macro": "{% macro turn(m) %}<{{ m.content }}>{% endmacro %}{{ turn(messages[0]) }}",
+    "blocks": "\n  {% if true %}\n  a\n  {% endif %}\n" + M,
+    "today": "{{ strftime_now('%d %b %Y') }}" + M,
+    "today where there is a clock": "{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d') }}{% else %}none"
+    "{% endif %}" + M,
+}
+
+
+@pytest.mark.parametrize("name", RENDERED_BY_TRANSFORMERS)
+def test_a_template_that_transformers_renders_is_rendered_here_alike(folder, tmp_path, name):
+    own = with_settings(folder, tmp_path, chat_template=RENDERED_BY_TRANSFORMERS[name])
+    today = datetime.datetime.now().strftime("%Y-%m-%d")
+    frame = load_tokenizer("huggingface", own).chat_frame(system=False, date=today)
+    reference = transformers.AutoTokenizer.from_pretrained(str(own))
+    messages = [{"role": "user", "content": "Q?"}]
+    text = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert "Q?".join(frame.texts) == text
+
+
+def test_the_date_of_a_chat_template_is_the_settings_and_never_the_clock_s(folder, tmp_path):
+    style = PromptStyle(chat=True)
+    template = RENDERED_BY_TRANSFORMERS["today"]
+    needs = load_tokenizer("huggingface", with_settings(folder, tmp_path, chat_template=template))
+    with pytest.raises(UserError, match="writes today's date, .* give --chat-date YYYY-MM-DD"):
+        PromptWriter(style, needs)
+    dated = PromptWriter(style, needs, chat_date="2024-07-26")
+    assert needs.decode(dated.example(0, PAIR).prompt_ids) == "26 Jul 2024C\n\nQ?"
+    (tmp_path / "own").mkdir()
+    template = RENDERED_BY_TRANSFORMERS["today where there is a clock"]
+    can = load_tokenizer("huggingface", with_settings(folder, tmp_path / "own", chat_template=template))
+    writer = PromptWriter(style, can)
+    assert can.decode(writer.example(0, PAIR).prompt_ids) == "noneC\n\nQ?"
+    assert ["without --chat-date" in note for note in writer.notes] == [True]
+    assert PromptWriter(style, can, chat_date="2024-07-26").notes == []
+
+
+def test_a_namespace_does_not_lead_out_of_the_sandbox():
+    for template in ("{% set ns = namespace(__class__=1) %}", "{% set ns = namespace() %}{% set ns.__x__ = 1 %}"):
+        with pytest.raises(UserError, match="a namespace cannot hold"):
+            chat_frame(template + M, {}, system=False, origin="x")
