@@ -142,34 +142,41 @@ def pass_on(ranks: Callable[[], list[int]], records: Path) -> None:
     Announces this process.
     """
     task = f"{os.environ['SLURMD_NODENAME']}.{os.environ['SLURM_LOCALID']}"
-    asked = {signal.SIGUSR1: threading.Event(), signal.SIGTERM: threading.Event()}
-    signal.signal(signal.SIGUSR1, lambda number, frame: asked[signal.SIGUSR1].set())
-
-    def terminate(number: int, frame: object) -> None:
-        (records / "told" / task).touch()
-        if not ranks():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise ToldToEnd
-        asked[signal.SIGTERM].set()
-
-    signal.signal(signal.SIGTERM, terminate)
-    for number, event in asked.items():
-        threading.Thread(target=deliver, args=(number, event, ranks), daemon=True).start()
     (records / "told").mkdir(exist_ok=True)
+    asked = {number: threading.Event() for number in (signal.SIGUSR1, signal.SIGTERM)}
+    told: dict[int, set[int]] = {number: set() for number in asked}
+
+    def receive(number: int, frame: object) -> None:
+        if number == signal.SIGTERM:
+            (records / "told" / task).touch()
+            if not ranks():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                raise ToldToEnd
+            # At once: most get it from Slurm as well, and take it for the same one only if it is not a second later.
+            tell(number, ranks(), told[number])
+        asked[number].set()
+
+    for number in asked:
+        signal.signal(number, receive)
+        threading.Thread(target=deliver, args=(number, asked[number], ranks, told[number]), daemon=True).start()
     (records / "agents" / task).write_text(f"{os.getpid()}\n", encoding="utf-8")
 
 
-def deliver(number: int, asked: threading.Event, ranks: Callable[[], list[int]]) -> None:
+def deliver(number: int, asked: threading.Event, ranks: Callable[[], list[int]], told: set[int]) -> None:
     """Once `asked` is set: send a signal to each rank, whenever it gets a handler for it."""
     asked.wait()
-    told: set[int] = set()
     while True:
-        for pid in ranks():
-            if pid not in told and handles(pid, number):
-                told.add(pid)
-                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                    os.kill(pid, number)
+        tell(number, ranks(), told)
         time.sleep(0.2)
+
+
+def tell(number: int, ranks: list[int], told: set[int]) -> None:
+    """Send a signal to those that handle it and were not told."""
+    for pid in ranks:
+        if pid not in told and handles(pid, number):
+            told.add(pid)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, number)
 
 
 def handles(pid: int, number: int) -> bool:

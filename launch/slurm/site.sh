@@ -4,27 +4,29 @@
 #
 # Account, partition, quality of service and reservation are sbatch's own variables: SBATCH_ACCOUNT, SBATCH_PARTITION,
 # SBATCH_QOS, SBATCH_RESERVATION. Nodes, GPUs, time and requeueing stand in the #SBATCH lines; sbatch's flags override
-# them (sbatch --nodes 4 --time 12:00:00 launch/slurm/train.sbatch …).
+# them (sbatch --nodes 4 --gpus-per-node 4 --time 12:00:00 launch/slurm/train.sbatch …). --gres does not override
+# --gpus-per-node: where you need it, edit the header. Variables that are srun's options (SLURM_NTASKS, …) are dropped
+# before this file is read; what is exported here holds.
 
 # --- what runs -------------------------------------------------------------------------------------------------------
 
 # Folder of the run: metrics, checkpoints, logs. On a file system that all nodes share. A job that is queued again, or
-# submitted again with the same folder, goes on with it.
+# submitted again with the same folder, continues with it.
 : "${RUN_DIR:=$SLURM_SUBMIT_DIR/runs/$SLURM_JOB_NAME}"
 
 # torchrun: one agent a node starts the node's ranks and meets the others over c10d.
 # tasks:    Slurm starts every rank itself, one task a rank.
 : "${LAUNCHER:=torchrun}"
 
-# Ranks on each node: one a GPU that was asked for (--gpus-per-node).
+# Ranks on each node: one a GPU that was asked for, by Slurm's record of this job (common.sh sets the variable).
 : "${RANKS_PER_NODE:=${SLURM_GPUS_PER_NODE:-8}}"
 RANKS_PER_NODE=${RANKS_PER_NODE##*:} # h100:8
 
 # cuda, or cpu (gloo) for a rehearsal.
 : "${DEVICE:=cuda}"
 
-# More flags for the srun that starts the ranks. Without binding, ranks may use all cores of the job: with one task a
-# node Slurm could otherwise tie all ranks to the task's one core.
+# More flags for the srun that starts the ranks. Without binding, ranks may use all cores of the job, whatever -c was:
+# with one task a node Slurm could otherwise tie all ranks to the task's one core.
 : "${STEP_FLAGS:=--cpu-bind=none}"
 
 # --- the software ----------------------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ RANKS_PER_NODE=${RANKS_PER_NODE##*:} # h100:8
 
 : "${PREFLIGHT:=1}"                 # 0: begin without it
 : "${PREFLIGHT_TIMEOUT:=60}"        # seconds that nodes may differ in starting (a container image is unpacked here)
-: "${PREFLIGHT_FLAGS:=}"            # such as --min-free-disk 200 --min-shared-memory 8
+: "${PREFLIGHT_FLAGS:=}"            # such as --min-free-disk 200 --waive nvidia-driver
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
