@@ -30,6 +30,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 #: Settings that may be a path. Tasks run in a folder of nemo-run's own: relative ones would miss.
 _PATHS = ("run_dir", "save", "load", "train_data", "eval_data", "tokenizer_model", "prompt_template", "model")
 _MADE_BY_THE_RUN = ("run_dir", "save")
+#: Seconds that torchrun gives its ranks after a signal, to end their step and to save. Its own default is 30.
+_SHUTDOWN = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,6 +135,7 @@ def executor(args: argparse.Namespace, *, nodes: int, ranks: int) -> "run.Execut
             "PATH": _path("PATH", str(Path(sys.executable).parent)),  # `python` is this one
             "PYTHONPATH": _path("PYTHONPATH", str(REPOSITORY)),
             "OMP_NUM_THREADS": _threads(),
+            **_SHUTDOWN,
         }
         return run.LocalExecutor(env_vars=environment)
     if not args.account:
@@ -144,6 +147,7 @@ def executor(args: argparse.Namespace, *, nodes: int, ranks: int) -> "run.Execut
         "PYTHONPATH": shlex.quote(_repository(args)) + '"${PYTHONPATH:+:$PYTHONPATH}"',
         "OMP_NUM_THREADS": _threads(),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **_SHUTDOWN,
     }
     found = run.SlurmExecutor(
         account=args.account,
