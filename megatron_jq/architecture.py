@@ -7,6 +7,7 @@ layer has `num_experts` of them and a softmax router that picks `moe_router_topk
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -89,12 +90,48 @@ def load_architecture(model: str) -> Architecture:
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
+        if not path.is_file():
+            raise UserError(f"--model {model}: the folder holds no config.json{_instead_of_a_model(Path(model))}")
+    elif not path.is_file():
+        raise UserError(f"--model {model}: {_not_there(model)}")
     if path.suffix not in (".toml", ".json"):
-        hint = did_you_mean(model, PRESETS, "a file must end in .toml or .json")
-        raise UserError(f"--model {model}: no such preset ({', '.join(PRESETS)}); {hint}")
-    if not path.is_file():
-        raise UserError(f"--model {model}: there is no file {path}")
+        raise UserError(f"--model {model}: a file must end in .toml or .json")
     return read_architecture_toml(path) if path.suffix == ".toml" else read_hugging_face_config(path)
+
+
+def has_weights(model: str) -> bool:
+    """Whether --model names a Hugging Face folder with weights, in whatever form: a run begins with them."""
+    path = Path(model)
+    if model in PRESETS or not path.is_dir():
+        return False
+    return any(next(path.glob(pattern), None) is not None for pattern in _WEIGHTS)
+
+
+#: Files that hold weights, as Hugging Face folders have them. Only safetensors are read; a folder of others is refused.
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.pt", "*.pth", "*.gguf")
+
+
+def _instead_of_a_model(folder: Path) -> str:
+    if next(folder.glob("iter_*"), None) is not None or (folder / "checkpoint.json").is_file():
+        return ": it is a folder of checkpoints; give it to --load, and to --model the architecture"
+    return "; name a Hugging Face folder, or an architecture .toml"
+
+
+def _not_there(model: str) -> str:
+    """What to tell of a --model that is neither a preset nor there."""
+    presets, path = ", ".join(PRESETS), Path(model)
+    if path.suffix in (".toml", ".json"):
+        return f"there is no file {path}"
+    name = model.rpartition("/")[2].lower()
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):  # as the hub names a model, or a folder that was moved
+        preset = f"; the preset {name} has its shape, with random weights" if name in PRESETS else ""
+        return (
+            f"there is no such folder. Nothing is downloaded: for the model of the Hugging Face hub, download it "
+            f"(hf download {model} --local-dir {model.rpartition('/')[2]}) and name that folder{preset}"
+        )
+    if "/" in model or model.startswith((".", "~")):
+        return f"there is no such file or folder; was it moved? (presets: {presets})"
+    return f"no such preset ({presets}), and no such folder; {did_you_mean(model, PRESETS, 'give a path that exists')}"
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:

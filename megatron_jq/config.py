@@ -7,6 +7,7 @@ must be quick.
 
 import contextlib
 import io
+import os
 import types
 import typing
 from dataclasses import asdict, fields, replace
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "GIVEN_RATIONALES",
+    "PATHS",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "settings_of_text",
     "to_argv",
     "to_toml",
+    "with_home",
     "with_one_rationale",
     "without_aliases",
 ]
@@ -92,7 +95,7 @@ def parse_args(argv: list[str], prog: str = "megatron-jq train", base: Config = 
     config_file, flags = _tokenise(argv)
     base = base if config_file is None else load_toml(config_file, base)
     try:
-        return with_one_rationale(without_aliases(_run_tyro(flags, base, prog)))
+        return with_home(with_one_rationale(without_aliases(_run_tyro(flags, base, prog))))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help was printed
             raise
@@ -104,6 +107,24 @@ def parse_args(argv: list[str], prog: str = "megatron-jq train", base: Config = 
             kind = SETTINGS[name.replace("-", "_")][1]
             raise UserError(f"--{name} {text}: expected {_expectation(kind)}") from stop
     raise AssertionError(f"each of {flags} parses alone, together they do not")
+
+
+#: Settings that may be a path, beginning with ~ where no shell replaced it: --run-dir=~/runs, or a line of a file.
+PATHS = (
+    "model", "train_data", "eval_data", "prompt_template", "tokenizer_model", "data_path", "data_cache_path", "run_dir",
+    "save", "load",
+)  # fmt: skip
+
+
+def with_home(config: Config) -> Config:
+    """The same settings with a path's leading ~ replaced by the home directory; a folder called ~ is nobody's wish."""
+    for name in PATHS:
+        group = SETTINGS[name][0]
+        value = getattr(getattr(config, group), name)
+        if value is not None and value.startswith("~"):
+            changed = replace(getattr(config, group), **{name: os.path.expanduser(value)})
+            config = replace(config, **{group: changed})
+    return config
 
 
 def explicit_settings(argv: list[str]) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from megatron_jq.architecture import Architecture
+from megatron_jq.architecture import Architecture, has_weights
 from megatron_jq.config import GIVEN_RATIONALES, SETTINGS, Config
 
 #: Estimators that need another rationale of the same prompt, for a baseline or a group mean.
@@ -137,7 +137,7 @@ def _pretraining_problems(config: Config, architecture: Architecture) -> list[st
         return []
     if d.data_path is None:
         problems.append("--estimator pretrain needs --data-path: the files that tools/preprocess_data.py writes")
-    if d.tokenizer_model is None and config.checkpoint.load is None:
+    if d.tokenizer_model is None and config.checkpoint.load is None and not has_weights(config.model.model):
         problems.append("--estimator pretrain needs --tokenizer-model: the one that --data-path was written with")
     context, most = architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch
     if d.seq_length is not None and d.seq_length > context:

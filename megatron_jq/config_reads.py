@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_jq.architecture import Architecture
+from megatron_jq.architecture import Architecture, has_weights
 from megatron_jq.config import SETTINGS, Config
 from megatron_jq.config_estimators import READ_BY, SAMPLES_ANSWERS
 from megatron_jq.errors import UserError
@@ -131,6 +131,7 @@ NEEDS = (
         ("micro_batch_size",), lambda c, a: c.training.max_tokens_per_micro_batch is None,
         "no --max-tokens-per-micro-batch, which bounds a micro-batch instead",
     ),
+    Need(("init_method_std",), lambda c, a: begins_at_random(c), "random weights (no --load, no --model with weights)"),
     Need(("eval_top_p",), lambda c, a: c.training.eval_temperature > 0, "--eval-temperature above 0"),
     Need(("ffn_hidden_size",), lambda c, a: a.num_experts is None, "a model without experts"),
     Need(
@@ -149,6 +150,11 @@ NEEDS_IN_TRAINING = (
 )
 #: The same, of `evaluate` alone.
 NEEDS_IN_EVALUATION = (Need(("tokenizer_type",), lambda c, a: c.data.tokenizer_model is not None, "--tokenizer-model"),)
+
+
+def begins_at_random(config: Config) -> bool:
+    """Whether a new run's weights are drawn: neither --load nor --model names any."""
+    return config.checkpoint.load is None and not has_weights(config.model.model)
 
 
 def has_heldout(config: Config) -> bool:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_jq.cli.parser import run_tool, tool_parser
+from megatron_jq.cli.parser import as_path, run_tool, tool_parser
 
 BENCH_STEP = Path(__file__).with_name("bench_step.py")
 COLUMNS = (
@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model", default="small")
     parser.add_argument("--prompts-per-step", type=int, default=2)
     parser.add_argument("--rationale-tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every report to this file")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="also write every report to this file")
     return parser.parse_known_args(argv)
 
 

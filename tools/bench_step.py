@@ -21,7 +21,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_jq.cli.parser import json_output_problems, run_tool, tool_parser
+from megatron_jq.cli.parser import as_path, json_output_problems, run_tool, tool_parser
 from megatron_jq.config import Config, explicit_settings, parse_args
 from megatron_jq.config_reads import refuse_unread
 from megatron_jq.config_validate import resolve_architecture, validate_training
@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         "--prompt-cache", choices=("shared", "copied"), default="shared",
         help="copied: generation copies a prompt's keys and values to each rationale, for comparison (shared)",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="also write the figures to this file")
     args, rest = parser.parse_known_args(argv)
     config = parse_args(rest, prog="bench_step")
     refuse_unread("tools/bench_step.py", config, resolve_architecture(config), explicit_settings(rest))

@@ -16,9 +16,8 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from megatron_jq.cli.parser import json_output_problems, run_tool, tool_parser
+from megatron_jq.cli.parser import as_path, json_output_problems, run_tool, tool_parser
 from megatron_jq.config import Config, parse_args
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.errors import UserError
@@ -42,7 +41,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         "--vocab-size", type=int, metavar="N", help=f"(the model's or tokenizer's own, or {DEFAULT_VOCABULARY})"
     )
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="a process may take; exit code 1 if not kept")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="also write the figures to this file")
     args, rest = parser.parse_known_args(argv)
     config = parse_args(rest, prog="estimate")
     r, d = config.rollout, config.data

@@ -14,9 +14,8 @@ Exit codes: 0; 2 on bad input.
 
 import argparse
 import sys
-from pathlib import Path
 
-from megatron_jq.cli.parser import run_tool, tool_parser
+from megatron_jq.cli.parser import as_path, run_tool, tool_parser
 from megatron_jq.config import Config, ModelConfig, explicit_settings, parse_args
 from megatron_jq.config_estimators import unread_problems
 from megatron_jq.config_reads import refuse_unread
@@ -28,7 +27,7 @@ from megatron_jq.errors import UserError
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     """Own flags, and the settings. UserError on bad input."""
     parser = tool_parser(__file__, __doc__)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist")
+    parser.add_argument("--output", type=as_path, required=True, metavar="DIR", help="to write; must not exist")
     parser.add_argument(
         "--test-data", metavar="SOURCE", help="of the test split; --eval-data is the validation split's"
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.data.documents import Text, encode_texts, read_texts
 from megatron_jq.data.faults import BAD_RECORD_POLICIES, BadRecords, summary_of
+from megatron_jq.data.tokenizer_choice import kind_of
 from megatron_jq.data.tokenizers import load_tokenizer, train_sentencepiece
 from megatron_jq.errors import UserError
 
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         texts = read_texts(args.input, args.json_keys, BadRecords(args.bad_records))
         train_sentencepiece(first_characters(texts, TRAINING_CHARACTERS), model, vocab_size=args.tokenizer_vocab_size)
         print(f"{model}: trained")
-    bad, tokenizer = BadRecords(args.bad_records), (args.tokenizer_type, model)
+    bad, tokenizer = BadRecords(args.bad_records), kind_of(args.tokenizer_type, model)
     documents = encode_texts(
         read_texts(args.input, args.json_keys, bad),
         tokenizer,

@@ -5,7 +5,6 @@ folder named .NAME.partial, which the next one removes.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from megatron_jq.architecture import Architecture, RopeScaling, read_hugging_fac
 from megatron_jq.checkpoint import contents
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import TOKENIZER, DamagedCheckpoint, Manifest
+from megatron_jq.checkpoint.hugging_face_weights import assemble, check_duplicates, own_tensors
 from megatron_jq.checkpoint.huggingface import (
     CONFIG,
     HuggingFaceReader,
@@ -37,9 +37,6 @@ from megatron_jq.files import inside
 from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, Slab, Span, hugging_face_tensors, rows_of_slabs
 from megatron_jq.model.hf_config import hugging_face_config
 
-#: Tensors of older files that are computed, not learnt.
-_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
 
 def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
     """SAVE/iter_0000000 from a Hugging Face folder, in the folder's dtypes; returns it. UserError for bad input.
@@ -49,8 +46,9 @@ def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
     reader = HuggingFaceReader(source)
     architecture = read_hugging_face_config(source / CONFIG)
     tensors = hugging_face_tensors(architecture)
-    kept = _without_duplicates(reader, architecture)
+    kept = own_tensors(reader.signature, architecture)
     check_tensors(kept, {tensor.name: tensor.shape for tensor in tensors}, source)
+    check_duplicates(reader, architecture)
     parts, axes = rows_of_slabs(tensors), slab_axes(architecture)
     shapes, dtypes = cut.shapes(architecture), _dtype_of_keys(parts, kept, source)
     boxes = [box for key, shape in shapes.items() for box in cut.boxes(key, shape, axes[key])]
@@ -62,7 +60,7 @@ def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
 
             def data() -> torch.Tensor:
                 bar.update(num_bytes((box.slab_shape, dtype)))
-                return _assemble(reader, parts[box.slab], box, dtype).view(box.shape)
+                return assemble(reader, parts[box.slab], box, dtype).view(box.shape)
 
             return Shard(key, shapes[key], box.offset, box.shape, dtype, data)
 
@@ -79,25 +77,6 @@ def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
         return folders.commit(partial, manifest)
 
 
-def _without_duplicates(reader: HuggingFaceReader, architecture: Architecture) -> Signature:
-    """The folder's tensors but those that say nothing of their own: a tied output layer, RoPE's frequencies."""
-    kept = {name: entry for name, entry in reader.signature.items() if not _COMPUTED.fullmatch(name)}
-    if architecture.tie_embeddings and "lm_head.weight" in kept and "model.embed_tokens.weight" in kept:
-        rows = kept["model.embed_tokens.weight"][0][0]
-        same = kept.pop("lm_head.weight") == kept["model.embed_tokens.weight"]
-        for start in range(0, rows if same else 0, 8192):
-            block = start, min(start + 8192, rows)
-            if not torch.equal(reader.read("lm_head.weight", block), reader.read("model.embed_tokens.weight", block)):
-                same = False
-                break
-        if not same:
-            raise UserError(
-                f"{reader.folder}: {CONFIG} ties the embeddings, but lm_head.weight is not model.embed_tokens.weight; "
-                "set tie_word_embeddings to false there, or remove lm_head.weight"
-            )
-    return kept
-
-
 def _dtype_of_keys(
     parts: dict[Slab, list[tuple[HuggingFaceTensor, Span]]], found: Signature, source: Path
 ) -> dict[str, torch.dtype]:
@@ -111,22 +90,6 @@ def _dtype_of_keys(
                     f"{dtypes[slab.key]}; save the folder in one dtype"
                 )
     return dtypes
-
-
-def _assemble(
-    reader: HuggingFaceReader, parts: list[tuple[HuggingFaceTensor, Span]], box: Box, dtype: torch.dtype
-) -> torch.Tensor:
-    """One box of a slab, from the rows of the tensors that it is made of; zero where it is padding."""
-    out = torch.zeros(box.slab_shape, dtype=dtype)
-    for tensor, span in parts:
-        start, end = max(box.rows[0], span.at), min(box.rows[1], span.at + span.count)
-        if start < end:
-            shift = span.start - span.at
-            whole = box.columns is None or box.columns == (0, tensor.shape[1])
-            out[start - box.rows[0] : end - box.rows[0]] = reader.read(
-                tensor.name, (start + shift, end + shift), None if whole else box.columns
-            )
-    return out
 
 
 def megatron_to_hf(load: Path, target: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> Path:

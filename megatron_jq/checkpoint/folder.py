@@ -215,7 +215,10 @@ def none_found(load: Path, damage: list[str], flag: str) -> UserError:
         aside = [] if step_of(load) is not None else left_aside(load, flag)
         hint = f"; to go on from step {' or '.join(map(str, aside))}, write that into {TRACKER}" if aside else ""
         return UserError(f"{flag} {load}: no whole checkpoint; {'; '.join(damage)}{hint}")
-    return UserError(f"{flag} {load}: there is no checkpoint (iter_NNNNNNN) in this folder")
+    hint = ""
+    if (load / "config.json").is_file():
+        hint = "; it is a Hugging Face folder: evaluate and convert take it with --hf, train with --model"
+    return UserError(f"{flag} {load}: there is no checkpoint (iter_NNNNNNN) in this folder{hint}")
 
 
 def prune(save: Path, *, keep_last: int | None, keep_best: str | None, newest: Manifest | None = None) -> list[Path]:

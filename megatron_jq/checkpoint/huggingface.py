@@ -56,7 +56,8 @@ class HuggingFaceReader:
         self._file_of: dict[str, Path] = {}
         self._open: tuple[Path | None, Any] = None, None
         self._mapped = 0
-        for path in _weight_files(self.folder, flag):
+        self.paths = _weight_files(self.folder, flag)
+        for path in self.paths:
             with _safe_open(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if name in self._file_of:
@@ -88,8 +89,11 @@ class HuggingFaceReader:
         if self._open[0] != path or self._mapped > self.MAPPED:
             self._open, self._mapped = (None, None), 0  # lets the last one go first
             self._open = path, _safe_open(path)
-        part = self._open[1].get_slice(name)
-        box = part[slice(*rows)] if columns is None else part[slice(*rows), slice(*columns)]
+        try:
+            part = self._open[1].get_slice(name)
+            box = part[slice(*rows)] if columns is None else part[slice(*rows), slice(*columns)]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: {name} cannot be read: {error}; has the file been changed?") from error
         self._mapped += box.nbytes
         return box
 

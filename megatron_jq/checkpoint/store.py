@@ -194,6 +194,20 @@ class Found:
     folder: Path
     manifest: Manifest
 
+    def reader(self) -> ShardReader:
+        """Of its tensors."""
+        return ShardReader(self.folder)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer's files."""
+        return self.folder / folders.TOKENIZER
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        return f"{self.folder} (step {self.manifest.step})"
+
 
 def find_checkpoint(
     load: Path, flag: str, runtime: Runtime, say: Callable[[str], None], *, missing_ok: bool = False
@@ -241,7 +255,8 @@ def check_architecture(found: Found, architecture: Architecture, vocab_size: int
     if found.manifest.vocab_size != vocab_size:
         differing.append(f"vocab_size is {found.manifest.vocab_size} there and {vocab_size} here")
     if differing:
-        raise UserError(f"{found.folder} holds another architecture: {'; '.join(differing)}")
+        remedy = "name it with --model, and give no other sizes"
+        raise UserError(f"{found.folder} holds another architecture: {'; '.join(differing)}; {remedy}")
 
 
 def load_weights(found: Found, policies: list[Policy], runtime: Runtime) -> None:
@@ -256,7 +271,7 @@ def load_weights(found: Found, policies: list[Policy], runtime: Runtime) -> None
     dist.all_gather_object(everyones, {shard.key for shard in shards})
 
     def read() -> None:
-        reader = ShardReader(found.folder)
+        reader = found.reader()
         theirs = {key for key in reader.tensors if not key.startswith((OPTIMIZER_PREFIX, RANDOM_PREFIX))}
         extra = sorted(theirs - set().union(*everyones))
         if extra:
@@ -321,7 +336,17 @@ def _check_tensors(found: Found, reader: ShardReader, shards: list[Shard], flexi
             raise UserError(f"{found.folder}: {shard.key} has shape {shape}, the model's is {shard.global_shape}")
 
 
-def synchronise_main_weights(optimizer: MegatronOptimizer, runtime: Runtime) -> None:
-    """Float32 main weights anew from bfloat16 parameters that were just loaded."""
+def take_main_weights(found: Found, policies: list[Policy], optimizer: MegatronOptimizer, runtime: Runtime) -> None:
+    """Float32 main weights of bfloat16 parameters that were just loaded: from the parameters, or from the float32
+    weights that those were rounded from.
+    """
     with runtime.megatron(), torch.no_grad():
         optimizer.reload_model_params()
+    if not found.manifest.bf16:
+        together(runtime, lambda: _read_main_weights(found, policies, optimizer, runtime))
+
+
+def _read_main_weights(found: Found, policies: list[Policy], optimizer: MegatronOptimizer, runtime: Runtime) -> None:
+    prefix = f"{OPTIMIZER_PREFIX}{MAIN_WEIGHT}."
+    shards = optimizer_shards(optimizer, pieces(policies, runtime), [], write=False)
+    found.reader().read_into([replace(shard, key=shard.key.removeprefix(prefix)) for shard in shards])

@@ -4,9 +4,8 @@ import argparse
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
-from megatron_jq.cli.parser import CommandParser
+from megatron_jq.cli.parser import CommandParser, as_path
 from megatron_jq.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,19 +20,19 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     command = _command(commands, "hf-to-megatron", "a Hugging Face folder of safetensors → SAVE/iter_0000000")
-    command.add_argument("--hf", required=True, type=Path, metavar="DIR", help="the folder to read")
-    command.add_argument("--save", required=True, type=Path, metavar="DIR", help="where to; new, or empty")
+    command.add_argument("--hf", required=True, type=as_path, metavar="DIR", help="the folder to read")
+    command.add_argument("--save", required=True, type=as_path, metavar="DIR", help="where to; new, or empty")
     _cut(command)
     command = _command(commands, "megatron-to-hf", "the newest whole checkpoint in LOAD → a Hugging Face folder")
     _load(command)
-    command.add_argument("--hf", required=True, type=Path, metavar="DIR", help="the folder to write; new, or empty")
+    command.add_argument("--hf", required=True, type=as_path, metavar="DIR", help="the folder to write; new, or empty")
     command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
     command.add_argument(
         "--max-shard-size", default="5GB", type=_num_bytes, metavar="SIZE", help="most bytes a file (default: 5GB)"
     )
     command = _command(commands, "reshard", "a checkpoint, optimizer included, cut for another tensor-parallel size")
     _load(command)
-    command.add_argument("--save", required=True, type=Path, metavar="DIR", help="where to; new, or empty")
+    command.add_argument("--save", required=True, type=as_path, metavar="DIR", help="where to; new, or empty")
     _cut(command)
     _load(_command(commands, "inspect", "what a checkpoint holds: step, architecture, tensors, sizes, settings"))
     return top
@@ -45,7 +44,11 @@ def _command(commands, name: str, help: str) -> argparse.ArgumentParser:
 
 def _load(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--load", required=True, type=Path, metavar="DIR", help="a folder of checkpoints, or one iter_NNNNNNN of it"
+        "--load",
+        required=True,
+        type=as_path,
+        metavar="DIR",
+        help="a folder of checkpoints, or one iter_NNNNNNN of it",
     )
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from megatron_jq.cli.parser import CommandParser
+from megatron_jq.cli.parser import CommandParser, as_path
 from megatron_jq.config import Config, TrainingConfig, explicit_settings, parse_args
 from megatron_jq.config_reads import READS, refuse_unread, unread_note
 from megatron_jq.config_validate import resolve_architecture
@@ -27,10 +27,10 @@ def parser() -> argparse.ArgumentParser:
         + "; --config FILE.",
         allow_abbrev=False,
     )
-    flags.add_argument("--load", type=Path, metavar="DIR", help="a folder of checkpoints, or one iter_NNNNNNN of it")
-    flags.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face folder of safetensors")
+    flags.add_argument("--load", type=as_path, metavar="DIR", help="a folder of checkpoints, or one iter_NNNNNNN of it")
+    flags.add_argument("--hf", type=as_path, metavar="DIR", help="a Hugging Face folder of safetensors")
     flags.add_argument(
-        "--output", type=Path, metavar="DIR",
+        "--output", type=as_path, metavar="DIR",
         help="folder of samples.jsonl and evaluation.json (default: runs/evaluation; under --rescore: none)",
     )  # fmt: skip
     flags.add_argument(
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "--bootstrap-resamples", type=int, default=2000, metavar="N", help="of the intervals (default: 2000)"
     )
     flags.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (default: 0.95)")
-    flags.add_argument("--rescore", type=Path, metavar="FILE", help="judge a samples.jsonl again; nothing is drawn")
+    flags.add_argument("--rescore", type=as_path, metavar="FILE", help="judge a samples.jsonl again; nothing is drawn")
     return flags
 
 

@@ -32,6 +32,11 @@ def tool_parser(file: str, description: str) -> CommandParser:
     )
 
 
+def as_path(text: str) -> Path:
+    """A path that a user wrote: a leading ~ is the home directory, also in --name=~/x, which no shell replaces."""
+    return Path(os.path.expanduser(text))
+
+
 def run_tool(file: str, work: Callable[[], int]) -> int:
     """exit_code of tools/NAME.py, by its name. A signal ends it with one line."""
     streams.protect()

@@ -9,9 +9,8 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
-from megatron_jq.cli.parser import CommandParser
+from megatron_jq.cli.parser import CommandParser, as_path
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.preflight.facts import Facts, find_facts
 from megatron_jq.preflight.meeting import Host, report
@@ -34,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--nodes", metavar="LIST", help="all nodes' names, by commas, the first one is the host")
     flags.add_argument("--node", metavar="NAME", help="this one (default: SLURMD_NODENAME, or the host name)")
-    flags.add_argument("--run-dir", required=True, type=Path, metavar="DIR", help="that all nodes will write to")
+    flags.add_argument("--run-dir", required=True, type=as_path, metavar="DIR", help="that all nodes will write to")
     flags.add_argument("--gpus-per-node", type=_count, default=0, metavar="N", help="at least; 0: not checked (0)")
     flags.add_argument("--min-free-disk", type=_amount, default=10.0, metavar="GIB", help="for the run directory (10)")
     flags.add_argument("--min-shared-memory", type=_amount, default=1.0, metavar="GIB", help="in /dev/shm (1)")

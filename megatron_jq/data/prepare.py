@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_jq.config import Config
@@ -27,6 +27,7 @@ from megatron_jq.data.reading import Reading, encode_reading, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
 from megatron_jq.data.template import PromptTemplate, template_of
+from megatron_jq.data.tokenizer_choice import resolved
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
@@ -67,6 +68,7 @@ def prepare(
     """
     if output.exists():
         raise UserError(f"--output {output} exists; name a new folder, or remove it")
+    config = replace(config, data=resolved(config.data))
     named = _sources(config, test_data)
     readings = {split: _read(config, split, source, flag) for split, (flag, source) in named.items()}
     template = template_of(readings["train"].source.data_format, config.data.prompt_template)

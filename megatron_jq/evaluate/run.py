@@ -76,12 +76,14 @@ def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Cal
     refuse_unread(COMMAND, config, architecture, order.flags)
     runtime = runtime_module.start_configured(config.parallel, config.training.seed)
     together(runtime, lambda: make_folder(order.output), main_only=True)
-    with checkpoint_to_evaluate(order.load, order.hf, order.output, runtime) as found:
-        subject = together(runtime, lambda: _subject(order, found, settle, runtime))
-        # Before the weights: a folder that holds another evaluation is refused in a second.
-        file = together(runtime, lambda: _open(order.output / SAMPLES, subject), main_only=True)
-        enter("loading weights")
-        engine = _engine(subject, found, runtime)
+    found = checkpoint_to_evaluate(order.load, order.hf, runtime)
+    if runtime.is_main:
+        print(f"evaluates the weights of {found.description}", flush=True)
+    subject = together(runtime, lambda: _subject(order, found, settle, runtime))
+    # Before the weights: a folder that holds another evaluation is refused in a second.
+    file = together(runtime, lambda: _open(order.output / SAMPLES, subject), main_only=True)
+    enter("loading weights")
+    engine = _engine(subject, found, runtime)
     _generate(file, engine, subject, runtime, enter)
     enter("results")
     together(runtime, lambda: _conclude(order, subject), main_only=True)

@@ -1,40 +1,35 @@
 """F4: what is evaluated: a checkpoint's weights, settings and tokenizer, and the held-out examples."""
 
-import contextlib
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_jq.architecture import Architecture, read_hugging_face_config
-from megatron_jq.checkpoint.convert import architecture_of, hf_to_megatron
+from megatron_jq.checkpoint.convert import architecture_of
 from megatron_jq.checkpoint.folder import (
-    TOKENIZER,
     DamagedCheckpoint,
     Manifest,
     candidates,
     none_found,
     read_manifest,
 )
+from megatron_jq.checkpoint.hugging_face_weights import digests, open_folder
 from megatron_jq.checkpoint.huggingface import CONFIG as HF_CONFIG
-from megatron_jq.checkpoint.slabs import Cut
 from megatron_jq.checkpoint.store import Found, find_checkpoint
 from megatron_jq.config import Config, settings_of_text
 from megatron_jq.data.dataset import is_builtin
 from megatron_jq.data.prompts import Placed, longest_joint, select_fitting
 from megatron_jq.data.reading import Reading, encode_reading, heldout_source, number_of, read_source
 from megatron_jq.data.round_trips import describe_changed
+from megatron_jq.data.tokenizer_choice import kind_of, tokenizer_in
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example
 
 #: Where neither flag nor file says: the paper's number of samples a prompt.
 _SAMPLING = {"eval_samples": 16, "eval_temperature": 1.0}
-#: Where a Hugging Face folder is converted to while it is loaded, inside --output.
-CONVERTED = ".from-hugging-face"
 
 
 def at_first_sight(load: Path | None, hf: Path | None) -> tuple[Config, Architecture]:
@@ -58,29 +53,18 @@ def at_first_sight(load: Path | None, hf: Path | None) -> tuple[Config, Architec
     raise none_found(load, damage, "--load")
 
 
-@contextlib.contextmanager
-def checkpoint_to_evaluate(load: Path | None, hf: Path | None, output: Path, runtime: Runtime) -> Iterator[Found]:
-    """The newest whole checkpoint in (or at) `load`; or `hf` converted, for as long as the block lasts. All ranks.
+def checkpoint_to_evaluate(load: Path | None, hf: Path | None, runtime: Runtime) -> Found:
+    """The newest whole checkpoint in (or at) `load`, or the Hugging Face folder `hf`. All ranks.
 
     UserError on every rank where there is none.
     """
-    folder = output / CONVERTED
-    try:
-        if hf is not None:
-            together(runtime, lambda: _convert(hf, folder), main_only=True)
-            load = folder
-        found = find_checkpoint(load, "--load" if hf is None else "--hf", runtime, print)
-        if found is None:
-            raise none_found(load, [], "--load")
-        yield found
-    finally:
-        if runtime.is_main and hf is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _convert(hf: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of an evaluation that was killed
-    hf_to_megatron(hf, folder, Cut(1, 128))
+    if hf is not None:
+        found = open_folder(hf, "--hf", runtime)
+        return replace(found, manifest=replace(found.manifest, files=digests(found.weights, runtime)))
+    found = find_checkpoint(load, "--load", runtime, print)
+    if found is None:
+        raise none_found(load, [], "--load")
+    return found
 
 
 def _settings_of_run(found: Found) -> Config | None:
@@ -129,19 +113,17 @@ def settings_of(found: Found) -> Config:
 
 def digest_of(manifest: Manifest) -> str:
     """Of the checkpoint's tensor files."""
-    files = {name: entry["sha256"] for name, entry in manifest.files.items() if name.endswith(".distcp")}
+    kinds = (".distcp", ".safetensors")
+    files = {name: entry["sha256"] for name, entry in manifest.files.items() if name.endswith(kinds)}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_of(config: Config, found: Found, architecture: Architecture) -> Tokenizer:
     """--tokenizer-model's, or else the checkpoint's own. UserError where it is missing, or too large for the model."""
-    carried = found.folder / TOKENIZER
     if config.data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-    elif (carried / "tokenizer.model").is_file():
-        tokenizer = load_tokenizer("sentencepiece", carried / "tokenizer.model")
-    elif (carried / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer("huggingface", carried)
+        tokenizer = load_tokenizer(*kind_of(config.data.tokenizer_type, config.data.tokenizer_model))
+    elif (carried := tokenizer_in(found.tokenizer)) is not None:
+        tokenizer = load_tokenizer(*carried)
     else:
         raise UserError(f"{found.folder} holds no tokenizer; give --tokenizer-model")
     if tokenizer.vocab_size > architecture.vocab_size:

@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
+from megatron_jq.architecture import has_weights
 from megatron_jq.checkpoint.folder import TRACKER, left_aside, none_found, saved_steps
+from megatron_jq.checkpoint.hugging_face_weights import is_hugging_face_folder, open_folder
 from megatron_jq.checkpoint.store import Found, find_checkpoint
 from megatron_jq.config import Config
+from megatron_jq.errors import UserError
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.train.run_directory import METRICS, check_settings, save_folder
 
@@ -27,19 +32,17 @@ class Beginning:
         """Length of metrics.jsonl that stays."""
         return (self.found.manifest.metrics_bytes or 0) if self.found is not None and self.resumed else 0
 
-    @property
-    def told(self) -> str | None:
-        """Lines for the user; None where a run begins from nothing."""
-        lines = [line for line in (self._origin, *self.notes) if line is not None]
-        return "\n".join(lines) if lines else None
+    def described(self, seed: int, train_iters: int) -> str:
+        """Lines for the user: where the weights come from, and what else there is to know."""
+        return "\n".join((self._origin(seed, train_iters), *self.notes))
 
-    @property
-    def _origin(self) -> str | None:
+    def _origin(self, seed: int, train_iters: int) -> str:
         if self.found is None:
-            return None
+            return f"begins with random weights (--seed {seed})"
         if self.weights_only:
-            return f"begins with the weights of {self.found.folder}"
-        return f"goes on from {self.found.folder}: {self.step} steps are done"
+            return f"begins with the weights of {self.found.description}"
+        done = f"goes on from {self.found.folder}: {self.step} steps are done"
+        return done if self.step < train_iters else f"{done}, nothing is left to do (--train-iters {train_iters})"
 
 
 def find_beginning(config: Config, runtime: Runtime) -> Beginning:
@@ -56,14 +59,42 @@ def find_beginning(config: Config, runtime: Runtime) -> Beginning:
             notes = together(runtime, lambda: _aside(found, folder), main_only=True) or ()
             return Beginning(found, found.manifest.step, resumed=True, weights_only=False, notes=notes)
         notes = together(runtime, lambda: _lost(config, folder), main_only=True) or ()
+    folder_flag = _folder_with_weights(config, runtime)
+    if folder_flag is not None:
+        found = open_folder(*folder_flag, runtime)
+        return Beginning(found, 0, resumed=False, weights_only=True, notes=notes)
     if c.load is not None:
         found = find_checkpoint(Path(c.load), "--load", runtime, print)
         if found is None:
             raise none_found(Path(c.load), [], "--load")
         weights_only = c.finetune or found.manifest.optimizer is None
         step = 0 if weights_only else found.manifest.step
+        if not weights_only and step >= config.training.train_iters:
+            raise UserError(
+                f"--load {c.load}: its run is done ({step} steps, --train-iters {config.training.train_iters}), so "
+                "nothing would be trained: --finetune begins a new run at step 0 with its weights, a larger "
+                "--train-iters continues it"
+            )
         return Beginning(found, step, resumed=False, weights_only=weights_only, notes=notes)
     return Beginning(None, 0, resumed=c.resume, weights_only=False, notes=notes)
+
+
+def _folder_with_weights(config: Config, runtime: Runtime) -> tuple[Path, str] | None:
+    """The Hugging Face folder whose weights a new run begins with, and the flag that names it, as rank 0 sees it.
+
+    --load goes first: with it, --model says the architecture alone.
+    """
+
+    def look() -> tuple[Path, str] | None:
+        load, model = config.checkpoint.load, config.model.model
+        if load is not None:
+            is_one = is_hugging_face_folder(Path(load)) and not saved_steps(Path(load))
+            return (Path(load), "--load") if is_one else None
+        return (Path(model), "--model") if has_weights(model) else None
+
+    seen = [together(runtime, look, main_only=True)]
+    dist.broadcast_object_list(seen, src=0)
+    return seen[0]
 
 
 def _aside(found: Found, folder: Path) -> tuple[str, ...]:

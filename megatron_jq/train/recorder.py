@@ -161,8 +161,7 @@ def open_recorder(t: TrainingConfig, beginning: Beginning) -> Recorder:
         first_step=beginning.step,
         metrics_bytes=beginning.metrics_bytes,
     )
-    if beginning.told is not None:
-        recorder.say(beginning.told)
+    recorder.say(beginning.described(t.seed, t.train_iters))
     return recorder
 
 
@@ -227,6 +226,7 @@ def opening_line(
         batch,
         f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()}{expert} on {runtime.device.type}, "
         f"{kernels(options, runtime)}",
+        f"tokenizer {data.tokenizer_path}",
         config.training.run_dir,
     ]
     return " | ".join(parts)

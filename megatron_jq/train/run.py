@@ -4,7 +4,6 @@ import contextlib
 import time
 from datetime import timedelta
 
-from megatron_jq.checkpoint.folder import TOKENIZER
 from megatron_jq.config import Config
 from megatron_jq.config_validate import derive
 from megatron_jq.parallel import runtime as runtime_module
@@ -32,7 +31,7 @@ def run_training(config: Config) -> int:
         for note in together(runtime, folders.open, main_only=True) or ():
             print(note, flush=True)
         beginning = find_beginning(config, runtime)
-        carried = None if beginning.found is None else beginning.found.folder / TOKENIZER
+        carried = None if beginning.found is None else beginning.found.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
         trainer = Trainer(config, derived, data, runtime, phase)
         vocab_size = trainer.build_options.vocab_size

@@ -18,7 +18,7 @@ from megatron_jq.checkpoint.store import (
     load_optimizer,
     load_random_states,
     load_weights,
-    synchronise_main_weights,
+    take_main_weights,
 )
 from megatron_jq.config import Config, settings_of_text, to_toml
 from megatron_jq.config_validate import Derived
@@ -86,7 +86,7 @@ class Saving:
             self._check_resumed(found)
         load_weights(found, self._model.policies, self._runtime)
         if beginning.weights_only:
-            synchronise_main_weights(self._optimizer, self._runtime)
+            take_main_weights(found, self._model.policies, self._optimizer, self._runtime)
         else:
             load_optimizer(found, self._model.policies, self._optimizer, self._runtime)
             load_random_states(found, self._runtime, self._layout())

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_jq.architecture import Architecture
+import torch.distributed as dist
+
+from megatron_jq.architecture import Architecture, has_weights
+from megatron_jq.checkpoint.contents import TOKENIZER_FILES
 from megatron_jq.config import Config, DataConfig
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
@@ -18,6 +21,7 @@ from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprin
 from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.show import described
+from megatron_jq.data.tokenizer_choice import HUGGING_FACE, SENTENCEPIECE, kind_of, tokenizer_in
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
@@ -71,15 +75,13 @@ def prepare_data(
     if source is not None:
         read = lambda: read_source(config, source, "heldout", "--eval-data", count=d.eval_examples)  # noqa: E731
         heldout = together(runtime, read)
-    kind, path = d.tokenizer_type, run_dir / "tokenizer.model"
     if d.tokenizer_model is not None:
-        path = Path(d.tokenizer_model)
+        kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
     elif train.prepared is not None:
         kind, path = train.prepared.tokenizer_type, train.prepared.tokenizer_path
         together(runtime, lambda: _check_carried(train, carried))
     else:
-        pairs = train.source.pairs
-        together(runtime, lambda: _own_tokenizer(config, pairs, path, carried), main_only=True)
+        kind, path = _run_tokenizer(config, runtime, train.source.pairs, run_dir, carried)
     tokenizer = together(runtime, lambda: load_tokenizer(kind, path))
     sources = [train] if heldout is None else [train, heldout]
     encoded = together(runtime, lambda: [encode_reading(config, one, tokenizer) for one in sources])
@@ -110,10 +112,11 @@ def _prepare_corpus(
                 f"{flag} is not read by --estimator pretrain: leave it out; --data-path and --split say what is "
                 "trained and validated on"
             )
-    path = Path(d.tokenizer_model or run_dir / "tokenizer.model")
-    if d.tokenizer_model is None:
-        together(runtime, lambda: _own_tokenizer(config, None, path, carried), main_only=True)
-    tokenizer = together(runtime, lambda: load_tokenizer(d.tokenizer_type, path))
+    if d.tokenizer_model is not None:
+        kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
+    else:
+        kind, path = _run_tokenizer(config, runtime, None, run_dir, carried)
+    tokenizer = together(runtime, lambda: load_tokenizer(kind, path))
     together(runtime, lambda: _check_vocabulary(architecture, tokenizer))
     options = CorpusOptions(
         data_path=d.data_path,
@@ -144,8 +147,9 @@ def show_example(config: Config) -> int:
     has_tokenizer = config.data.tokenizer_model is not None or is_prepared(config.data.train_data)
     if config.checkpoint.load is not None and not has_tokenizer:
         raise UserError("--show-example does not open checkpoints; name the tokenizer with --tokenizer-model")
+    carried = Path(config.model.model) if has_weights(config.model.model) else None
     with tempfile.TemporaryDirectory() as scratch:
-        data = prepare_data(config, architecture, None, Path(scratch))
+        data = prepare_data(config, architecture, None, Path(scratch), carried=carried)
     if number >= len(data.train):
         raise UserError(f"--show-example {number}: there are {len(data.train)} training examples, counted from 0")
     if os.environ.get("RANK", "0") == "0":
@@ -165,32 +169,58 @@ def _check_carried(train: Reading, carried: Path | None) -> None:
     """A checkpoint's weights belong to its tokenizer: a prepared set's must be the same."""
     if carried is None or not carried.is_dir():
         return
-    model = carried / "tokenizer.model"
-    own = load_tokenizer("sentencepiece", model) if model.is_file() else load_tokenizer("huggingface", carried)
-    if own.fingerprint() != train.prepared.tokenizer:
+    own = tokenizer_in(carried)
+    if own is not None and load_tokenizer(*own).fingerprint() != train.prepared.tokenizer:
         raise UserError(f"{train.named} was prepared with another tokenizer than the checkpoint's, {carried}")
 
 
-def _own_tokenizer(config: Config, pairs: Sequence[Pair] | None, path: Path, carried: Path | None) -> None:
-    """The run directory's tokenizer: there already where the run is taken up again, else the checkpoint's, else new.
+def _run_tokenizer(
+    config: Config, runtime: Runtime | None, pairs: Sequence[Pair] | None, run_dir: Path, carried: Path | None
+) -> tuple[str, Path]:
+    """(kind, path) of the run directory's tokenizer, alike on every rank; rank 0 puts it there.
 
-    pairs None: there is no text to train a new one on.
+    It is there already where the run is resumed, else it is the checkpoint's, else new. pairs None: there is no text to
+    train a new one on.
     """
-    if config.checkpoint.resume and path.exists() and (path.parent / "config.toml").exists():
-        return
-    if carried is not None and (carried / "tokenizer.model").is_file():
-        partial = path.with_name(f".{path.name}")
-        with writing("--run-dir", path):
-            shutil.copyfile(carried / "tokenizer.model", partial)
-            sync(partial)
-            os.replace(partial, path)
-    elif carried is not None and carried.is_dir():
-        flags = f"--tokenizer-type huggingface --tokenizer-model {carried}"
-        raise UserError(f"--load: the checkpoint's tokenizer is a Hugging Face one; give {flags}")
-    elif pairs is None:
-        raise UserError("--load: the checkpoint brings no tokenizer; name it with --tokenizer-model")
-    else:
-        train_tokenizer(config.data.train_data, pairs, path, vocab_size=config.data.tokenizer_vocab_size)
+    kinds = [together(runtime, lambda: _place_tokenizer(config, pairs, run_dir, carried), main_only=True)]
+    if runtime is not None:
+        dist.broadcast_object_list(kinds, src=0)
+    return kinds[0], run_dir / ("tokenizer.model" if kinds[0] == SENTENCEPIECE else "tokenizer")
+
+
+def _place_tokenizer(config: Config, pairs: Sequence[Pair] | None, run_dir: Path, carried: Path | None) -> str:
+    model, folder = run_dir / "tokenizer.model", run_dir / "tokenizer"
+    if config.checkpoint.resume and (run_dir / "config.toml").exists():
+        if model.exists():
+            return SENTENCEPIECE
+        if (folder / "tokenizer.json").exists():
+            return HUGGING_FACE
+    own = None if carried is None else tokenizer_in(carried)
+    if own is None and carried is not None and carried.is_dir():
+        raise UserError(f"{carried} holds no tokenizer (tokenizer.json, tokenizer.model); give --tokenizer-model")
+    if own is None:
+        if pairs is None:
+            raise UserError("--load: the checkpoint brings no tokenizer; name it with --tokenizer-model")
+        train_tokenizer(config.data.train_data, pairs, model, vocab_size=config.data.tokenizer_vocab_size)
+        return SENTENCEPIECE
+    kind, source = own
+    with writing("--run-dir", model if kind == SENTENCEPIECE else folder):
+        if kind == SENTENCEPIECE:
+            _copy(source, model)
+        else:
+            folder.mkdir(exist_ok=True)
+            # tokenizer.json last: where it lies, the others do.
+            for name in sorted(TOKENIZER_FILES, key="tokenizer.json".__eq__):
+                if (source / name).is_file():
+                    _copy(source / name, folder / name)
+    return kind
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}")
+    shutil.copyfile(source, partial)
+    sync(partial)
+    os.replace(partial, target)
 
 
 def _check_vocabulary(architecture: Architecture, tokenizer: Tokenizer) -> None:

@@ -1,5 +1,6 @@
 """Every Hugging Face family at every layout: the same logits, the same text, the same bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megatron_jq.architecture import padded_vocab_size, read_hugging_face_config
 from megatron_jq.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_jq.checkpoint.export import export_hf_tensors
 from megatron_jq.checkpoint.folder import read_manifest
+from megatron_jq.checkpoint.hugging_face_weights import open_folder
 from megatron_jq.checkpoint.huggingface import HuggingFaceReader
 from megatron_jq.checkpoint.reshard import reshard
 from megatron_jq.checkpoint.shards import pieces
@@ -131,7 +133,10 @@ def test_a_config_made_from_the_architecture_is_the_same_function_to_transformer
 
 
 def _on_layout(runtime, references, names, load, virtual_stages):
-    """Per family: largest gap of logits (last stage), greedy ids, global keys and shapes, wrongly exported names."""
+    """Per family: largest gap of logits (last stage), greedy ids, global keys and shapes, wrongly exported names.
+
+    Weights come from the converted checkpoint; those read straight from the folder must be the same, bit for bit.
+    """
     results = {}
     for name in names:
         reference = references[name]
@@ -146,6 +151,11 @@ def _on_layout(runtime, references, names, load, virtual_stages):
         policies = build_policies(architecture, options, runtime)
         folder = reference.folder.parent / f"{name}-{load}" / "iter_0000000"
         load_weights(Found(folder, read_manifest(folder)), policies, runtime)
+        direct = build_policies(architecture, replace(options, seed=9), runtime)
+        load_weights(open_folder(reference.folder, "--model", runtime), direct, runtime)
+        for policy, other in zip(policies, direct, strict=True):
+            pairs = zip(policy.parameters(), other.parameters(), strict=True)
+            assert all(torch.equal(p, q) for p, q in pairs), f"{name}: read straight from the folder, other weights"
         keys = {p.sharded.key: p.sharded.global_shape for some in pieces(policies, runtime).values() for p in some}
         results[name] = (
             _logits_gap(policies, runtime, reference),

@@ -194,7 +194,9 @@ UNCOUNTED = {
     "finqa_answer": [*FILE, "--data-format", "gsm8k"], "prompt_template": [],
     "tokenizer_vocab_size": ["--tokenizer-model", "x.model"],
     "micro_batch_size": ["--max-tokens-per-micro-batch", "99"],
-    "eval_top_p": [], "ffn_hidden_size": ["--model", "tiny-moe"], "moe_ffn_hidden_size": None, "moe_router_topk": [],
+    "eval_top_p": [],
+    "init_method_std": ["--load", "x"], "ffn_hidden_size": ["--model", "tiny-moe"], "moe_ffn_hidden_size": None,
+    "moe_router_topk": [],
     "moe_aux_loss_coeff": [], "match": FILE, "normalise": FILE, "eval_examples": FILE, "eval_samples": FILE,
     "eval_temperature": FILE,
 }  # fmt: skip

@@ -1,0 +1,54 @@
+"""F2: which tokenizer a folder or file holds, so that nobody has to say what can be seen."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_jq.config import DataConfig
+from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN
+from megatron_jq.errors import UserError
+
+SENTENCEPIECE, HUGGING_FACE = "sentencepiece", "huggingface"
+_MODEL, _JSON = "tokenizer.model", "tokenizer.json"
+
+
+def kind_of(kind: str, path: str | Path) -> tuple[str, Path]:
+    """(kind, path) of --tokenizer-type and --tokenizer-model: a folder is never a sentencepiece model, nor a model file
+    a folder; what cannot be told stays as it is, for load_tokenizer to refuse by its name.
+    """
+    path = Path(path)
+    if path.is_dir() and kind == SENTENCEPIECE:
+        inner = tokenizer_in(path)
+        return (kind, path) if inner is None else inner
+    if path.name == _JSON and path.is_file():
+        return HUGGING_FACE, path.parent
+    return kind, path
+
+
+def resolved(data: DataConfig) -> DataConfig:
+    """The same settings with kind_of's kind and path."""
+    if data.tokenizer_model is None:
+        return data
+    kind, path = kind_of(data.tokenizer_type, data.tokenizer_model)
+    return replace(data, tokenizer_type=kind, tokenizer_model=str(path))
+
+
+def tokenizer_in(folder: Path) -> tuple[str, Path] | None:
+    """(kind, path) of a checkpoint's or a Hugging Face folder's tokenizer; None where it holds none.
+
+    Where both kinds lie there, sentencepiece's is the one to use if it knows `<think>`: it is one of ours, the other
+    its export. Otherwise it is what the Hugging Face one was once made from, without the tokens that came later.
+    """
+    model, fast = folder / _MODEL, folder / _JSON
+    if model.is_file() and (not fast.is_file() or _knows_rationales(model)):
+        return SENTENCEPIECE, model
+    return (HUGGING_FACE, folder) if fast.is_file() else None
+
+
+def _knows_rationales(model: Path) -> bool:
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError, UserError):
+        return False
+    return all(pieces.is_control(pieces.piece_to_id(piece)) for piece in (THINK_OPEN, THINK_CLOSE))
