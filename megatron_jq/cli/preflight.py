@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 from megatron_jq.cli.parser import CommandParser, as_path
 from megatron_jq.errors import RunFailure, UserError

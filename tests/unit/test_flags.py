@@ -50,6 +50,7 @@ ROOMS = {"train": (*SHARED, "train", "corpus", "evaluate", "cli"), "evaluate": (
 OF_THE_CHECKPOINT = {
     "temperature": "that of the run's rollouts, where the run evaluated greedily",
     "train_data": "a built-in task, or a prepared set, brings the held-out data of the run",
+    "rationale_field": "given rationales are read of training data alone",
     "estimator": "settings of pretraining say nothing of prompts",
     "max_tokens_per_micro_batch": "kept with the run's settings",
 }
@@ -145,10 +146,10 @@ def test_evaluate_reads_every_flag_that_it_takes(name):
 
 
 def test_evaluate_takes_every_flag_that_its_own_files_read():
-    own = {name for path in _files("evaluate") for name in reads(path)}
+    own = {name for path in (*_files("evaluate"), PACKAGE / "data" / "reading.py") for name in reads(path)}
     missing = own - READS["evaluate"] - OF_THE_CHECKPOINT.keys()
     assert not missing, (
-        f"megatron_jq/evaluate reads {sorted(missing)}, which `evaluate` refuses as flags: add them to "
+        f"megatron_jq/evaluate (or data/reading.py) reads {sorted(missing)}, which `evaluate` refuses as flags: add them to "
         "config_reads.READS['evaluate'] (and to JUDGING, if a sample can be judged by them again)."
     )
 
