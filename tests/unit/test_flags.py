@@ -149,8 +149,8 @@ def test_evaluate_takes_every_flag_that_its_own_files_read():
     own = {name for path in (*_files("evaluate"), PACKAGE / "data" / "reading.py") for name in reads(path)}
     missing = own - READS["evaluate"] - OF_THE_CHECKPOINT.keys()
     assert not missing, (
-        f"megatron_jq/evaluate (or data/reading.py) reads {sorted(missing)}, which `evaluate` refuses as flags: add them to "
-        "config_reads.READS['evaluate'] (and to JUDGING, if a sample can be judged by them again)."
+        f"megatron_jq/evaluate (or data/reading.py) reads {sorted(missing)}, which `evaluate` refuses as flags: add "
+        "them to config_reads.READS['evaluate'] (and to JUDGING, if a sample can be judged by them again)."
     )
 
 
