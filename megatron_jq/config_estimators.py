@@ -27,7 +27,7 @@ READ_BY = {
     **dict.fromkeys(("rationale_budget", "answer_budget", "max_prompt_tokens", "overlong_prompts"), _PROMPTED),
     **dict.fromkeys(("prompt_field", "answer_field", "id_field", "data_format", "finqa_answer"), _PROMPTED),
     **dict.fromkeys(("bad_records", "prompt_style", "prompt_template", "train_examples"), _PROMPTED),
-    **dict.fromkeys(("tokenizer_vocab_size", "match", "normalise"), _PROMPTED),
+    **dict.fromkeys(("tokenizer_vocab_size", "match", "normalise", "answer_extract"), _PROMPTED),
     **dict.fromkeys(("eval_temperature", "eval_top_p", "eval_samples"), _PROMPTED),
     **dict.fromkeys(("train_data", "eval_data", "rollout_batch_size", "share_prompts", "sample_interval"), _PROMPTED),
     **dict.fromkeys(("add_bos_token", "chat_date"), _PROMPTED),
@@ -93,6 +93,7 @@ def estimator_problems(config: Config, architecture: Architecture) -> list[str]:
         *_objective_problems(config),
         *_grpo_problems(config),
         *_given_problems(config),
+        *_judge_problems(config),
         *_pretraining_problems(config, architecture),
     ]
 
@@ -122,6 +123,15 @@ def _grpo_problems(config: Config) -> list[str]:
             "nucleus, where its probability is 0"
         ]
     return []
+
+
+def _judge_problems(config: Config) -> list[str]:
+    if config.training.match != "reward" or config.training.reward is not None:
+        return []
+    return [
+        "--match reward needs --reward MODULE:FUNCTION; one that a checkpoint's settings name is not run unless you "
+        "give it again"
+    ]
 
 
 def _given_problems(config: Config) -> list[str]:

@@ -30,14 +30,15 @@ _RECORDS = {
 _MODEL = {name for name, (group, _) in SETTINGS.items() if group == "model"}
 
 #: Settings that say how a sample is judged: also one that was drawn before.
-JUDGING = {"match", "normalise"}
+JUDGING = {"match", "normalise", "answer_extract"}
 
 #: Command → the settings that it reads. Training is not here: it reads all that NEEDS and READ_BY do not take from it.
 READS: dict[str, frozenset[str]] = {
     "evaluate": frozenset(
         _LAYOUT | _RECORDS | JUDGING
         | {"bf16", "make_vocab_size_divisible_by", "distributed_timeout_minutes", "seed", "eval_data", "eval_examples",
-           "eval_samples", "eval_temperature", "eval_top_p", "rationale_budget", "answer_budget", "rollout_batch_size"}
+           "eval_samples", "eval_temperature", "eval_top_p", "rationale_budget", "answer_budget", "rollout_batch_size",
+           "reward"}
     ),
     "evaluate --rescore": frozenset(JUDGING | {"seed"}),
     "tools/prepare_data.py": frozenset(
@@ -133,6 +134,7 @@ NEEDS = (
         "no --max-tokens-per-micro-batch, which bounds a micro-batch instead",
     ),
     Need(("init_method_std",), lambda c, a: begins_at_random(c), "random weights (no --load, no --model with weights)"),
+    Need(("normalise",), lambda c, a: c.training.match != "math", "another --match: math compares by rule number"),
     Need(("eval_top_p",), lambda c, a: c.training.eval_temperature > 0, "--eval-temperature above 0"),
     Need(("ffn_hidden_size",), lambda c, a: a.num_experts is None, "a model without experts"),
     Need(
@@ -142,6 +144,11 @@ NEEDS = (
 )  # fmt: skip
 #: The same, of training alone.
 NEEDS_IN_TRAINING = (
+    Need(
+        ("reward",), lambda c, a: c.objective.estimator in SAMPLES_ANSWERS or c.training.match == "reward",
+        "--estimator grpo, rloo, maxrl or star, or --match reward",
+    ),
+    Need(("answer_extract",), lambda c, a: has_heldout(c), "--eval-data"),
     Need(
         ("match", "normalise"), lambda c, a: has_heldout(c) or c.objective.estimator in SAMPLES_ANSWERS, "--eval-data"
     ),

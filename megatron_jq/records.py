@@ -127,7 +127,7 @@ class StepMetrics:
     tokens_saved: int = 0  # that shared prompts took away from them
     log_prob_mismatch_max: float | None = None  # max |ln p(z|x) rollout - trainer|, nats per sequence
     log_w_mismatch_max: float | None = None  # max |ln w rollout - trainer| in nats, on steps that compare them
-    reward_mean: float | None = None  # exact-match rate of sampled answers, where the estimator samples them
+    reward_mean: float | None = None  # mean of sampled answers' rewards (exact match, or --reward), where sampled
     kl_reference_mean: float | None = None  # nats a token to the reference, with --grpo-kl-beta; at the first update
     clipped_fraction: float | None = None  # of tokens with an advantage; mean over --grpo-iterations, where several
     expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P; 1 where experts are used evenly

@@ -167,8 +167,11 @@ class TrainingConfig:
     eval_temperature: float = 0.0  # 0: greedy
     eval_top_p: float = 1.0  # nucleus mass of an evaluation's samples
     eval_samples: int = 1  # samples a held-out prompt; `evaluate`: 16
-    match: Literal["exact", "substring"] = "exact"  # evaluated answers are right if equal to, or if they hold, the gold
+    # evaluated answers are right if equal to, or if they hold, the gold; as math-verify says; or if reward is 1
+    match: Literal["exact", "substring", "math", "reward"] = "exact"
     normalise: Literal["auto", "none", "text", "squad", "number"] = "auto"  # rule for both texts; auto: the data's own
+    answer_extract: Literal["none", "last-number", "boxed", "answer-is"] = "none"  # what is judged of a sampled text
+    reward: str | None = None  # MODULE:FUNCTION of your own for grpo, rloo, maxrl, star; None: exact match
     tensorboard: bool = True  # also write TensorBoard events
 
 

@@ -80,18 +80,23 @@ def _rescore(own: argparse.Namespace, rest: list[str], before_imports: Callable[
     refuse_unread(command, Config(), shape, flags)
     parse_args(rest, PROG)
     before_imports()
-    from megatron_jq.data.answers import rule_of
-    from megatron_jq.evaluate.judging import Interval, Judge
+    from megatron_jq.evaluate.judging import Interval, judge_of
+    from megatron_jq.evaluate.math_judge import check_installed
     from megatron_jq.evaluate.report import conclude
     from megatron_jq.evaluate.samples import read_samples
 
     header, prompts = read_samples(own.rescore)
-    was = TrainingConfig(match=header.match, normalise=header.rule, seed=header.seed)
+    was = TrainingConfig(
+        match=header.match, normalise=header.rule, answer_extract=header.answer_extract, seed=header.seed
+    )
     config = parse_args(rest, PROG, Config(training=was))
+    refuse_unread(command, config, shape, flags)
     if (note := unread_note(command, config, shape, flags, Config(training=was))) is not None:
         print(note)
     t = config.training
-    judge = Judge(t.match, rule_of(t.normalise, header.data_format))
+    if t.match == "math":
+        check_installed()
+    judge = judge_of(t, header.data_format)
     interval = Interval(own.bootstrap_resamples, own.confidence, t.seed)
     conclude(header, prompts, judge, own.metrics, interval, own.output)
     return 0

@@ -49,14 +49,14 @@ def normalise(text: str, rule: str) -> str:
         return text.strip()
     if rule == "number":
         quantity = quantity_of(text)
-        return _text(unwrapped(_folded(text))) if quantity is None else str(quantity)
+        return _text(unwrapped(folded(text))) if quantity is None else str(quantity)
     plain = _text(text)
     return (_squad(plain) or plain) if rule == "squad" else plain
 
 
 def quantity_of(text: str) -> Quantity | None:
     """The quantity that a text is by the rule "number"; None where it is none."""
-    return parse(_folded(text))
+    return parse(folded(text))
 
 
 class AcceptedAnswers:
@@ -102,7 +102,7 @@ class AcceptedAnswers:
         return with_numbers_rewritten(key) if self._rule == "number" else key
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
     """NFKC, with ASCII's quotes and dashes and single blanks, in its own casing.
 
     What NFKC would run together with the digits before it stays apart: 10² is not 102, and 3½ is not 31/2.
@@ -112,7 +112,7 @@ def _folded(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    joined = " ".join(unicodedata.normalize("NFKC", _folded(text).casefold()).translate(_SIGNS).split())
+    joined = " ".join(unicodedata.normalize("NFKC", folded(text).casefold()).translate(_SIGNS).split())
     return joined.rstrip(" .") or joined
 
 

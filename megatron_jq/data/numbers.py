@@ -10,6 +10,7 @@ parentheses, which are a minus: (1,234) is -1234. What is no full parse is no nu
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -61,7 +62,8 @@ _ANY_NUMBER = re.compile(
     _beginning(rf"{_FRACTION}|(?P<ten>{_POWER.replace('power', 'ten_power')})(?![0-9])|{_PLAIN}", _SIGN)
 )
 #: In the middle of a text no neighbour makes it part of a word, a date, a fraction or a version.
-_INSIDE = re.compile(rf"(?<![\w.,/:'])(?:{_beginning(_PLAIN, '[+-]')})")
+_PLAIN_INSIDE = _PLAIN.replace("[0-9]*)?|", "[0-9]+)?|")  # a full stop after the digits is the sentence's
+_INSIDE = re.compile(rf"(?<![\w.,/:'])(?:{_beginning(_PLAIN_INSIDE, '[+-]')})")
 _ENDS_BADLY = re.compile(r"[\w/:^]|[.,'][0-9]")
 _WORDS_AFTER = re.compile(r" ?[^\s0-9][^\s]*(?: [^\s0-9][^\s]*){0,3}")
 _SCALE = re.compile(r" ?([a-zA-Z]+)(?![^\W\d_])")
@@ -76,6 +78,7 @@ _BELOW = {name: (unit, 1) for name, unit in UNITS_BELOW.items()}
 _WRAPS = (
     ("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("```", "```"), ("`", "`"), ('"', '"'), ("'", "'"),
     ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}"), ("\\fbox{", "}"),
+    ("\\text{", "}"), ("\\textbf{", "}"), ("\\mathrm{", "}"), ("\\mathbf{", "}"),
 )  # fmt: skip
 _LATEX = tuple(
     (re.compile(pattern), by)
@@ -227,16 +230,30 @@ def _written(value: Fraction) -> str:
 def with_numbers_rewritten(text: str) -> str:
     """Every number inside a text (casefolded) in its one way of writing, so that a part of it can be looked for."""
     parts, end = [], 0
+    for start, stop, quantity in _numbers_inside(text):
+        parts += [text[end:start], str(quantity)]
+        end = stop
+    return "".join([*parts, text[end:]])
+
+
+def last_number(text: str) -> str:
+    """The last number inside a text (folded as for parse), as it is written there; "" where there is none."""
+    spans = [(start, stop) for start, stop, _ in _numbers_inside(text)]
+    return text[slice(*spans[-1])] if spans else ""
+
+
+def _numbers_inside(text: str) -> Iterator[tuple[int, int, Quantity]]:
+    """(start, end, quantity) of each, with the longest unit that follows it."""
+    end = 0
     for found in _INSIDE.finditer(text):
         if found.start() < end:
             continue
         for stop in _ends(text, found.end()):
             quantity = None if _ENDS_BADLY.match(text, stop) else _with_tail(found, text[found.end() : stop])
             if quantity is not None:
-                parts += [text[end : found.start()], str(quantity)]
+                yield found.start(), stop, quantity
                 end = stop
                 break
-    return "".join([*parts, text[end:]])
 
 
 def _ends(text: str, start: int) -> list[int]:

@@ -1,14 +1,15 @@
 """F4: sample answers to held-out prompts with the policy's weights, over all replicas, and judge them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
 from megatron_jq.data.round_trips import read_back, text_of
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate.judging import Answer, Judge, Metric, judge_prompt
-from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.evaluate.reward import Reward
+from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example, Rollout
 from megatron_jq.rollout.engine import RolloutEngine, SamplingOptions, requests_of_replica
 
@@ -84,13 +85,36 @@ def evaluate(
     *,
     num_samples: int,
     judge: Judge = Judge(),  # noqa: B008 (frozen)
+    reward: Reward | None = None,
 ) -> Evaluation:
-    """Accuracy over `examples`, num_samples each, split over data-parallel replicas; alike on every rank."""
+    """Accuracy over `examples`, num_samples each, split over data-parallel replicas; alike on every rank.
+
+    Rank 0 judges: what a process with a deadline or the user's own function says must be the same everywhere. reward:
+    asked under match "reward" alone. RunFailure on every rank where it fails.
+    """
     rollouts = draw(engine, examples, runtime, options, num_samples=num_samples)
+    reward = reward if judge.match == "reward" else None
+    work = lambda: _judged(rollouts, examples, tokenizer, num_samples, judge, reward)  # noqa: E731
+    shared = [together(runtime, work, main_only=True)]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _judged(
+    rollouts: Sequence[Rollout],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    num_samples: int,
+    judge: Judge,
+    reward: Reward | None,
+) -> Evaluation:
     exact = passed = majority = 0.0
     for row, example in enumerate(examples):
         drawn = rollouts[row * num_samples : (row + 1) * num_samples]
         answers, golds = [answer_of(rollout.answer_ids, tokenizer) for rollout in drawn], golds_of(example, tokenizer)
+        if reward is not None:
+            values = (reward.of(rollout, example, golds, tokenizer) for rollout in drawn)
+            answers = [replace(answer, reward=value) for answer, value in zip(answers, values, strict=True)]
         judged = judge_prompt(answers, golds, judge)
         exact += judge_prompt(answers, golds, Judge()).value(Metric("pass", 1))
         passed += judged.value(Metric("pass", num_samples))

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_jq.data.answers import AcceptedAnswers
+from megatron_jq.config import TrainingConfig
+from megatron_jq.data.answers import AcceptedAnswers, rule_of
+from megatron_jq.data.extraction import extract
 from megatron_jq.errors import UserError
+from megatron_jq.evaluate.math_judge import PROCESS, MathAnswers
 from megatron_jq.objective.metrics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.toml_files import did_you_mean
@@ -15,10 +18,13 @@ from megatron_jq.toml_files import did_you_mean
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled answer's text. ended: it came to its end by itself. A control token inside reads as U+FFFD."""
+    """A sampled answer's text. ended: it came to its end by itself. A control token inside reads as U+FFFD. reward: by
+    the user's own function, where there is one.
+    """
 
     text: str
     ended: bool
+    reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,22 +37,36 @@ class Vote:
 
 @dataclass(frozen=True)
 class Judge:
-    """How answers are compared: match, "exact" or "substring", on texts normalised by a rule of data/answers.py.
+    """How answers are compared, on texts normalised by a rule of data/answers.py.
 
-    Under exact match an answer that was cut off is wrong. Under substring match, the paper's, its text counts.
+    match: "exact", "substring", "math" (math_judge.py) or "reward" (the user's function gave 1). extract: which part of
+    a sampled text is judged (data/extraction.py).
+
+    Under exact and math match an answer that was cut off is wrong. Under substring match, the paper's, its text counts,
+    and of a reward the function knows.
     """
 
     match: str = "exact"
     rule: str = "none"
+    extract: str = "none"
 
-    def accepted(self, golds: Sequence[str]) -> AcceptedAnswers:
-        return AcceptedAnswers(golds, self.match, self.rule)
+    def accepted(self, golds: Sequence[str]) -> AcceptedAnswers | MathAnswers:
+        if self.match == "math":
+            return MathAnswers(golds, PROCESS)
+        return AcceptedAnswers(golds, "substring" if self.match == "substring" else "exact", self.rule)
 
-    def vote(self, answer: Answer, accepted: AcceptedAnswers) -> Vote:
-        return Vote(accepted.key(answer.text), answer.ended or self.match == "substring")
+    def vote(self, answer: Answer, accepted: AcceptedAnswers | MathAnswers) -> Vote:
+        key = accepted.key(extract(answer.text, self.extract))
+        return Vote(key, answer.ended or self.match in ("substring", "reward"))
 
     def is_right(self, answer: Answer, golds: Sequence[str]) -> bool:
         return judge_prompt([answer], golds, self).right[0]
+
+
+def judge_of(settings: TrainingConfig, data_format: str) -> Judge:
+    """The judge that the settings name, for data of a format. Under math match numbers are compared by rule number."""
+    rule = "number" if settings.match == "math" else rule_of(settings.normalise, data_format)
+    return Judge(settings.match, rule, settings.answer_extract)
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,11 @@ def read_metrics(names: str | None, num_samples: int) -> tuple[Metric, ...]:
 
 @dataclass(frozen=True)
 class Judged:
-    """One prompt's votes in the order they were drawn, and which are right. Votes that are equal are right together."""
+    """One prompt's votes in the order they were drawn, and which are right.
+
+    Votes that are equal are right together; only under a reward, which may read more than the answer's text, need they
+    not be: there the first of them speaks for all.
+    """
 
     votes: tuple[Vote, ...]
     right: tuple[bool, ...]
@@ -92,7 +116,9 @@ class Judged:
         """pass@k over all samples (unbiased), or maj@k of the first k; a tie goes to the answer drawn first."""
         if metric.kind == "pass":
             return pass_at_k(len(self.right), sum(self.right), metric.k)
-        right = dict(zip(self.votes, self.right, strict=True))
+        right: dict[Vote, bool] = {}
+        for vote, is_right in zip(self.votes, self.right, strict=True):
+            right.setdefault(vote, is_right)
         return float(majority_at_k(self.votes, right, metric.k, is_correct=lambda vote, right: right[vote]))
 
 
@@ -100,6 +126,10 @@ def judge_prompt(answers: Sequence[Answer], golds: Sequence[str], judge: Judge) 
     """golds: y* first, then aliases."""
     accepted = judge.accepted(golds)
     votes = tuple(judge.vote(answer, accepted) for answer in answers)
+    if judge.match == "reward":
+        if any(answer.reward is None for answer in answers):
+            raise UserError("--match reward: these samples have no rewards; evaluate with --reward MODULE:FUNCTION")
+        return Judged(votes, tuple(answer.reward == 1 for answer in answers))
     return Judged(votes, tuple(vote.counts and accepted.accepts(vote.key) for vote in votes))
 
 

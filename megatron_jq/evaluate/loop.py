@@ -3,14 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_jq.data.tokenizers import Tokenizer
-from megatron_jq.errors import UserError
+from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.evaluate.drawing import answer_of, draw, golds_of
 from megatron_jq.evaluate.judging import Judge
+from megatron_jq.evaluate.reward import Reward
 from megatron_jq.evaluate.samples import Sample, SampleFile
 from megatron_jq.parallel.runtime import Runtime, agree
 from megatron_jq.records import Example, Rollout
@@ -32,6 +34,7 @@ def fill(
     *,
     num_samples: int,
     judge: Judge,
+    reward: Reward | None,
     rows: int | None,
     enter: Callable[[str], None],
 ) -> None:
@@ -48,17 +51,17 @@ def fill(
         some = examples[first : first + block]
         enter(f"evaluation, prompts {first} to {first + len(some) - 1}")
         rollouts = draw(engine, some, runtime, options, num_samples=num_samples, first=first, score=True)
-        fault = None
+        fault, kind = None, UserError
         if file is not None:
             try:
-                file.append(samples_of(rollouts, examples, tokenizer, judge))
+                file.append(samples_of(rollouts, examples, tokenizer, judge, reward))
             except OSError as error:
                 fault = (
                     f"--output: samples cannot be written: {error.strerror}; mend this, and the same command goes on"
                 )
-            except UserError as error:
-                fault = str(error)
-        agree(runtime, fault)
+            except (UserError, RunFailure) as error:
+                fault, kind = str(error), type(error)
+        agree(runtime, fault, kind)
         if progress is not None:
             progress.advance(len(some))
     if progress is not None:
@@ -66,9 +69,15 @@ def fill(
 
 
 def samples_of(
-    rollouts: Sequence[Rollout], examples: Sequence[Example], tokenizer: Tokenizer, judge: Judge
+    rollouts: Sequence[Rollout],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    judge: Judge,
+    reward: Reward | None = None,
 ) -> list[Sample]:
-    """Rollouts as lines of the file. UserError for one that failed, or whose ln p(y*|x,z) is not finite."""
+    """Rollouts as lines of the file. UserError for one that failed, or whose ln p(y*|x,z) is not finite. RunFailure
+    where the user's reward fails.
+    """
     samples = []
     for r in rollouts:
         if not r.valid or r.log_w is None or not math.isfinite(r.log_w):
@@ -76,8 +85,10 @@ def samples_of(
                 f"prompt {r.prompt_slot}, sample {r.rationale_slot}: ln p(y*|x,z) is {r.log_w}; the weights "
                 "are damaged, or --bf16 is too coarse for them"
             )
-        example, answer = examples[r.prompt_slot], answer_of(r.answer_ids, tokenizer)
+        example = examples[r.prompt_slot]
         golds = golds_of(example, tokenizer)
+        value = None if reward is None else reward.of(r, example, golds, tokenizer)
+        answer = replace(answer_of(r.answer_ids, tokenizer), reward=value)
         samples.append(
             Sample(
                 prompt=r.prompt_slot,
@@ -92,6 +103,7 @@ def samples_of(
                 golds=golds,
                 log_w=r.log_w,
                 matched=judge.is_right(answer, golds),
+                reward=value,
             )
         )
     return samples

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_jq.data.extraction import extract
 from megatron_jq.data.reading import number_of
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.judging import (
@@ -19,6 +20,8 @@ from megatron_jq.evaluate.judging import (
     mean_over_prompts,
     read_metrics,
 )
+from megatron_jq.evaluate.math_judge import DEADLINE, PROCESS
+from megatron_jq.evaluate.official import FORMATS, scores
 from megatron_jq.evaluate.samples import Header, Sample
 
 RESULTS = "evaluation.json"
@@ -30,7 +33,8 @@ class Results:
 
     log_p_mean: mean of ln P̂ = ln w̄ over n rationales, nats. Token counts are means over samples: of tokens sampled for
     the rationale, and of the answer with its terminator. forced_fraction: rationales closed by force.
-    cut_off_fraction: answers that did not end within their budget.
+    cut_off_fraction: answers that did not end within their budget. metrics: pass@k and maj@k; em and f1 of HotPotQA's
+    and MuSiQue's own scripts (official.py) and the user's reward, means over samples.
     """
 
     evaluation: Header
@@ -57,11 +61,22 @@ def results_of(
     def mean(value) -> Figure:
         return mean_over_prompts([sum(map(value, samples)) / len(samples) for samples in prompts], interval)
 
+    figures = {str(m): mean_over_prompts([prompt.value(m) for prompt in judged], interval) for m in metrics}
+    if header.data_format in FORMATS:
+        official = {
+            (s.prompt, s.sample): scores(extract(s.answer, judge.extract), s.golds, header.data_format)
+            for samples in prompts
+            for s in samples
+        }
+        figures["em"] = mean(lambda sample: official[sample.prompt, sample.sample][0])
+        figures["f1"] = mean(lambda sample: official[sample.prompt, sample.sample][1])
+    if all(sample.reward is not None for samples in prompts for sample in samples):
+        figures["reward"] = mean(lambda sample: sample.reward)
     return Results(
         evaluation=header,
         judge=judge,
         interval=interval,
-        metrics={str(m): mean_over_prompts([prompt.value(m) for prompt in judged], interval) for m in metrics},
+        metrics=figures,
         log_p_mean=mean_over_prompts(log_p_of_prompts([[s.log_w for s in samples] for samples in prompts]), interval),
         rationale_tokens_mean=mean(lambda sample: sample.num_sampled),
         answer_tokens_mean=mean(lambda sample: len(sample.answer_ids)),
@@ -75,6 +90,7 @@ def table(results: Results) -> str:
     header, judge = results.evaluation, results.judge
     prompts = number_of(header.num_prompts, header.num_available or 0)
     rule = "as it is" if judge.rule == "none" else f"normalised by rule {judge.rule}"
+    extracted = "" if judge.extract == "none" else f", answer extracted by {judge.extract}"
     rows = [
         *results.metrics.items(),
         ("ln P̂", results.log_p_mean),
@@ -89,7 +105,7 @@ def table(results: Results) -> str:
             f"{header.source}, step {header.checkpoint_step}",
             f"{header.data_source}: {prompts} prompts x {header.num_samples} samples, "
             f"temperature {header.temperature:g}" + (f", top-p {header.top_p:g}" if header.top_p < 1 else ""),
-            f"{judge.match} match, text {rule}",
+            f"{judge.match} match, text {rule}{extracted}",
             f"{'':18} {'mean':>10}   {percent}",
             *(f"{name:18} {_number(f.value):>10}   {_number(f.low)} to {_number(f.high)}" for name, f in rows),
         ]
@@ -114,6 +130,11 @@ def conclude(
     interval.check()
     results = results_of(header, prompts, judge, read_metrics(metrics, header.num_samples), interval)
     print(table(results))
+    if PROCESS.unanswered:
+        print(
+            f"warning: math-verify compared {PROCESS.unanswered} pair(s) for more than {DEADLINE:g} seconds or out of "
+            "memory; they count as different"
+        )
     if output is not None:
         make_folder(output)
         with _writing(output):  # under its name the file is whole

@@ -10,13 +10,13 @@ from megatron_jq.checkpoint.store import Found, load_weights
 from megatron_jq.config import Config
 from megatron_jq.config_reads import refuse_unread, unread_note
 from megatron_jq.config_validate import validate
-from megatron_jq.data.answers import rule_of
 from megatron_jq.data.prompts import fingerprint
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
-from megatron_jq.evaluate.judging import Interval, read_metrics
+from megatron_jq.evaluate.judging import Interval, judge_of, read_metrics
 from megatron_jq.evaluate.loop import fill
 from megatron_jq.evaluate.report import conclude, make_folder
+from megatron_jq.evaluate.reward import Reward, reward_of
 from megatron_jq.evaluate.samples import Header, SampleFile, read_samples
 from megatron_jq.evaluate.subject import (
     HeldOut,
@@ -26,6 +26,7 @@ from megatron_jq.evaluate.subject import (
     heldout_examples,
     settings_of,
     tokenizer_of,
+    unasked_reward,
 )
 from megatron_jq.model.build import build_options, build_policies
 from megatron_jq.parallel import runtime as runtime_module
@@ -61,6 +62,7 @@ class Subject:
     tokenizer: Tokenizer
     heldout: HeldOut
     header: Header
+    reward: Reward | None
 
 
 def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Callable[[str], None]) -> None:
@@ -98,11 +100,14 @@ def _subject(order: Order, found: Found, settle: Callable[[Config], Config], run
     note = unread_note(COMMAND, config, architecture, order.flags, settings_of(found))
     if note is not None and runtime.is_main:
         print(note, flush=True)
+    reward = reward_of(config)
+    if (unasked := unasked_reward(config, found)) is not None and runtime.is_main:
+        print(unasked, flush=True)
     tokenizer = tokenizer_of(config, found, architecture)
     heldout = heldout_examples(config, found, tokenizer, architecture)
     if heldout.warning and runtime.is_main:
         print(heldout.warning, flush=True)
-    t = config.training
+    t, judge = config.training, judge_of(config.training, heldout.data_format)
     header = Header(
         source=str(order.hf or found.folder),
         data_source=heldout.source,
@@ -118,11 +123,13 @@ def _subject(order: Order, found: Found, settle: Callable[[Config], Config], run
         seed=t.seed,
         rationale_budget=config.rollout.rationale_budget,
         answer_budget=heldout.answer_budget,
-        match=t.match,
-        rule=rule_of(t.normalise, heldout.data_format),
+        match=judge.match,
+        rule=judge.rule,
+        answer_extract=judge.extract,
+        reward=t.reward,
         num_available=heldout.total,
     )
-    return Subject(config, architecture, tokenizer, heldout, header)
+    return Subject(config, architecture, tokenizer, heldout, header, reward)
 
 
 def _open(path: Path, subject: Subject) -> SampleFile:
@@ -170,6 +177,7 @@ def _generate(
         options,
         num_samples=header.num_samples,
         judge=header.judge,
+        reward=subject.reward,
         rows=config.rollout.rollout_batch_size,
         enter=enter,
     )

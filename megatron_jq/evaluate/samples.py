@@ -14,7 +14,7 @@ from typing import Any
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.judging import Answer, Judge
 
-_FORMAT = 1
+_FORMAT = 2  # 1: without the tokenizer's spelling of the golds, answer_extract, reward
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Header:
     match: str
     rule: str
     format: int = _FORMAT
+    answer_extract: str = "none"
+    reward: str | None = None  # the user's function, MODULE:FUNCTION
     num_available: int | None = None  # good examples of the source; None: not written down
     top_p: float = 1.0  # older files do not say it
 
     @property
     def judge(self) -> Judge:
-        return Judge(self.match, self.rule)
+        return Judge(self.match, self.rule, self.answer_extract)
 
     def differences(self, other: "Header") -> list[str]:
         """Names of the fields that make another evaluation of it."""
@@ -52,7 +54,8 @@ class Header:
 
 @dataclass(frozen=True)
 class Sample:
-    """One rationale z and the answer drawn behind it. golds: y*, then aliases. log_w: ln p(y*|x,z), in nats.
+    """One rationale z and the answer drawn after it. golds: y*, then aliases, then what the tokenizer makes of them
+    where that is another text. log_w: ln p(y*|x,z), in nats. reward: by the user's own function, where there is one.
 
     prompt counts the evaluated prompts, row is the prompt's row in its data set. forced: z was closed by force, so its
     last id was not sampled. Texts are for reading; the ids are what was sampled.
@@ -70,10 +73,11 @@ class Sample:
     golds: tuple[str, ...]
     log_w: float
     matched: bool
+    reward: float | None = None
 
     @property
     def drawn(self) -> Answer:
-        return Answer(self.answer, self.ended)
+        return Answer(self.answer, self.ended, self.reward)
 
     @property
     def num_sampled(self) -> int:

@@ -106,9 +106,21 @@ def settings_of(found: Found) -> Config:
             eval_top_p=t.eval_top_p,
             match=t.match,
             normalise=t.normalise,
+            answer_extract=t.answer_extract,
             max_tokens_per_micro_batch=t.max_tokens_per_micro_batch,
         ),
     )
+
+
+def unasked_reward(config: Config, found: Found) -> str | None:
+    """A note where the run had a reward of the user's own and the evaluation has none: code that a checkpoint names is
+    not run by itself.
+    """
+    saved = _settings_of_run(found)
+    if saved is None or saved.training.reward is None or config.training.reward is not None:
+        return None
+    name = saved.training.reward
+    return f"note: the run was trained with --reward {name}, which is not run here; for its values give it again"
 
 
 def digest_of(manifest: Manifest) -> str:

@@ -35,9 +35,9 @@ def majority_at_k(
 ) -> bool:
     """Whether the majority vote of the first k answers is correct (the paper's m@16 is k = 16).
 
-    Answers vote by equality, so normalise them first. A tie goes to the answer that was seen first among those tied:
-    deterministic, and fair because samples are exchangeable. `is_correct(answer, gold)` judges the winner; the paper's
-    evaluation asks whether the gold string is a substring of the answer, the default is equality.
+    Answers vote by equality: what a judge holds equal must have one key. A tie goes to the answer that was seen first
+    among those tied: deterministic, and fair because samples are exchangeable. `is_correct(answer, gold)` judges the
+    winner; the paper's evaluation asks whether the gold string is a substring of the answer, the default is equality.
     Raises UserError unless 1 <= k <= len(answers).
     """
     if not 1 <= k <= len(answers):

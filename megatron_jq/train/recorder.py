@@ -111,7 +111,7 @@ class Recorder:
             f"ETA {_clock(left)}",
         ]
         if m.reward_mean is not None:
-            parts.insert(3, f"exact {m.reward_mean:.3f}")
+            parts.insert(3, f"reward {m.reward_mean:.3f}")
         if m.eval_exact_match is not None:
             parts.append(f"held-out exact match {m.eval_exact_match:.3f}")
         if m.eval_loss is not None:

@@ -45,7 +45,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
     )),
     (Rule.FREE, "evaluation, which no gradient reads", (
         "eval_data", "eval_examples", "eval_interval", "eval_temperature", "eval_top_p", "eval_samples", "match",
-        "normalise",
+        "normalise", "answer_extract",
     )),
     (Rule.FREE, "where and when it is saved; a folder of another run is refused", (
         "run_dir", "save", "save_interval", "save_interval_minutes", "exit_duration_in_mins", "async_save",
@@ -70,7 +70,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
     (Rule.FIXED, "the loss", (
         "estimator", "q", "q_schedule", "q_final", "q_schedule_iters", "num_resamples", "normalize",
         "grpo_iterations", "grpo_clamp_eps_lower", "grpo_clamp_eps_upper", "grpo_kl_beta", "eod_mask_loss",
-        "reset_attention_mask",
+        "reset_attention_mask", "reward",
     )),
     (Rule.FIXED, "what is drawn", (
         "num_rationales", "prompts_per_step", "rationale_budget", "temperature", "top_p", "seed",

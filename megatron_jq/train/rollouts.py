@@ -1,10 +1,13 @@
 """F4: what a step makes of its rollouts: the sequences that the passes take, and the rewards of sampled answers."""
 
 import torch
+import torch.distributed as dist
 
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate import answer_matches
-from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.evaluate.drawing import golds_of
+from megatron_jq.evaluate.reward import Reward
+from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Example, Rollout, Sequence
 from megatron_jq.train.pretraining import Batch
 
@@ -32,10 +35,34 @@ def rewards(
     shape: tuple[int, int],
     tokenizer: Tokenizer,
     runtime: Runtime,
+    reward: Reward | None = None,
 ) -> torch.Tensor:
-    """1 where the sampled answer matches the gold one, [B, M] float64, completed over replicas."""
+    """1 where the sampled answer matches the gold one, or what the user's reward says, [B, M] float64, completed over
+    replicas. RunFailure on every rank where the user's reward fails.
+    """
     reward_BM = torch.zeros(shape, dtype=torch.float64)
+    if reward is not None:
+        groups = runtime.groups
+        asked = rollouts if groups.tp.rank() == 0 and groups.pp.rank() == 0 else []  # once a sample, on any layout
+        together(runtime, lambda: _ask(reward, reward_BM, asked, prompts, tokenizer))
+        completed = reward_BM.to(runtime.device)
+        dist.all_reduce(completed, group=groups.world)
+        return completed.cpu()
     for r in rollouts:
         if answer_matches(r.answer_ids, prompts[r.prompt_slot], tokenizer):
             reward_BM[r.prompt_slot, r.rationale_slot] = 1.0
     return runtime.groups.sum_over_replicas(reward_BM.to(runtime.device)).cpu()
+
+
+def _ask(
+    reward: Reward,
+    reward_BM: torch.Tensor,
+    rollouts: list[Rollout],
+    prompts: Batch | list[Example],
+    tokenizer: Tokenizer,
+) -> None:
+    for r in rollouts:
+        if r.valid:
+            example = prompts[r.prompt_slot]
+            value = reward.of(r, example, golds_of(example, tokenizer), tokenizer)
+            reward_BM[r.prompt_slot, r.rationale_slot] = value

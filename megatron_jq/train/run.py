@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from megatron_jq.config import Config
 from megatron_jq.config_validate import derive
+from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import together
 from megatron_jq.train.beginning import find_beginning
@@ -30,6 +31,7 @@ def run_training(config: Config) -> int:
     with watch, peers_must_answer(phase, deadline, watch.missing_peers), contextlib.closing(folders):
         for note in together(runtime, folders.open, main_only=True) or ():
             print(note, flush=True)
+        together(runtime, lambda: reward_of(config))  # the user's own module: before any work
         beginning = find_beginning(config, runtime)
         carried = None if beginning.found is None else beginning.found.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)

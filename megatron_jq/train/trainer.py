@@ -13,10 +13,11 @@ from megatron_jq.config import Config
 from megatron_jq.config_estimators import schedule_notes
 from megatron_jq.config_reads import unread_note
 from megatron_jq.config_validate import Derived
-from megatron_jq.data.answers import rule_of
 from megatron_jq.data.sampler import InOrder, PromptSampler
 from megatron_jq.errors import RunFailure, UserError
-from megatron_jq.evaluate import Evaluation, Judge, evaluate
+from megatron_jq.evaluate import Evaluation, evaluate
+from megatron_jq.evaluate.judging import judge_of
+from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel.runtime import Runtime, together
@@ -89,6 +90,7 @@ class Trainer:
         )
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
         self.reference = Reference(config, derived, options, runtime) if o.grpo_kl_beta > 0 else None
+        self.reward = together(runtime, lambda: reward_of(config))
         self.pace = PaceMaker(runtime)
         self.recorder: Recorder | None = None  # rank 0's, while it runs
 
@@ -141,7 +143,7 @@ class Trainer:
         log_w_BM, valid_BM = scores.log_answer_BM, scores.present_BM
         reward_BM = torch.zeros(shape)
         if self.estimator.samples_answers:
-            reward_BM = rewards(rollouts, prompts, shape, self.data.tokenizer, self.runtime)
+            reward_BM = rewards(rollouts, prompts, shape, self.data.tokenizer, self.runtime, self.reward)
         self._check(step, prompts, gold, "ln p(y*|x,z)", log_w_BM[valid_BM])
         scored = time.monotonic()
 
@@ -207,7 +209,7 @@ class Trainer:
             top_p=t.eval_top_p,
             seed=evaluation_seed(t.seed),
         )
-        judge = Judge(t.match, rule_of(t.normalise, self.data.heldout_format))
+        judge = judge_of(t, self.data.heldout_format)
         return evaluate(
             self.engine,
             self.data.heldout,
@@ -216,6 +218,7 @@ class Trainer:
             options,
             num_samples=t.eval_samples,
             judge=judge,
+            reward=self.reward,
         )
 
     def _score(

@@ -231,7 +231,7 @@ def test_a_file_of_another_evaluation_is_refused_by_what_differs(tmp_path):
     (
         (0, '{"step": 1}\n', "is no file of samples: its first line"),
         (0, "not json\n", "is no file of samples: its first line"),
-        (0, '{"evaluation": {"format": 2}}\n', "was written by a later version"),
+        (0, '{"evaluation": {"format": 99}}\n', "was written by a later version"),
         (3, "not json\n", ":4 is not a sample"),
         (3, '{"prompt": 0}\n', ":4 is not a sample"),
         (3, None, ":4 is out of place: prompt 0, sample 3"),
@@ -251,7 +251,8 @@ def test_results_are_written_whole_and_refused_where_there_is_no_room_for_them(t
     conclude(HEADER, PROMPTS, Judge(), "pass@1", Interval(10), tmp_path / "new" / "out")
     found = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert found["metrics"]["pass@1"]["value"] == pytest.approx(1 / 6)
-    assert found["evaluation"]["checkpoint_step"] == 7 and found["judge"] == {"match": "exact", "rule": "none"}
+    assert found["evaluation"]["checkpoint_step"] == 7
+    assert found["judge"] == {"match": "exact", "rule": "none", "extract": "none"}
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output .*file/out cannot be written: Not a directory"):
         conclude(HEADER, PROMPTS, Judge(), None, Interval(10), tmp_path / "file" / "out")

@@ -199,7 +199,7 @@ UNCOUNTED = {
     "init_method_std": ["--load", "x"], "ffn_hidden_size": ["--model", "tiny-moe"], "moe_ffn_hidden_size": None,
     "moe_router_topk": [],
     "moe_aux_loss_coeff": [], "match": FILE, "normalise": FILE, "eval_examples": FILE, "eval_samples": FILE,
-    "eval_temperature": FILE,
+    "eval_temperature": FILE, "answer_extract": FILE, "reward": [],
 }  # fmt: skip
 
 
