@@ -123,7 +123,7 @@ AT_MOST_ONE = ("q", "q_final", "top_p", "eval_top_p", "grpo_clamp_eps_lower")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
 ABOVE_ZERO = (
     "temperature", "top_p", "eval_top_p", "distributed_timeout_minutes", "phase_timeout_minutes", "adam_eps",
-    "exit_duration_in_mins",
+    "exit_duration_in_mins", "loss_scale",
 )  # fmt: skip
 
 

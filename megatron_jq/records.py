@@ -91,6 +91,15 @@ class Coefficients:
     rationale_BM: torch.Tensor
     answer_BM: torch.Tensor
 
+    def times(self, factor: float) -> "Coefficients":
+        """Return those of `factor` times the loss."""
+        return Coefficients(self.rationale_BM * factor, self.answer_BM * factor)
+
+    @property
+    def largest(self) -> float:
+        """Largest magnitude in both tables; 0 where there is none."""
+        return max((t.abs().max().item() for t in (self.rationale_BM, self.answer_BM) if t.numel()), default=0.0)
+
 
 #: Metrics that two runs of the same computation may differ in: times and memory.
 MEASURED = (

@@ -147,7 +147,10 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     sgd_momentum: float = 0.9
-    clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
+    clip_grad: float = 1.0  # largest gradient norm, of the loss before loss-scale; 0: no clipping
+    # Factor on the loss while its gradient is formed; norm and clipping do without it, adam-eps does not. Auto: set at
+    # the first step so that the largest coefficient is 1 to 2, for cold starts with small q (docs/loss-scaling.md)
+    loss_scale: Literal["auto"] | float = 1.0
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def choose_experts(probability_TE: torch.Tensor, topk: int, *, normalise: bool) 
 
 
 class SequenceBalancedRouter(TopKRouter):
-    """Softmax router whose load-balancing loss is coefficient / sequences_of_step · Σ `balance_losses` over sequences.
+    """Softmax router whose load-balancing loss is coefficient / sequences_of_step · Σ `balance_losses` over
+    sequences, times loss_scale.
 
     It computes in the logits' dtype, float32 at least, where TopKRouter rounds float64 to float32. Its place for a
     padding mask takes a column for each sequence instead, True at the sequence's tokens: bool [T, n].
@@ -53,6 +54,7 @@ class SequenceBalancedRouter(TopKRouter):
     def __init__(self, config: TransformerConfig, pg_collection=None):
         super().__init__(config, pg_collection)
         self.sequences_of_step = 1  # over all replicas
+        self.loss_scale = 1.0  # the factor on the whole loss
         self.balance = 0.0  # sum of balance_losses over this rank's passes since begin_balancing
 
     def routing(self, logits, padding_mask=None):
@@ -64,7 +66,7 @@ class SequenceBalancedRouter(TopKRouter):
         if padding_mask is not None and torch.is_grad_enabled():
             total = balance_losses(probability_TE, routed_TE, padding_mask.t(), self.topk, self.tp_cp_group).sum()
             self.balance += total.detach()
-            loss = total * (self.config.moe_aux_loss_coeff / self.sequences_of_step)
+            loss = total * (self.config.moe_aux_loss_coeff / self.sequences_of_step * self.loss_scale)
             weight_TE = MoEAuxLossAutoScaler.apply(weight_TE, loss)
         return weight_TE, routed_TE
 
@@ -78,10 +80,12 @@ def _routers(model: torch.nn.Module) -> list[SequenceBalancedRouter]:
     return [module for module in model.modules() if isinstance(module, SequenceBalancedRouter)]
 
 
-def begin_balancing(model: torch.nn.Module, sequences_of_step: int) -> None:
-    """Tell this stage's routers the denominator of the training pass that follows: sequences over all replicas."""
+def begin_balancing(model: torch.nn.Module, sequences_of_step: int, loss_scale: float = 1.0) -> None:
+    """Tell this stage's routers the denominator of the training pass that follows, sequences over all replicas, and the
+    factor on the loss."""
     for router in _routers(model):
         router.sequences_of_step, router.balance = max(sequences_of_step, 1), 0.0
+        router.loss_scale = loss_scale
 
 
 def mean_balance(model: torch.nn.Module, config: TransformerConfig, world) -> float:

@@ -97,6 +97,13 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     return float(_exact_norm(optimizer))
 
 
+def device_of_collectives() -> torch.device:
+    """Return where a tensor must lie that all ranks reduce."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def rounded(norm: float) -> float:
     """Return a norm as metrics.jsonl shows it: in float32, where that holds it."""
     low, high = _ORDINARY_NORMS
@@ -110,8 +117,7 @@ def _exact_norm(optimizer: MegatronOptimizer) -> float:
     totals = []
     for group_of_parts in [parts] if shared else [[part] for part in parts]:
         gradients = [g for part in group_of_parts for g in part.get_main_grads_for_grad_norm()]
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-        total = torch.zeros([], dtype=torch.float64, device=device)
+        total = torch.zeros([], dtype=torch.float64, device=device_of_collectives())
         for gradient in gradients:
             total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         dist.all_reduce(total, group=group_of_parts[0].get_grad_stats_parallel_group())

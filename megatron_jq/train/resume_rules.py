@@ -77,7 +77,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
     )),
     (Rule.FIXED, "the update", (
         "optimizer", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_decay_iters", "weight_decay",
-        "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad",
+        "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad", "loss_scale",
     )),
 )  # fmt: skip
 

@@ -37,9 +37,8 @@ def run_training(config: Config) -> int:
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
         trainer = Trainer(config, derived, data, runtime, phase)
         vocab_size = trainer.build_options.vocab_size
-        saving = Saving(
-            config, derived, vocab_size, data, runtime, trainer.model, trainer.optimizer, deadline, began, folders
-        )
+        parts = (trainer.model, trainer.optimizer, trainer.numerics)
+        saving = Saving(config, derived, vocab_size, data, runtime, *parts, deadline, began, folders)
         saving.load(beginning)
         if trainer.reference is not None:
             trainer.reference.begin(beginning, trainer.model.policies)

@@ -27,6 +27,7 @@ from megatron_jq.model.build import TrainingModel
 from megatron_jq.parallel.runtime import Runtime, agree, together
 from megatron_jq.records import StepMetrics
 from megatron_jq.train.beginning import Beginning
+from megatron_jq.train.numerics import Numerics
 from megatron_jq.train.recorder import Recorder, finite_values
 from megatron_jq.train.resume_rules import Rule, changed
 from megatron_jq.train.run_directory import RunFolders
@@ -46,6 +47,7 @@ class Saving:
         runtime: Runtime,
         model: TrainingModel,
         optimizer: MegatronOptimizer,
+        numerics: Numerics,
         deadline: timedelta,
         began: float,
         folders: RunFolders,
@@ -54,7 +56,7 @@ class Saving:
         others' are not used.
         """
         self._config, self._derived, self._vocab_size, self._runtime = config, derived, vocab_size, runtime
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._numerics = model, optimizer, numerics
         self._data, self._answer_budget = data.fingerprint, data.answer_budget
         self._tokenizer = data.tokenizer.fingerprint()
         self._began, self._saved_at = began, time.monotonic()
@@ -89,6 +91,7 @@ class Saving:
             take_main_weights(found, self._model.policies, self._optimizer, self._runtime)
         else:
             load_optimizer(found, self._model.policies, self._optimizer, self._runtime)
+            self._numerics.load(beginning)
             load_random_states(found, self._runtime, self._layout())
 
     def _check_run(self, found: Found) -> None:
@@ -191,7 +194,7 @@ class Saving:
             bf16=self._config.model.bf16,
             config=to_toml(self._config),
             layout=self._layout(),
-            optimizer={"name": self._config.optimizer.optimizer},
+            optimizer={"name": self._config.optimizer.optimizer, **self._numerics.state()},
             metrics=finite_values(metrics),
             metrics_bytes=written,  # rank 0's: it writes the manifest
             data=self._data,

@@ -35,6 +35,7 @@ class BatchOptions:
     share_prompts: bool = True  # compute a prompt once for all its rationales in a micro-batch
     unscored_behind: int | None = None  # a token that follows this one is not scored (rows.py)
     cut_behind: int | None = None  # nor does it attend to this one, or to what stands before; not with share_prompts
+    loss_scale: float = 1.0  # of a training pass: its gradients are those of this times the loss
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,16 @@ def train(
     runtime: Runtime,
     options: BatchOptions,
 ) -> Scores:
-    """Accumulate the gradient of the surrogate loss into the model's gradient buffers, reduced over replicas.
+    """Accumulate the gradient of the surrogate loss (times options.loss_scale, like that of the experts' balance) into
+    the model's gradient buffers, reduced over replicas.
 
     Returns the log-likelihoods of the trained pass. A replica without sequences takes part in the reductions with
     zeros.
     """
     batches = training_batches(model, sequences, coefficients, runtime, options)
-    begin_expert_balance(model, batches, runtime)
-    results = run_batches(model, batches, runtime, options, with_rationale=True, coefficients=coefficients)
+    begin_expert_balance(model, batches, runtime, options)
+    scaled = coefficients.times(options.loss_scale)
+    results = run_batches(model, batches, runtime, options, with_rationale=True, coefficients=scaled)
     shape = tuple(coefficients.answer_BM.shape)
     return with_expert_balance(model, complete_table(model, results, batches, shape, runtime, options), runtime)
 
@@ -131,11 +134,13 @@ def _weighs(kl_weight_BM: torch.Tensor | None, sequence: Sequence) -> bool:
     return kl_weight_BM is not None and kl_weight_BM[sequence.prompt_slot, sequence.rationale_slot].item() != 0.0
 
 
-def begin_expert_balance(model: TrainingModel, batches: list[list[Sequence]], runtime: Runtime) -> None:
+def begin_expert_balance(
+    model: TrainingModel, batches: list[list[Sequence]], runtime: Runtime, options: BatchOptions
+) -> None:
     """Before a training pass over these micro-batches, where experts are balanced."""
     if balances_experts(model.config):
         count = torch.tensor(sum(map(len, batches)), device=runtime.device)
-        begin_balancing(model, runtime.groups.sum_over_replicas(count).item())
+        begin_balancing(model, runtime.groups.sum_over_replicas(count).item(), options.loss_scale)
 
 
 def with_expert_balance(model: TrainingModel, scores: Scores, runtime: Runtime) -> Scores:

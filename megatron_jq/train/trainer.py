@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_jq.config import Config
 from megatron_jq.config_estimators import schedule_notes
@@ -31,15 +30,8 @@ from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, non_finite
 from megatron_jq.train.figures import Tables, step_metrics
-from megatron_jq.train.optimizer import (
-    build_optimizer,
-    build_schedule,
-    clip_and_step,
-    first_nonfinite_parameter,
-    gradient_norm,
-    learning_rate,
-    rounded,
-)
+from megatron_jq.train.numerics import Numerics
+from megatron_jq.train.optimizer import build_optimizer, build_schedule, learning_rate
 from megatron_jq.train.pace import PaceMaker
 from megatron_jq.train.pretraining import Batch, scored_tokens
 from megatron_jq.train.recorder import Recorder, open_recorder, opening_line
@@ -70,6 +62,7 @@ class Trainer:
         self.model = wrap_for_training(policies, options, runtime)
         self.optimizer = build_optimizer(self.model, config, runtime)
         self.schedule = build_schedule(self.optimizer, config)
+        self.numerics = Numerics(config, self.model, self.optimizer, runtime, self._say)
         self.engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
         row_tokens = len(data.train[0].answer_ids) if pretrains else 1
         self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, c.seed, row_tokens)
@@ -145,6 +138,8 @@ class Trainer:
         if self.estimator.samples_answers:
             reward_BM = rewards(rollouts, prompts, shape, self.data.tokenizer, self.runtime, self.reward)
         self._check(step, prompts, gold, "ln p(y*|x,z)", log_w_BM[valid_BM])
+        if not self.estimator.imitates:
+            self.numerics.scored(step, log_w_BM, valid_BM, self._answer_tokens(prompts))
         scored = time.monotonic()
 
         self.phase.enter(step, "train")
@@ -165,6 +160,7 @@ class Trainer:
             self.recorder.say(pace.remark)
         if self.estimator.imitates:
             log_w_BM = updates.scores.log_answer_BM
+            self.numerics.scored(step, log_w_BM, valid_BM, self._answer_tokens(prompts))
         if self._samples_due(step) and self.recorder is not None and rollouts:  # rank 0's replica may be an idle one
             self._show_sample(step, prompts, rollouts, log_w_BM)
         sampled = reward_BM if self.estimator.samples_answers else None
@@ -278,6 +274,10 @@ class Trainer:
         """The step's update, or GRPO's several. The learning-rate schedule counts steps, however many they are."""
         o = self.config.objective
         self.schedule.step(increment=1)
+        kl_weight_BM = None if self.reference is None else self.estimator.kl_weights(valid_BM, o.grpo_kl_beta)
+        q = q_at(step, self.q_schedule) if self.estimator.uses_q else None
+        sequence_count = int(valid_BM.sum())
+        scale = self.numerics.begin(step, coefficients, kl_weight_BM, sequences=sequence_count, q=q)
         updates = Updates(
             self.model,
             self.optimizer,
@@ -286,9 +286,8 @@ class Trainer:
             o.grpo_clamp_eps_lower,
             o.grpo_clamp_eps_upper,
             self.runtime,
-            self.train_options,
+            replace(self.train_options, loss_scale=scale),
         )
-        kl_weight_BM = None if self.reference is None else self.estimator.kl_weights(valid_BM, o.grpo_kl_beta)
         update = lambda trained: self._update(step, prompts, sequences, trained)  # noqa: E731
         return updates.run(sequences, coefficients, kl_weight_BM, update)
 
@@ -298,21 +297,26 @@ class Trainer:
         self._check(step, prompts, sequences, "ln p(z|x)", trained.log_rationale_BM[present_BM])
         self._check(step, prompts, sequences, "ln p(y|x,z)", trained.log_answer_BM[present_BM])
         with self.runtime.megatron():
-            self.optimizer.prepare_grads()
-            norm = gradient_norm(self.optimizer)
+            norm = self.numerics.prepare()
             if not math.isfinite(norm):
-                names = [None] * self.runtime.world_size
-                dist.all_gather_object(names, first_nonfinite_parameter(self.model))
-                first = next((name for name in names if name is not None), "norm alone")
-                self._check(step, prompts, sequences, f"gradient ({first})", torch.tensor(norm))
-            clip_and_step(self.optimizer, self.config, norm=norm)
-        return rounded(norm)
+                self._check(step, prompts, sequences, self.numerics.nonfinite(), torch.tensor(norm))
+            return self.numerics.apply(norm)
 
     def _check(self, step, prompts, sequences: list[Sequence], what: str, values: torch.Tensor) -> None:
         """Stop the run on every rank when `values` (alike on all ranks) are not finite; rank 0 keeps the batch."""
         if not torch.isfinite(values).all():
             run_dir = Path(self.config.training.run_dir)
             raise non_finite(what, step, prompts, sequences, self.runtime, run_dir)
+
+    def _answer_tokens(self, prompts: Batch) -> float:
+        """Tokens of a gold answer, about; a row of pretraining is all answer."""
+        if self.config.objective.estimator == "pretrain":
+            return self.estimator.row_tokens
+        return sum(len(example.answer_ids) for example in prompts) / len(prompts)
+
+    def _say(self, text: str) -> None:
+        if self.recorder is not None:
+            self.recorder.say(text)
 
     def _show_sample(self, step: int, prompts: Batch, rollouts: list[Rollout], log_w_BM: torch.Tensor) -> None:
         first, decode = rollouts[0], self.data.tokenizer.decode

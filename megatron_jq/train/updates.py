@@ -71,13 +71,13 @@ def train_by_token(
         if off_policy.kl_weight_BM is not None:
             slots = [off_policy.kl_weight_BM[s.prompt_slot, s.rationale_slot].item() for s in batches[number]]
             weight_N = torch.tensor(slots, dtype=torch.float64, device=runtime.device)[head.cell_N // 2]
+            weight_N *= options.loss_scale
         rule = TokenRule(off_policy.lower, off_policy.upper, old_N, reference_N, weight_N)
         return replace(head, by_token=True, rule=rule)
 
-    begin_expert_balance(model, batches, runtime)
-    results = run_batches(
-        model, batches, runtime, options, with_rationale=True, coefficients=coefficients, head_of=head_of
-    )
+    begin_expert_balance(model, batches, runtime, options)
+    scaled = coefficients.times(options.loss_scale)
+    results = run_batches(model, batches, runtime, options, with_rationale=True, coefficients=scaled, head_of=head_of)
     shape = tuple(coefficients.answer_BM.shape)
     scores = complete_table(model, [table for table, _, _ in results], batches, shape, runtime, options)
     sums = torch.zeros(len(fields(TokenFigures)), dtype=torch.float64, device=runtime.device)
@@ -85,7 +85,9 @@ def train_by_token(
         sums += figures
     runtime.groups.sum_over_replicas(runtime.groups.from_last_stage(sums))
     log_prob = [tokens for _, tokens, _ in results]
-    return Updated(with_expert_balance(model, scores, runtime), log_prob, TokenFigures(*sums.tolist()))
+    figures = TokenFigures(*sums.tolist())
+    figures = replace(figures, kl_loss=figures.kl_loss / options.loss_scale)
+    return Updated(with_expert_balance(model, scores, runtime), log_prob, figures)
 
 
 def token_log_probs(
