@@ -79,6 +79,9 @@ LISTED = {
     "show_example": "prints an example in place of training: the rest of the line is training's, and stays as it is",
 }
 
+#: Settings that a run does not read → the value that asks for what happens all the same.
+SO_ANYWAY = {"sample_interval": 0, "share_prompts": "off"}
+
 
 @dataclass(frozen=True)
 class Need:
@@ -202,10 +205,14 @@ def refuse_unread(command: str, config: Config, architecture: Architecture, flag
         f"{flag_of(config, name)} is not read by {_reader(by, name, config)}: {reasons[name]}"
         + (" instead" if reasons[name].startswith("give ") else "; leave it out")
         for name in SETTINGS
-        if name in flags and name in reasons and not (command == "train" and name in LISTED)
+        if name in flags and name in reasons and not (command == "train" and _is_right(config, name))
     ]
     if lines:
         raise UserError("\n".join(lines))
+
+
+def _is_right(config: Config, name: str) -> bool:
+    return name in LISTED or (name in SO_ANYWAY and _value(config, name) == SO_ANYWAY[name])
 
 
 def _reader(by: str, name: str, config: Config) -> str:

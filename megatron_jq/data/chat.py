@@ -75,9 +75,7 @@ def _render(
     try:
         undated = date is None and _CLOCK in jinja2.meta.find_undeclared_variables(environment.parse(template))
         variables = {"messages": messages, "tools": None, "documents": None, **special_tokens}
-        text = environment.from_string(template).render(
-            **variables, add_generation_prompt=True, enable_thinking=True
-        )
+        text = environment.from_string(template).render(**variables, add_generation_prompt=True, enable_thinking=True)
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if date is None and _CLOCK in str(error):
             raise UserError(

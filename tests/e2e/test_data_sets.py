@@ -47,7 +47,10 @@ def test_show_example_of_a_task_trains_its_tokenizer_and_keeps_nothing(tmp_path,
         (["--show-example", "-1"], "--show-example must be at least 0, not -1"),
         (["--show-example", "0", "--load", "x"], "--show-example does not open checkpoints; name the tokenizer"),
         (["--prompt-style", "warm", "--show-example", "0"], "a sentencepiece tokenizer has no chat template"),
-        (["--prompt-template", "no.toml", "--show-example", "0"], "cannot read no.toml: No such file"),
+        (
+            ["--prompt-template", "no.toml", "--prompt-style", "cold", "--show-example", "0"],
+            "cannot read no.toml: No such file",
+        ),
         (["--prompt-template", ""], "--prompt-template must not be empty"),
     ],
 )

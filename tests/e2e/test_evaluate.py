@@ -287,7 +287,7 @@ def test_bad_input_is_refused_on_every_rank_before_anything_is_drawn(name, train
         ("--load {here}/nowhere", "--load .*nowhere: there is no such folder"),
         ("--hf {here}", "cannot read .*config.json: No such file"),
         ("--rescore {here}/nowhere", "nowhere: No such file"),
-        ("--rescore {alone}/samples.jsonl --eval-samples 3", "--eval-samples changes no sample that is there already"),
+        ("--rescore {alone}/samples.jsonl --eval-samples 3", "--eval-samples is not read by evaluate --rescore: it"),
         ("--rescore {alone}/samples.jsonl --metrics maj@5", "--metrics maj@5: K must lie between 1 and the 4"),
         ("--rescore {alone}/evaluation.json", "is no file of samples"),
     ],

@@ -218,6 +218,7 @@ def test_what_counts_is_not_refused():
         "--optimizer sgd --sgd-momentum 0.5", "--adam-eps 1e-9", "--lr-decay-style cosine --min-lr 1e-5",
         "--score-with rollout --score-check-interval 3",
         "--estimator grpo --grpo-iterations 2 --grpo-clamp-eps-lower 0.1",
+        "--estimator pretrain --sample-interval 0 --share-prompts off",
         "--train-examples 9", "--train-data x.jsonl --answer-field a --bad-records drop", "--eval-examples 3",
         "--train-data x --eval-data y --eval-temperature 1 --eval-top-p 0.9 --eval-samples 4 --match substring",
         "--model tiny-moe --moe-router-topk 1", "--ffn-hidden-size 64", "--estimator trice --num-resamples 3 --q 1",
