@@ -15,11 +15,20 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_jq.checkpoint.folder import Manifest, leftovers, readable_manifest, saved_steps
+from megatron_jq.checkpoint.folder import (
+    Manifest,
+    commit,
+    folder_name,
+    leftovers,
+    prune,
+    readable_manifest,
+    saved_steps,
+)
 from megatron_jq.errors import UserError
 from megatron_jq.files import reason, sync, write_synced
 
@@ -98,7 +107,9 @@ def read_run(run_dir: Path) -> Run | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--run-dir {path} cannot be read: {error}") from error
+        raise UserError(
+            f"--run-dir {path} cannot be read: {reason(error) if isinstance(error, OSError) else error}"
+        ) from error
     if re.fullmatch("[0-9a-f]{32}", text) is None:
         raise UserError(
             f'--run-dir {path} does not hold a run\'s id; copy it from the "run" of a checkpoint.json of this run, or '
@@ -160,6 +171,11 @@ def claim_save(save: Path, run: Run) -> None:
     text = json.dumps(asdict(wanted), indent=1) + "\n"
     if claim == wanted:
         return
+    if claim is not None and claim.id != run.id:
+        if not _is_stale(claim, save):
+            raise _taken(save, f"was claimed by {claim.run} a moment ago", claim.run)
+        (save / CLAIM).unlink(missing_ok=True)
+        claim = None
     if claim is None:
         if not _write_once(save / CLAIM, text, tag=run.id):
             other = read_claim(save).run
@@ -171,8 +187,25 @@ def claim_save(save: Path, run: Run) -> None:
     sync(save)
 
 
-def still_claimed(save: Path, final: Path, manifest: Manifest) -> None:
-    """Before a checkpoint gets its name. OSError where folder or name have become another run's meanwhile."""
+def finish(
+    partial: Path,
+    manifest: Manifest,
+    files: Mapping[str, dict[str, Any]] | None = None,
+    *,
+    keep_last: int | None = None,
+    keep_best: str | None = None,
+) -> Path:
+    """Give a written checkpoint its name, then remove what is no longer kept. OSError where the folder, or a checkpoint
+    of this name, has become another run's meanwhile.
+    """
+    save = partial.parent
+    _check_still_owned(save, save / folder_name(manifest.step), manifest)
+    final = commit(partial, manifest, files)
+    prune(save, keep_last=keep_last, keep_best=keep_best, newest=manifest)
+    return final
+
+
+def _check_still_owned(save: Path, final: Path, manifest: Manifest) -> None:
     if manifest.run is None:
         return
     claim = read_claim(save)

@@ -156,11 +156,8 @@ class CheckpointWriter:
                     )
         if self._tokenizer is not None:
             contents.carry_tokenizer(self._tokenizer, partial)
-        ownership.still_claimed(self._save, self._save / folders.folder_name(manifest.step), manifest)
-        final = folders.commit(partial, manifest, {k: v for files in everyones for k, v in files.items()})
-        keep = self._retention
-        folders.prune(self._save, keep_last=keep.keep_last, keep_best=keep.keep_best, newest=manifest)
-        return final
+        known, keep = {k: v for files in everyones for k, v in files.items()}, self._retention
+        return ownership.finish(partial, manifest, known, keep_last=keep.keep_last, keep_best=keep.keep_best)
 
     def _all(self, step: int, work: Callable[[], T]) -> T:
         """work() on this rank; RunFailure on every rank where any rank's work failed."""
