@@ -1,8 +1,6 @@
 """Two runs, sweeps or resumes in one folder can neither mix nor delete each other's checkpoints.
 
-Real processes do what rank 0 of a run does with its folders (RunFolders, the checkpoint folder's functions), and are
-killed as the system kills them. A checkpoint's weights are a text here: the names of all saves that led to it, so that
-one look says whose state it is and from what it descends.
+Real processes do what rank 0 of a run does with its folders (run_folders.py), and are killed as the system kills them.
 """
 
 import itertools
@@ -11,7 +9,7 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,79 +17,10 @@ import pytest
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint import ownership
 from megatron_jq.checkpoint.folder import TRACKER, Manifest
-from megatron_jq.config import Config, to_toml
+from megatron_jq.config import to_toml
 from megatron_jq.errors import UserError
-from megatron_jq.train.run_directory import RunFolders, check_settings
-
-WEIGHTS = "weights"
-
-
-@dataclass(frozen=True)
-class Command:
-    """`megatron-jq train` as far as folders go. name: of the run, for its saves' names."""
-
-    name: str
-    run_dir: Path
-    save: Path | None
-    q: float = 0.75
-    resume: bool = False
-    keep_last: int | None = None
-
-    @property
-    def config(self) -> Config:
-        c = Config()
-        return replace(
-            c,
-            objective=replace(c.objective, q=self.q),
-            training=replace(c.training, run_dir=str(self.run_dir)),
-            checkpoint=replace(
-                c.checkpoint,
-                save=None if self.save is None else str(self.save),
-                resume=self.resume,
-                keep_last=self.keep_last,
-            ),
-        )
-
-
-class Run:
-    """What rank 0 does between its first look at the folders and its end. UserError where it is refused."""
-
-    def __init__(self, command: Command):
-        self.command, self.step, self.history = command, 0, ""
-        self._folders = RunFolders(command.config)
-        try:
-            self._folders.open()
-            parent = self._parent()
-            self._branches = self._folders.branches(parent)
-            self._folders.claim()
-        except UserError:
-            self._folders.close()
-            raise
-
-    def _parent(self) -> Manifest | None:
-        save = self._folders.save
-        if not self.command.resume or not folders.candidates(save, "--save"):
-            return None
-        folder = folders.find(save, "--save", say=lambda _: None)
-        parent = folders.read_manifest(folder)
-        check_settings(parent, self.command.config)
-        self.step, self.history = parent.step, (folder / WEIGHTS).read_text()
-        return parent
-
-    def save(self) -> None:
-        self.step += 5
-        self.history += f" {self.command.name}{self.step}"
-        partial = folders.begin(self._folders.save, self.step)
-        (partial / WEIGHTS).write_text(self.history)
-        manifest = Manifest(
-            self.step, {}, 11, False, to_toml(self.command.config),
-            run=asdict(self._folders.run), branches=self._branches, written=float(self.step),
-        )  # fmt: skip
-        ownership.finish(partial, manifest, keep_last=self.command.keep_last)
-
-    def end(self) -> None:
-        self._folders.close()
-
+from megatron_jq.train.run_directory import RunFolders
+from tests.unit.run_folders import WEIGHTS, Command, Run, histories, trained
 
 #: Events of the file system before which a process may be killed.
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "fcntl.lockf")
@@ -165,10 +94,6 @@ def contents(save: Path) -> dict[str, bytes]:
         for path in save.rglob("*")
         if path.is_file() and path.name not in (ownership.LOCK, ownership.CLAIM)
     }
-
-
-def histories(save: Path) -> set[str]:
-    return {(path / WEIGHTS).read_text() for path in folders.saved_steps(save).values()} if save.is_dir() else set()
 
 
 # Each run starts, is killed, is resumed, and ends; the two runs' events in every order. A is the one that begins.
@@ -325,14 +250,6 @@ def test_without_locks_a_claim_still_has_one_winner(tmp_path, monkeypatch):
     assert not (tmp_path / "B" / "config.toml").exists()
     for each in (one, other):
         each.close()
-
-
-def trained(command: Command, saves: int = 1) -> str:
-    run = Run(command)
-    for _ in range(saves):
-        run.save()
-    run.end()
-    return run.history
 
 
 def test_a_run_that_moved_goes_on_and_a_copy_of_it_does_not_share_its_folder(tmp_path):
