@@ -14,6 +14,8 @@ from megatron_jq.estimate.plan import Chunk, Plan
 STATISTIC = 4
 #: A token id or an index.
 INDEX = 8
+#: Scores that exist at one time where attention is computed plainly (model/flash.py).
+SCORE_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,23 @@ def recomputed_layers(plan: Plan, layers: int) -> int:
     return 1 if layers <= p.recompute_num_layers else 0
 
 
+def plain_scores(plan: Plan, tokens: int, *, backward: bool) -> float:
+    """Bytes of scores and of repeated keys and values where attention is computed plainly: in float32 on CUDA. At most
+    three matrices of scores exist at one time (two forward), of SCORE_ELEMENTS each or of all the tokens' pairs.
+    """
+    if not plan.on_cuda or plan.element != 4:
+        return 0.0
+    w = widths(plan)
+    scores = min(SCORE_ELEMENTS, w.heads * tokens * tokens)
+    return 4 * ((3 if backward else 2) * scores + (4 if backward else 2) * tokens * w.query)
+
+
 def forward_working(plan: Plan, tokens: int) -> float:
     """Most bytes alive at once in a pass without gradient: four rows of hidden states and the inside of a layer."""
     w, e = widths(plan), plan.element
-    inside = max((3 if plan.on_cuda else 5) * w.block, w.mixed + 4 * w.query)
-    return tokens * e * (4 * w.hidden + inside)
+    attention = tokens * e * (w.mixed + 4 * w.query) + plain_scores(plan, tokens, backward=False)
+    inside = max(tokens * e * (3 if plan.on_cuda else 5) * w.block, attention)
+    return tokens * e * 4 * w.hidden + inside
 
 
 def decode_working(plan: Plan, rows: int) -> float:
@@ -190,5 +204,5 @@ def backward_working(plan: Plan, chunk: Chunk, tokens: int) -> float:
     down = row + tokens * e * w.block + matrix
     up = 2 * row - tokens * e * 3 * w.block + 2 * matrix
     norm = tokens * w.hidden * (2 * e if plan.on_cuda else 6 * 4) if chunk.heads else 0
-    # attention's gradients, over trees too, come when the block's share is freed, and are fewer
-    return max(product, down, up, norm)
+    # attention's gradients, over trees too, come when the block's share is freed, and are fewer, but for plain scores
+    return max(product, down, up, norm, plain_scores(plan, tokens, backward=True))

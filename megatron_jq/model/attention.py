@@ -1,4 +1,4 @@
-"""F3: core attention over packed rows, on CPU and CUDA alike, through torch's scaled_dot_product_attention.
+"""F3: core attention over packed rows, on CPU and CUDA alike, through torch's kernels (flash.py).
 
 A micro-batch is one row of T tokens, segment behind segment. Megatron-core carries a `PackedSeqParams` from the model's
 entry down to the core attention and looks at nothing in it but `qkv_format`; our plans are such records, and say which
@@ -13,12 +13,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_jq.model.flash import causal_attention
 from megatron_jq.parallel.transfers import sent
 
 
@@ -73,8 +73,8 @@ class CausalSegments(AttentionPlan):
     def attend(self, layer, q, k, v, scale):
         if self.equal:
             n = max(len(self.lengths), 1)
-            return _causal(*(x.unflatten(0, (n, -1)) for x in (q, k, v)), scale).flatten(0, 1)
-        outputs = [_causal(*(x[b.token_nS] for x in (q, k, v)), scale).flatten(0, 1) for b in self.buckets]
+            return causal_attention(*(x.unflatten(0, (n, -1)) for x in (q, k, v)), scale).flatten(0, 1)
+        outputs = [causal_attention(*(x[b.token_nS] for x in (q, k, v)), scale).flatten(0, 1) for b in self.buckets]
         return torch.cat(outputs)[self.place_T]
 
 
@@ -92,12 +92,6 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
-
-
-def _causal(q_nShd: Tensor, k_nSgd: Tensor, v_nSgd: Tensor, scale: float) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_nShd, k_nSgd, v_nSgd))
-    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return output.transpose(1, 2)
 
 
 class PlannedAttention(MegatronModule):

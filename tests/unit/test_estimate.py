@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from megatron_jq.config import parse_args
 from megatron_jq.config_validate import derive
 from megatron_jq.errors import UserError
+from megatron_jq.estimate import activations
 from megatron_jq.estimate.memory import in_flight, stage_memory
 from megatron_jq.estimate.plan import Lengths, make_plan
 from megatron_jq.estimate.report import GIB, estimate
 from megatron_jq.estimate.rows import Layout
+from megatron_jq.model import flash
 from megatron_jq.model.rows import pack_sequences
 from megatron_jq.records import Sequence
 from megatron_jq.train import batching
@@ -417,3 +419,22 @@ def test_bad_input_is_told_in_a_line(words, message, tmp_path, capsys):
     code, out, err = run(words.format(tmp_path), capsys)
     assert (code, out) == (2, "")
     assert err.startswith("estimate: error: ") and message in err and err.count("\n") == 1
+
+
+def test_plain_attention_on_cuda_is_counted_and_bounded_however_long_a_prompt_is():
+    """In float32 alone: no whole matrix of scores, which would be 13 GB for one prompt of 8,192 tokens."""
+    assert activations.SCORE_ELEMENTS == flash.SCORE_ELEMENTS
+    flags = "--device cuda --transformer-impl local --max-position-embeddings 16384"
+    wide, narrow, on_cpu = (
+        make_plan(parse_args([*STEP.split(), *text.split()]), 1, LENGTHS, 1024)
+        for text in (flags, f"{flags} --bf16", flags.replace("cuda", "cpu"))
+    )
+    w = activations.widths(wide)
+    for backward, copies in ((False, 2), (True, 3)):
+        assert activations.plain_scores(narrow, 8192, backward=backward) == 0
+        assert activations.plain_scores(on_cpu, 8192, backward=backward) == 0
+        repeated = 4 * (4 if backward else 2) * w.query
+        short = activations.plain_scores(wide, 16, backward=backward) - 16 * repeated
+        assert short == 4 * copies * w.heads * 16 * 16
+        long = activations.plain_scores(wide, 8192, backward=backward) - 8192 * repeated
+        assert long == 4 * copies * flash.SCORE_ELEMENTS < 4 * w.heads * 8192**2

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_jq.model import flash as flash_module
 from megatron_jq.model.attention import CausalSegments
@@ -95,6 +96,46 @@ def test_the_plain_kernel_equals_the_flash_one(monkeypatch):
     monkeypatch.setattr(flash_module, "_kind", lambda tensor: "another device")
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else (result,):
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["grouped", "each its own"])
+@pytest.mark.parametrize("plan", ["trees", "segments"])
+@pytest.mark.parametrize("elements", [1, 700, 1 << 25])
+def test_plain_attention_holds_no_whole_matrix_of_scores_and_is_the_same(monkeypatch, plan, heads, elements):
+    """Values and gradients in blocks of queries, from one query to all, are those of the flash kernel. What the kernels
+    of a GPU do, this does not exercise.
+    """
+    tokens = 96
+    q, k, v = inputs([Tree(tokens)], heads, 2)
+
+    def run():
+        trees = TreeSegments([Tree(tokens - 32, (20, 12))], CPU)
+        found = (trees if plan == "trees" else CausalSegments([tokens], CPU)).attend(1, q, k, v, SCALE)
+        return [found, *torch.autograd.grad(found.sin().sum(), (q, k, v))]
+
+    expected = run()
+    monkeypatch.setattr(flash_module, "_kind", lambda tensor: "another device")
+    monkeypatch.setattr(flash_module, "SCORE_ELEMENTS", elements, raising=False)
+    with _Largest() as largest:
+        found = run()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    allowed = max(elements, heads * tokens, heads * tokens * D)  # scores of one query; keys and values
+    assert largest.elements <= allowed or elements > heads * tokens * tokens
 
 
 def test_a_row_without_branches_is_plain_packed_attention():
