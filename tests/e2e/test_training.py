@@ -64,6 +64,8 @@ def test_metrics_hold_the_documented_keys_and_finite_numbers(alone):
         assert all(math.isfinite(line[key]) for key in DOCUMENTED)
         assert line["num_rationales_valid"] == 16 and 1 <= line["ess_mean"] <= 4
         assert line["log_prob_mismatch_max"] < 1e-4
+        # Scored and trained once each, a prompt once for its four rationales: no copy of it counts.
+        assert line["tokens_computed"] == 2 * line["tokens_trained"] and line["tokens_saved"] > 0
     # No update of this size makes things worse on the very task, from a start this cold.
     assert lines[2]["log_p_mean"] > lines[0]["log_p_mean"] + 0.5
 
