@@ -46,7 +46,7 @@ LEFT_OUT = {
 }
 #: What a reader puts in the place of a word, a flag's value, or a notation for alternatives.
 WORDS = {"RUN...": "runs/mine", "DIR": "runs/mine/checkpoints", "N": "0", "RUN_DIR": "runs/by-hand", "FLAGS": None}
-VALUES = {"--load": "runs/mine/checkpoints", "--eval-data": "gsm8k/train.jsonl", "--rationale-budget": "4"}
+VALUES = {"--load": "OLD/checkpoints", "--eval-data": "gsm8k/train.jsonl", "--rationale-budget": "4"}
 NOTATION = {"off|auto": "off"}
 #: What the `…` of a line stands for, where the defaults do not do: document, a flag of the line → more flags.
 MORE = {
@@ -69,11 +69,14 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
-    """The tiny Hugging Face folder that documents call Qwen3-0.6B, and a run that began from it."""
+    """The tiny Hugging Face folder that documents call Qwen3-0.6B, a run that began from it, and a plain one."""
     path = tmp_path_factory.mktemp("shared")
     (path / "tokenizer").mkdir()
     size = load_tokenizer("huggingface", chat_folder(path / "tokenizer")).vocab_size
-    architecture = replace(hf_folders.TINY, vocab_size=size, max_position_embeddings=8192, tie_embeddings=True)
+    widths = {"hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 8, "num_query_groups": 8}
+    architecture = replace(
+        hf_folders.TINY, vocab_size=size, max_position_embeddings=8192, tie_embeddings=True, **widths
+    )
     hf = chat_folder(hf_folders.make(path / "Qwen3-0.6B", architecture=architecture))
     (hf / "chat_template.jinja").unlink()  # chat_folder's stands in tokenizer_config.json
     done(path, ["convert", "hf-to-megatron", "--hf", str(hf), "--save", str(path / "qwen3")])
@@ -81,6 +84,7 @@ def shared(tmp_path_factory) -> Path:
     train_sentencepiece([document["text"] for document in CORPUS], path / "tokenizer.model", vocab_size=300)
     small = to_argv(in_small(parse_args(argv.split()[1:])))
     done(path, ["train", *small, "--run-dir", str(path / "mine")])
+    done(path, ["train", *to_argv(in_small(Config())), "--run-dir", str(path / "old")])
     return path
 
 
@@ -91,9 +95,9 @@ def place(shared, tmp_path, monkeypatch) -> Path:
     make_place(place)
     (place / "Qwen3-0.6B").symlink_to(shared / "Qwen3-0.6B")
     (place / "tokenizer.model").symlink_to(shared / "tokenizer.model")
-    for copy in ("runs/mine", "data/first", "OLD"):
-        shutil.copytree(shared / "mine", place / copy)
-    (place / "my.toml").write_text("[rollout]\nprompts_per_step = 4\nnum_rationales = 4\n")
+    for copy, run_dir in (("runs/mine", "mine"), ("data/first", "old"), ("OLD", "old")):
+        shutil.copytree(shared / run_dir, place / copy)
+    (place / "my.toml").write_text("[rollout]\nanswer_budget = 8\n[data]\nmax_prompt_tokens = 64\n")
     monkeypatch.chdir(place)
     return place
 
@@ -153,7 +157,7 @@ def do(call: Call, place: Path) -> None:
     size = 1
     if program == "torchrun":
         script_left_out = not [word for word in argv if word.startswith("-m") or word.endswith(".py")]
-        options = parse_torchrun([word for word in argv if word != "…"] + ["x.py"] * script_left_out)
+        options = parse_torchrun([word for word in argv if word != "…"] + ["x.py"] if script_left_out else argv)
         size = int(options.nproc_per_node)
         if script_left_out:
             return  # about torchrun's own flags
@@ -181,7 +185,7 @@ def with_words_of_a_reader(argv: list[str], document: str, place: Path) -> list[
         elif word == "NEW":
             result.append(f"NEW-{len(list(place.glob('NEW-*')))}")
         elif word.endswith("iter_NNNNNNN"):
-            result.append(str(sorted(Path(word).parent.glob("iter_*"))[-1]))
+            result.append(str(max(Path(word).parent.glob("iter_*"), default=word)))
         elif WORDS.get(word, word) is not None:
             result.append(re.sub("^/data/", "data/", WORDS.get(word, word)))
     return result
@@ -202,7 +206,7 @@ def with_flags(argv: list[str], **values: object) -> list[str]:
 def in_small(config: Config) -> Config:
     """A step or two of a second on a CPU. What is no size stays."""
     o, c, t = config.objective, config.checkpoint, config.training
-    pretrains = o.estimator == "pretrain"
+    pretrains, trains_a_tokenizer = o.estimator == "pretrain", config.data.tokenizer_model is None and c.load is None
     model = {"qwen3-0.6b": "Qwen3-0.6B", "small": "tiny"}.get(config.model.model, config.model.model)
     budget = config.rollout.rationale_budget if o.estimator == "sft" else min(4, config.rollout.rationale_budget)
     rationales = min(2, config.rollout.num_rationales)
@@ -216,7 +220,13 @@ def in_small(config: Config) -> Config:
         model=replace(config.model, model=model),
         rollout=rollout,
         training=training,
-        data=replace(config.data, train_examples=8, eval_examples=1, seq_length=16 if pretrains else None),
+        data=replace(
+            config.data,
+            train_examples=8,
+            eval_examples=1,
+            seq_length=16 if pretrains else None,
+            tokenizer_vocab_size=300 if Path(config.data.train_data).is_file() and trains_a_tokenizer else None,
+        ),
         optimizer=replace(config.optimizer, lr_warmup_iters=0, lr_decay_iters=None),
         checkpoint=replace(c, save_interval=min(1, c.save_interval)),
         parallel=replace(config.parallel, device="cpu"),
@@ -241,7 +251,7 @@ def evaluate(argv: list[str], size: int, call: Call, place: Path) -> None:
     own, rest = evaluate_command.parser().parse_known_args(argv)
     config = parse_args(rest)
     if own.rescore is None:
-        argv = with_flags(argv, eval_examples=1, eval_samples=8, rationale_budget=4, answer_budget=4, device="cpu")
+        argv = with_flags(argv, eval_examples=1, eval_samples=8, rationale_budget=4, answer_budget=32, device="cpu")
         if config.training.eval_temperature == 0:
             argv = with_flags(argv, eval_temperature=1)
     out = done(place, ["evaluate", *argv], ranks_of(config))
@@ -265,7 +275,8 @@ def prepare(argv: list[str], size: int, call: Call, place: Path) -> None:
     if "--output" not in argv:
         prepare_data.parse([*argv, "--output", "x"])  # some flags of it, in a sentence
         return
-    parse_sizes(argv[argv.index("--split-sizes") + 1])
+    sizes = argv[argv.index("--split-sizes") + 1]
+    assert sizes == "paper" or parse_sizes(sizes)
     done(place, with_flags(argv, split_sizes="train=4,validation=2,test=2"), 1, prepare_data.main)
 
 
@@ -313,7 +324,8 @@ def batch_script(argv: list[str], size: int, call: Call, place: Path) -> None:
     assert needed <= call.variables.keys(), f"{name}.sbatch needs {needed}"
     if name == "evaluate":
         _, flags = evaluate_command.parser().parse_known_args(flags)
-    if name in ("train", "sweep", "evaluate"):
+        parse_args(flags)
+    elif name in ("train", "sweep"):
         validate_training(parse_args(flags), None)
 
 
@@ -362,13 +374,14 @@ def test_a_command_that_nobody_classified_is_found(place):
     text = "\n".join(
         [
             "```bash", "for q in 0 1; do", "  python tools/no_such.py --q $q \\", "    --more", "done", "```", "",
-            "    megatron-jq serve --port 1", "", "See `tools/other.py --flag` and `megatron-jq train --no-such 3`.",
+            "    megatron-jq serve --port 1", "",
+            "See `torchrun tools/other.py --flag` and `megatron-jq train --no-such 3`.",
         ]
     )  # fmt: skip
     seen = [call for snippet in snippets("x.md", text) for call in calls(snippet, place, {})]
     assert [without_python(call.words) for call in seen] == [
         ("tools/no_such.py", "--q", "0", "--more"), ("tools/no_such.py", "--q", "1", "--more"),
-        ("megatron-jq", "serve", "--port", "1"), ("tools/other.py", "--flag"),
+        ("megatron-jq", "serve", "--port", "1"), ("torchrun", "tools/other.py", "--flag"),
         ("megatron-jq", "train", "--no-such", "3"),
     ]  # fmt: skip
     refusals = ("nobody classified", "no such command", "nobody classified", "unknown flag --no-such")

@@ -1,5 +1,6 @@
 """What the first and the second signal do to a process, whatever its main thread is at. Real processes, no Megatron."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from megatron_jq.interrupts import SIGNALS
+from tests.e2e.documents import make_place
 
 DEADLINE_SECONDS = 60
 #: The main thread in C code that no signal interrupts, as in a collective: a mutex that it holds already.
@@ -126,3 +128,23 @@ print(len(notes), flush=True)
 """
     process = start("run", "print('ready', flush=True)\n" + body)
     assert ended(process) == (0, f"{-signal.SIGTERM} 0\n1\n", "")
+
+
+@pytest.mark.parametrize("script", ["examples/quickstart.sh", "examples/stages/run.sh"])
+def test_ctrl_c_ends_a_script_of_several_runs(script, tmp_path):
+    """The run that it meets saves and ends with 0: the script must not begin the next one."""
+    make_place(tmp_path / "place")
+    program = tmp_path / "place" / "bin" / "python"
+    program.write_text("#!/bin/bash\ntrap 'exit 0' INT\necho started\nfor i in {1..600}; do /bin/sleep 0.1; done\n")
+    program.chmod(0o755)
+    process = subprocess.Popen(
+        ["/bin/bash", script, "runs"], cwd=tmp_path / "place", env={"PATH": str(program.parent)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    lines = []
+    while "started\n" not in lines:
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 130 and "started" not in out
