@@ -21,7 +21,10 @@ setup(
     package_data={"megatron_jq.data": ["templates/*.toml"]},
     python_requires=">=3.10",
     install_requires=[
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.20",
+        # Megatron-core imports it from 0.18 on and does not ask for it; a CPU build of torch does not bring it. Later
+        # versions than 0.16 are for Python 3.12 and later alone.
+        'triton>=3; python_version >= "3.12" and sys_platform == "linux"',
         "torch>=2.8,<2.14",
         "numpy",
         "sentencepiece>=0.2",
@@ -52,6 +55,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -23,6 +23,7 @@ from megatron_jq.config_reads import refuse_unread
 from megatron_jq.config_validate import resolve_architecture, validate_training
 from megatron_jq.errors import UserError
 from megatron_jq.interrupts import ending_at_once
+from megatron_jq.parallel.megatron import versions
 from megatron_jq.toml_files import did_you_mean
 
 COMMANDS = ("train", "evaluate", "convert", "preflight", "grid")
@@ -79,7 +80,7 @@ def _run(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0
     if command == "--version":
-        print(f"megatron-jq {__version__}")
+        print(f"megatron-jq {__version__} ({', '.join(versions.versions_of_engine())})")
         return 0
     if command == "convert":
         return run_convert(rest, _silence_known_warnings)
@@ -114,3 +115,4 @@ def _silence_known_warnings() -> None:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
     # Megatron-core 0.16 calls collectives by the names that torch had before 2.13.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    versions.check_import()

@@ -110,7 +110,7 @@ class _Rows:
                 self.phase, "tp·ep", "all-gather", "tokens an expert", forward * self.passes, forward * counts, ranks
             ),
         ]
-        # on CPU parts of unequal length are summed whole (parallel/cpu.py)
+        # on CPU parts of unequal length are summed whole (parallel/megatron/cpu.py)
         scatter = "reduce-scatter" if plan.on_cuda else "all-reduce"
         for what, size, back in (("tokens", tokens, 1), ("probabilities", probabilities, 0)):
             purpose, size = f"{what} among an expert's processes", size * plan.etp

@@ -26,8 +26,9 @@ from megatron_jq.model.attention import PlannedAttention
 from megatron_jq.model.initialise import initialise, mark_partitions
 from megatron_jq.model.moe import SequenceBalancedRouter
 from megatron_jq.model.norm import LocalRMSNorm
-from megatron_jq.model.policy import Policy
+from megatron_jq.model.policy import Policy, RowsForward
 from megatron_jq.model.rotary import RotaryAt
+from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime
 
 
@@ -180,7 +181,7 @@ def layer_specs(
     if config.num_moe_experts is not None:
         # In checkpoints norms have their names in Transformer Engine's layers; before experts this one has its own.
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-        spec.submodules.mlp.submodules.router = SequenceBalancedRouter
+        spec.submodules.mlp = versions.set_router(spec.submodules.mlp, SequenceBalancedRouter)
     layers = get_num_layers_to_build(config, virtual_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
@@ -193,6 +194,7 @@ def build_policies(architecture: Architecture, options: BuildOptions, runtime: R
     groups, stages = runtime.groups, options.virtual_stages
     config = transformer_config(architecture, options, runtime)
     transformer_engine = use_transformer_engine(options.transformer_impl, runtime.device)
+    versions.collect_deprecations()
     policies = []
     for stage in range(stages):
         virtual_stage = stage if stages > 1 else None
@@ -288,6 +290,6 @@ def wrap_for_training(policies: list[Policy], options: BuildOptions, runtime: Ru
 
 def unwrap(model: torch.nn.Module) -> Policy:
     """The Policy inside Megatron-core's wrappers."""
-    while not isinstance(model, Policy):
+    while not isinstance(model, RowsForward):
         model = model.module
     return model

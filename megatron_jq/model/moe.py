@@ -9,13 +9,13 @@ Axes: T tokens of this rank, n sequences of the micro-batch, E experts.
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# Without Transformer Engine Megatron-core 0.16 leaves this name unbound, and then asks whether it is None.
-vars(moe_utils).setdefault("te_general_gemm", None)
+from megatron_jq.parallel.megatron import versions
+
+versions.bind_optional_names()
 
 
 def balance_losses(probability_TE, routed_TE, member_nT, topk: int, group) -> torch.Tensor:
@@ -51,8 +51,8 @@ class SequenceBalancedRouter(TopKRouter):
     padding mask takes a column for each sequence instead, True at the sequence's tokens: bool [T, n].
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection=None):
-        super().__init__(config, pg_collection)
+    def __init__(self, config: TransformerConfig, pg_collection=None, **options):
+        super().__init__(config, pg_collection, **options)  # options: what later versions of Megatron-core add
         self.sequences_of_step = 1  # over all replicas
         self.loss_scale = 1.0  # the factor on the whole loss
         self.balance = 0.0  # sum of balance_losses over this rank's passes since begin_balancing

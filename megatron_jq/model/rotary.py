@@ -26,13 +26,6 @@ class RotaryAt(torch.nn.Module):
         angle_Td = position_T.float()[:, None] * self.inverse_frequency[None, :]
         return torch.cat((angle_Td, angle_Td), dim=-1)[:, None, None, :]
 
-    # GPTModel asks for angles by row length; Policy replaces that answer by `at`, so these only have to exist.
-    def get_rotary_seq_len(self, *args, **kwargs) -> int:
-        return 0
-
-    def forward(self, *args, **kwargs) -> None:
-        return None
-
 
 def _llama3_scaled(frequency: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1's rule: long wavelengths are divided by `factor`, short ones kept, a linear blend between."""

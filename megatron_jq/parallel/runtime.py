@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_jq.config import ParallelConfig
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.files import reason
-from megatron_jq.parallel import cpu
 from megatron_jq.parallel.groups import ParallelGroups, build_groups, destroy_groups
+from megatron_jq.parallel.megatron import cpu
 from megatron_jq.seeds import short_seed
 
 T = TypeVar("T")

@@ -19,6 +19,7 @@ from megatron_jq.evaluate.judging import judge_of
 from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
+from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime, together
 from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
@@ -95,10 +96,10 @@ class Trainer:
             has_experts = self.model.config.num_moe_experts is not None
             given = (self.config, self.data, self.estimator, self.build_options, self.runtime)
             self.recorder.say(opening_line(*given, with_experts=has_experts))
-            if (note := unread_note("train", self.config, self.derived.architecture)) is not None:
-                self.recorder.say(note)
-            for note in schedule_notes(self.config):
-                self.recorder.say(note)
+            unread = unread_note("train", self.config, self.derived.architecture)
+            for note in (unread, *schedule_notes(self.config), versions.deprecation_note()):
+                if note is not None:
+                    self.recorder.say(note)
         # What stands now stays: a full collection that walks through it costs a quarter of a second every so often.
         gc.collect()
         gc.freeze()

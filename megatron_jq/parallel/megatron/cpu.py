@@ -1,10 +1,11 @@
-"""F2: lets Megatron-core 0.16 run where there is no CUDA, without touching its files.
+"""F2: lets Megatron-core run where there is no CUDA, without touching its files.
 
-Megatron-core asks for `torch.cuda` in five ways that have an exact meaning on a CPU: the current device, the random
-state, a synchronise, the copy of expert counts to the host, and `device="cuda"` in a factory call. `install` answers
-the first four; `cpu_mode` redirects the last while it is entered. The mode costs a Python call for every torch call, so
-`native` leaves it for the model's own forward, which needs none of it. For experts under tensor parallelism it gathers
-parts of unequal length, which gloo cannot: `install` does so by way of equal ones.
+Megatron-core asks for `torch.cuda` in six ways that have an exact meaning on a CPU: the current device, the current
+stream (DDP's gradient reduction, after 0.17.0), the random state, a synchronise, the copy of expert counts to the host,
+and `device="cuda"` in a factory call. `install` answers the first five; `cpu_mode` redirects the last while it is
+entered. The mode costs a Python call for every torch call, so `native` leaves it for the model's own forward, which
+needs none of it. For experts under tensor parallelism it gathers parts of unequal length, which gloo cannot: `install`
+does so by way of equal ones.
 """
 
 import contextlib
@@ -113,6 +114,7 @@ def install() -> None:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     torch.cuda.current_device = lambda: _CPU
+    torch.cuda.current_stream = lambda *args, **kwargs: torch.cpu.current_stream()
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.manual_seed = torch.manual_seed
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -1,0 +1,97 @@
+"""F2: what differs between the versions of Megatron-core that this package runs on, 0.16 to 0.19.
+
+Each difference is found by feature, not by number, and names the version that brought it. Nothing else in the package
+asks for Megatron-core's version; tests/unit/test_megatron_versions.py holds that.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from megatron_jq.errors import UserError
+
+
+def versions_of_engine() -> list[str]:
+    """Megatron-core's, torch's and Python's versions, a phrase each; nothing is imported."""
+    names = []
+    for name in ("megatron-core", "torch"):
+        try:
+            names.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            names.append(f"{name} not installed")
+    return [*names, f"Python {platform.python_version()}"]
+
+
+def check_import() -> None:
+    """UserError where Megatron-core cannot be imported for want of triton.
+
+    From 0.18 on `import megatron.core` imports triton (its schedules do), which its metadata does not ask for. A CUDA
+    build of torch brings triton, a CPU build does not.
+    """
+    try:
+        importlib.import_module("megatron.core")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise UserError(
+            f"megatron-core {version('megatron-core')} needs the package triton, which a CPU build of torch does not "
+            "bring: pip install triton"
+        ) from error
+
+
+def bind_optional_names() -> None:
+    """Give the router's module the name that 0.16 leaves unbound without Transformer Engine and then compares to None;
+    from 0.17 on it is bound.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)
+
+
+def set_router(mlp: Any, router: type) -> Any:
+    """The spec of a layer with experts, with this router in place of Megatron-core's.
+
+    mlp: a ModuleSpec up to 0.17; from 0.18 on `functools.partial(MoELayer, submodules=…)`.
+    """
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    submodules.router = router
+    return mlp
+
+
+class _Collected(logging.Filter):
+    """Keep a logger's deprecation of GPTModel off the log, and remember it."""
+
+    def __init__(self):
+        super().__init__()
+        self.deprecated = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "GPTModel" in text and "DEPRECATED" in text.upper():
+            self.deprecated = True
+            return False
+        return True
+
+
+_collected = _Collected()
+
+
+def collect_deprecations() -> None:
+    """Keep what 0.19 logs whenever a GPTModel is made off the log; `deprecation_note` says it once, in our words."""
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    if _collected not in logger.filters:
+        logger.addFilter(_collected)
+
+
+def deprecation_note() -> str | None:
+    """A line for the user where this Megatron-core has deprecated the model that our policy is built on; else None."""
+    if not _collected.deprecated:
+        return None
+    return (
+        f"note: megatron-core {version('megatron-core')} gives GPTModel, which the policy is built on, critical fixes "
+        "only; nothing is to be done (docs/parallelism.md, versions of Megatron-core)"
+    )
