@@ -253,6 +253,22 @@ def test_an_evaluation_takes_the_checkpoints_from_where_the_run_keeps_them(site)
         assert site.ended(job) == ("FAILED", 2) and f"set {instead}" in site.words(job)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "values", "said"),
+    [
+        (("--save=x",), "0.5", "--save=x: points would share one folder of checkpoints"),
+        ((), "0.5/../../x", "QS=0.5/../../x: 0.5/../../x is no number"),
+        ((), "a[$(touch${IFS}ran)]", "is no number"),
+    ],
+)
+def test_a_sweep_refuses_what_would_leave_its_points_folders(site, arguments, values, said):
+    flags = ("--array=0", f"--output={site.folder}/sweep.out")
+    job = site.submit("sweep.sbatch", *arguments, flags=flags, QS=values, SWEEP_DIR="sweep", RUN_DIR="")
+    assert site.ended(f"{job}_0") == ("FAILED", 2)
+    assert said in (site.folder / "sweep.out").read_text() and not list(site.home.parent.rglob("ran"))
+    assert [path.name for path in (site.folder / "sweep").iterdir()] == ["logs"]
+
+
 def test_text_in_the_runs_files_is_no_command(site):
     marker = site.folder / "ran"
     tracker = site.folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
