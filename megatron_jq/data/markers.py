@@ -39,7 +39,7 @@ def split_completion(text: str, what: str, where: str) -> tuple[str | None, str]
     if THINK_CLOSE not in text or spells_markers(answer) or not answer.strip():
         form = f"{THINK_OPEN} rationale {THINK_CLOSE} answer, each marker once"
         raise RecordError(where, KIND, f"{what} spells {_first_marker(text)} and is not of the form {form}")
-    return bare_rationale(rationale + THINK_CLOSE, f"the rationale in {what}", where), answer
+    return bare_rationale(rationale + THINK_CLOSE, f"the rationale in {what}", where), answer.strip()
 
 
 def refuse_markers(text: str, what: str, fix: str, where: str) -> None:

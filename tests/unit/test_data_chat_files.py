@@ -76,7 +76,8 @@ def test_these_conversations_are_read(record, prompt, gold, aliases, rationale, 
     (pair,) = load_source(path, ReadOptions()).pairs
     assert (pair.prompt, pair.answer, pair.aliases, pair.rationale) == (prompt, gold, aliases, None)
     if rationale is not None:
-        assert load_source(path, ReadOptions(rationales=True)).pairs[0].rationale == rationale
+        given = load_source(path, ReadOptions(rationales=True))
+        assert given.pairs[0].rationale == rationale and given.notes == ()
     else:
         with pytest.raises(UserError, match="no given rationale to imitate"):
             load_source(path, ReadOptions(rationales=True))

@@ -114,6 +114,46 @@ def test_finqa_takes_yes_and_no_an_empty_table_and_text_that_is_missing(tmp_path
     assert pair.prompt == "revenue of the company grew in 2017 . .\n\nwhat was the growth rate of revenue in 2017 ?"
 
 
+FINQA_OF_THE_HUB = {
+    **{key: FINQA[key] for key in ("id", "pre_text", "post_text", "table")},
+    "question": FINQA["qa"]["question"],
+    "answer": "20.5%",
+    "final_result": "0.205",
+    "program_re": "divide(#0, 100.0)",
+    "gold_inds": ["the ( in millions ) of revenue"],
+}
+
+
+def test_finqa_of_the_hub_has_another_gold_which_is_named_and_never_taken_in_silence(tmp_path):
+    path = write_lines(tmp_path, FINQA_OF_THE_HUB)
+    with pytest.raises(UserError, match="no field 'exe_ans'; .* --finqa-answer answer or --finqa-answer final_result"):
+        load_pairs(path)
+    for field in ("final_result", "answer"):
+        source = load_source(path, ReadOptions(finqa_answer=field))
+        assert (source.data_format, source.pairs[0].answer) == ("finqa", FINQA_OF_THE_HUB[field])
+    with pytest.raises(UserError, match="field 'answer' is empty"):  # in some of its rows
+        load_source(write_lines(tmp_path, {**FINQA_OF_THE_HUB, "answer": ""}), ReadOptions(finqa_answer="answer"))
+
+
+@pytest.mark.parametrize("form", ["official", "hub"])
+def test_hotpotqa_without_supporting_facts_is_still_hotpotqa(tmp_path, form):
+    context = {"title": [t for t, _ in HOTPOTQA["context"]], "sentences": [s for _, s in HOTPOTQA["context"]]}
+    record = changed(HOTPOTQA, supporting_facts=None, **({"context": context} if form == "hub" else {}))
+    source = load_source(write_lines(tmp_path, record), ReadOptions())
+    assert (source.data_format, source.pairs[0].prompt) == ("hotpotqa", HOTPOTQA_TEXT)
+    for unanswered in (changed(record, answer=None), {**record, "answer": None}):  # the official test files
+        with pytest.raises(UserError, match="test files are published without it: take train or dev"):
+            load_pairs(write_lines(tmp_path, unanswered))
+
+
+@pytest.mark.parametrize("context", ["a text", ["a", "b"], [["title"]], {"text": []}, [], None])
+def test_another_questions_context_is_not_taken_for_hotpotqas(tmp_path, context):
+    record = {"question": "q", "answer": "a", "prompt_text": "p", "context": context}
+    assert load_source(write_lines(tmp_path, record), ReadOptions(prompt_field="prompt_text")).data_format == "jsonl"
+    with pytest.raises(UserError, match="no field 'prompt'"):
+        load_pairs(write_lines(tmp_path, record))
+
+
 def test_hotpotqa_gives_titled_paragraphs_the_question_and_the_answer(tmp_path):
     (pair,) = load_pairs(write_lines(tmp_path, HOTPOTQA))
     assert (pair.prompt, pair.answer, pair.aliases) == (HOTPOTQA_TEXT, "Chief Clerk", ())
