@@ -51,7 +51,25 @@ def read_grid(path: str | Path) -> list[Point]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}: two points are called {twice}; list each value once")
+    _check_folders(path, {name: values for name, values, _ in lists}, len(points))
     return points
+
+
+#: Folders that belong to one run, and what a sweep has in their place.
+_ONE_RUNS = {
+    "save": "each run's checkpoints lie in its own directory",
+    "run_dir": "the launcher gives each point a directory of its own",
+}
+
+
+def _check_folders(path: str | Path, lists: dict[str, list], points: int) -> None:
+    """UserError where points would share a folder that belongs to one run: the second would be refused by the first."""
+    for name, instead in _ONE_RUNS.items():
+        if name in lists and len(set(lists[name])) < points:
+            raise UserError(
+                f"{path}: {name} = {lists[name][0]!r} would be shared by several of {points} points, and it belongs to "
+                f"one run; leave it out: {instead}"
+            )
 
 
 def _flag(name: str, value) -> str:

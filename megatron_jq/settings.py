@@ -184,7 +184,7 @@ class CheckpointConfig:
     save and end it.
     """
 
-    save: str | None = None  # folder of checkpoints; None: run-dir/checkpoints
+    save: str | None = None  # folder of this run's checkpoints, no other's; None: run-dir/checkpoints
     save_interval: int = 0  # steps between checkpoints; 0: only by time, at the end, and on a signal
     save_interval_minutes: float = 10.0  # also save this long after the last save; the newest two stay; 0: never
     exit_duration_in_mins: float | None = None  # save and end, exit code 0, once the run has lasted this long
@@ -194,7 +194,7 @@ class CheckpointConfig:
     keep_best: (
         Literal["eval_exact_match", "eval_pass_at_k", "eval_maj_at_k", "log_p_mean", "p_mean", "reward_mean"] | None
     ) = None
-    resume: bool = False  # go on with run-dir's newest whole checkpoint; where it has none, begin (from load)
+    resume: bool = False  # continue run-dir's run from its newest whole checkpoint; without one, begin (from load)
     load: str | None = None  # begin from another run's (or a converted) checkpoint: its folder, or one iter_NNNNNNN
     finetune: bool = False  # of load: take the weights alone, and count steps from 0
 

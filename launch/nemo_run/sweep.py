@@ -30,13 +30,22 @@ def points_of(args) -> list[Point]:
 
 
 def configs_of(points: list[Point], rest: list[str], remote: bool) -> list[Config]:
-    """The points' settings; each has a folder of its own in the sweep's."""
+    """The points' settings; each has a folder of its own in the sweep's, and in a --save that is given for all."""
     configs = []
     for point in points:
         config = absolute(settings([*rest, *point.flags]), remote)
         folder = f"{config.training.run_dir}/{point.name}"
         configs.append(resumable(replace(config, training=replace(config.training, run_dir=folder))))
+    saves = [config.checkpoint.save for config in configs]
+    if len(set(saves) - {None}) < len(saves) - saves.count(None):
+        configs = [_in_folder(config, point.name) for config, point in zip(configs, points, strict=True)]
     return configs
+
+
+def _in_folder(config: Config, name: str) -> Config:
+    """A folder of checkpoints belongs to one run: DIR becomes DIR/NAME."""
+    save = config.checkpoint.save
+    return replace(config, checkpoint=replace(config.checkpoint, save=None if save is None else f"{save}/{name}"))
 
 
 def main(argv: list[str]) -> int:

@@ -181,10 +181,10 @@ def read_tracker(load: Path, flag: str) -> int | None:
 
 
 def readable_manifest(folder: Path) -> Manifest | None:
-    """None where a folder holds no manifest that can be read."""
+    """None where a folder holds no manifest that this version can read."""
     try:
         return read_manifest(folder)
-    except DamagedCheckpoint:
+    except UserError:
         return None
 
 

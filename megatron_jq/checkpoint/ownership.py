@@ -145,10 +145,11 @@ def check_save(save: Path, run: Run, *, resume: bool, difference: Callable[[Mani
     if claimed:
         _refuse_copy(claim, save, run)
     owned, notes = _owned_steps(save, run, difference, notes_wanted=not claimed)
-    if owned and not resume:
+    if saved_steps(save) and not resume:
+        whose = f"of {run} already" if owned else "that cannot be read"
         raise UserError(
-            f"--save {save} holds checkpoints of {run} already{_listed(owned)}; give --resume to continue it, name "
-            "another folder, or remove them"
+            f"--save {save} holds checkpoints {whose}{_listed(saved_steps(save))}; give --resume to continue their "
+            "run, name another folder, or remove them"
         )
     inside = Path(run.directory) in save.resolve().parents
     unknown = [path.name for path in leftovers(save)] + [
@@ -208,7 +209,10 @@ def finish(
 def _check_still_owned(save: Path, final: Path, manifest: Manifest) -> None:
     if manifest.run is None:
         return
-    claim = read_claim(save)
+    try:
+        claim = read_claim(save)
+    except UserError as error:  # the ranks that write together know no other error
+        raise OSError(0, str(error)) from error
     if claim is not None and claim.id != manifest.run["id"]:
         raise OSError(0, f"the folder belongs to {claim.run} now")
     present = readable_manifest(final) if final.exists() else None

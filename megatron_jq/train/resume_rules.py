@@ -112,9 +112,16 @@ def changed(before: Config, after: Config, rule: Rule = Rule.FIXED) -> list[str]
     """A line per setting of `rule` that a resumed run reads and that `after` changes: flag, old value, new value."""
     return [
         _line(name, before, after)
-        for name, (own_rule, _) in RULES.items()
-        if own_rule is rule and _read(name, before, after) and meaning(before, name) != meaning(after, name)
+        for name in SETTINGS
+        if rule_of(name) is rule
+        and _read(name, before, after)
+        and meaning(before, name) != meaning(after, name)
     ]
+
+
+def rule_of(name: str) -> Rule:
+    """A setting that nobody has classified is fixed."""
+    return RULES[name][0] if name in RULES else Rule.FIXED
 
 
 def meaning(config: Config, name: str) -> Any:

@@ -46,6 +46,9 @@ def test_a_name_is_fit_for_a_folder(grid):
         ("q = [0.5, 0.5]", "two points are called q0.5"),
         ('q = ["much"]', "--q much: expected a number"),
         ("q = [", "is not valid TOML"),
+        ('q = [0, 1]\nsave = "/all"', "save = '/all' would be shared by several of 2 points, and"),
+        ('q = [0, 1]\nsave = ["/a", "/b"]', "save = '/a' would be shared by several of 4 points"),
+        ('q = [0, 1]\nrun_dir = "/all"', "run_dir = '/all' would be shared by several of 2 points"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(grid, text, words):
@@ -63,3 +66,8 @@ def test_the_command_prints_all_points_or_one(grid, capsys):
     assert capsys.readouterr().out == "q1\n--q=1\n--train-iters=3\n"
     assert main(["grid", path, "--point", "2"]) == 2
     assert "has 2 points, 0 to 1; none is 2" in capsys.readouterr().err
+
+
+def test_points_with_folders_of_their_own_are_a_sweep(grid):
+    points = read_grid(grid('save = ["/a", "/b"]\nlr = 1e-3\n'))
+    assert [point.flags[0] for point in points] == ["--save=/a", "--save=/b"]
