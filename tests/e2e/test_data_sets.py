@@ -112,7 +112,30 @@ def test_automatic_normalisation_goes_by_the_format_that_was_found(is_prepared, 
     argv = [*SMALL, *flags, "--run-dir", str(tmp_path / "run"), "--train-iters", "1", "--normalise", "auto"]
     (ended,) = run(argv, tmp_path, prepare=tell_the_judge)
     assert ended.code == 0, ended
-    assert "Judge(match='exact', rule='number')" in ended.out
+    assert "Judge(match='exact', rule='number', extract='none')" in ended.out
+
+
+def test_gold_answers_that_the_tokenizer_changes_are_counted_wherever_they_are_read(tmp_path, capsys):
+    """U+2581 is sentencepiece's own mark for a blank, and comes back as one."""
+    source, changed = tmp_path / "data.jsonl", "the tokenizer changes 1 of 4 gold answers: "
+    answers = ["blue", "a\u2581b", "green", "a b"]
+    records = [{"prompt": f"Box {n}?", "answer": answer} for n, answer in enumerate(answers)]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = ["--train-data", str(source), "--tokenizer-vocab-size", "285"]
+    assert prepare_main([*data, "--output", str(tmp_path / "set")]) == 0
+    assert f"--train-data {source}: {changed}{source}:2 ('a\u2581b' as 'a b')" in capsys.readouterr().out
+    argv = [*SMALL, *data, "--eval-data", str(source), "--run-dir", str(tmp_path / "run"), "--train-iters", "1"]
+    (ended,) = run(argv, tmp_path)
+    assert ended.code == 0, ended
+    for flag in ("--train-data", "--eval-data"):
+        assert f"warning: {flag} {source}: {changed}" in ended.out
+    argv = ["evaluate", "--load", str(tmp_path / "run" / "checkpoints"), "--eval-samples", "2", "--device", "cpu"]
+    (ended,) = run([*argv, "--eval-temperature", "1", "--output", str(tmp_path / "out")], tmp_path)
+    assert ended.code == 0 and f"warning: --eval-data {source}: {changed}" in ended.out, ended
+    golds = {
+        tuple(json.loads(line)["golds"]) for line in (tmp_path / "out" / "samples.jsonl").open() if '"golds"' in line
+    }
+    assert ("a\u2581b", "a b") in golds and ("blue",) in golds
 
 
 # Prepared sets

@@ -74,12 +74,13 @@ def test_what_takes_too_long_counts_as_different_and_the_next_pair_is_answered()
         first = process._process.pid
         os.kill(first, signal.SIGSTOP)  # as a comparison that no alarm of its own ends
         process._deadline, began = 0.5, time.monotonic()
-        assert not process.equal("x+1", "1+x")
+        assert not process.equal("x+2", "2+x")
         assert 0.4 < time.monotonic() - began < 30 and process.unanswered == 1
         process._deadline = 60
-        assert process.equal("x+1", "1+x") and process._process.pid != first
+        assert process.equal("x+3", "3+x") and process._process.pid != first
         os.kill(process._process.pid, signal.SIGKILL)
-        assert not process.equal("x+1", "1+x") and process.unanswered == 2
+        assert not process.equal("x+4", "4+x") and process.unanswered == 2
+        assert process.equal("x+1", "1+x") and process._process is None  # known already
     finally:
         process.close()
 
