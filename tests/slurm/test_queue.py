@@ -219,7 +219,7 @@ def test_ranks_are_as_many_as_the_gpus_that_were_asked_for_or_the_job_says_why_n
         ("gres.sbatch", (), "2 x 4 ranks"),
         ("typed.sbatch", (), "2 x 4 ranks"),
         ("per-node.sbatch", (), "2 x 4 ranks"),
-        ("train.sbatch", ("--gres=gpu:2",), "GPUs were asked for twice (gres:gpu:8,gres:gpu:2): --gres"),
+        ("train.sbatch", ("--gres=gpu:2",), "gpu:2): --gres does not replace the header's --gpus-per-node"),
     ]
     for k, (script, flags, expected) in enumerate(rows):
         job = site.submit(script, flags=flags, RANKS_PER_NODE="", RUN_DIR=f"run{k}", SLURM_GPUS_PER_NODE="7")
