@@ -4,11 +4,10 @@ Nothing appears under its name before it is whole and was checked; a conversion 
 folder named .NAME.partial, which the next one removes.
 """
 
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from megatron_jq.architecture import Architecture, RopeScaling, read_hugging_face_config
 from megatron_jq.checkpoint import contents
 from megatron_jq.checkpoint import folder as folders
-from megatron_jq.checkpoint.folder import TOKENIZER, DamagedCheckpoint, Manifest
+from megatron_jq.checkpoint.folder import DamagedCheckpoint, Manifest
 from megatron_jq.checkpoint.hugging_face_weights import assemble, check_duplicates, own_tensors
 from megatron_jq.checkpoint.huggingface import (
     CONFIG,
@@ -26,16 +25,14 @@ from megatron_jq.checkpoint.huggingface import (
     check_tensors,
     new_folder,
     num_bytes,
-    read_json,
     refuse_existing,
     write_weights,
 )
 from megatron_jq.checkpoint.slabs import Box, Cut, SlabReader, check_stored, main_weight, slab_axes
+from megatron_jq.checkpoint.small_files import companions, says, write_companions
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.errors import RunFailure, UserError
-from megatron_jq.files import inside
 from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, Slab, Span, hugging_face_tensors, rows_of_slabs
-from megatron_jq.model.hf_config import hugging_face_config
 
 
 def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
@@ -92,8 +89,19 @@ def _dtype_of_keys(
     return dtypes
 
 
-def megatron_to_hf(load: Path, target: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> Path:
+def megatron_to_hf(
+    load: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    with_tokenizer: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
     """A Hugging Face folder from the newest whole checkpoint in (or at) `load`; returns the checkpoint. UserError else.
+
+    with_tokenizer: whether the tokenizer goes along, which is refused where transformers would read another. say: gets
+    lines for the user.
 
     dtype: None leaves each tensor as it is stored. Float32 takes a bfloat16 run's float32 main weights where it left
     them. What was written is read again and held against the family's names, shapes and dtypes before it appears.
@@ -108,6 +116,8 @@ def megatron_to_hf(load: Path, target: Path, *, dtype: torch.dtype | None, max_s
             name: (tensor.shape, dtype or slabs.reader.tensors[keys[tensor.spans[0].slab.key]][1])
             for name, tensor in tensors.items()
         }
+        embedding_dtype = signature["model.embed_tokens.weight"][1]
+        beside = companions(folder, manifest, architecture, embedding_dtype, with_tokenizer=with_tokenizer)
         with (
             new_folder(target, "--hf") as partial,
             progress("to Hugging Face", sum(map(num_bytes, signature.values()))) as bar,
@@ -118,10 +128,7 @@ def megatron_to_hf(load: Path, target: Path, *, dtype: torch.dtype | None, max_s
                 return _gather(slabs, tensors[name], keys).to(signature[name][1])
 
             write_weights(partial, signature, read, max_shard_bytes)
-            # What the manifest lists was verified; what else lies there need not be the run's, or a link to anywhere.
-            listed = [name for name in manifest.files if name.startswith(f"{TOKENIZER}/")]
-            dtype = signature["model.embed_tokens.weight"][1]
-            _write_small_files(folder / TOKENIZER, listed, partial, architecture, dtype)
+            write_companions(beside, partial, say)
             _check_written(partial, signature, architecture)
     return folder
 
@@ -141,51 +148,12 @@ def _gather(slabs: SlabReader, tensor: HuggingFaceTensor, keys: dict[str, str]) 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _write_small_files(
-    carried: Path, listed: list[str], target: Path, architecture: Architecture, dtype: torch.dtype
-) -> None:
-    """Tokenizer and generation config as they came; config.json as it came where it still describes the weights.
-
-    listed: the manifest's files of the folder `carried`, by their names in it.
-    """
-    for path in [inside(carried.parent, name, carried.parent / folders.MANIFEST) for name in sorted(listed)]:
-        if path.parent == carried and path.name != CONFIG:
-            shutil.copyfile(path, target / path.name)
-    name, original = str(dtype).removeprefix("torch."), None
-    if (carried / CONFIG).is_file() and _is_understood(carried / CONFIG):
-        original = read_json(carried / CONFIG)
-        if (original.get("dtype") or original.get("torch_dtype")) == name and _says(carried / CONFIG, architecture):
-            shutil.copyfile(carried / CONFIG, target / CONFIG)
-            return
-    text = json.dumps(hugging_face_config(architecture, name, original), indent=2)
-    (target / CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def _is_understood(config: Path) -> bool:
-    """A tokenizer's folder may hold another family's config.json: the policy's own is then made anew."""
-    try:
-        read_hugging_face_config(config)
-    except UserError:
-        return False
-    return True
-
-
-def _says(config: Path, architecture: Architecture) -> bool:
-    """Whether a config.json describes this architecture, but for what is used in training alone."""
-    described = read_hugging_face_config(config)
-    training = {"init_method_std": architecture.init_method_std, "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff}
-    if architecture.num_experts is None:
-        names = ("moe_ffn_hidden_size", "moe_router_topk", "moe_norm_topk_prob")
-        training |= {name: getattr(architecture, name) for name in names}
-    return replace(described, **training) == architecture
-
-
 def _check_written(partial: Path, expected: Signature, architecture: Architecture) -> None:
     found = HuggingFaceReader(partial)
     check_tensors(found.signature, {name: shape for name, (shape, _) in expected.items()}, partial)
     for name, (_, dtype) in expected.items():
         assert found.signature[name][1] == dtype, f"{name} was written as {found.signature[name][1]}"
-    assert _says(partial / CONFIG, architecture), "config.json does not describe the weights"
+    assert says(partial / CONFIG, architecture), "config.json does not describe the weights"
 
 
 def architecture_of(manifest: Manifest) -> Architecture:

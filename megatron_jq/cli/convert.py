@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-shard-size", default="5GB", type=_num_bytes, metavar="SIZE", help="most bytes a file (default: 5GB)"
     )
+    command.add_argument(
+        "--no-tokenizer", action="store_true", help="leave the tokenizer out (default: refuse one that cannot be read)"
+    )
     command = _command(commands, "reshard", "a checkpoint, optimizer included, cut for another tensor-parallel size")
     _load(command)
     command.add_argument("--save", required=True, type=as_path, metavar="DIR", help="where to; new, or empty")
@@ -91,7 +94,9 @@ def run_convert(argv: list[str], before_imports: Callable[[], None]) -> int:
         print(reshard.inspect(a.load))
     elif a.command == "megatron-to-hf":
         dtype = None if a.dtype is None else getattr(torch, a.dtype)
-        source = convert.megatron_to_hf(a.load, a.hf, dtype=dtype, max_shard_bytes=a.max_shard_size)
+        source = convert.megatron_to_hf(
+            a.load, a.hf, dtype=dtype, max_shard_bytes=a.max_shard_size, with_tokenizer=not a.no_tokenizer
+        )
         print(f"{source} → {a.hf}")
     else:
         cut = Cut(a.tensor_model_parallel_size, a.make_vocab_size_divisible_by)

@@ -121,6 +121,27 @@ class SentencePieceTokenizer:
     def piece(self, token: int) -> str:
         return self._processor.id_to_piece(token).replace("\u2581", " ")
 
+    @property
+    def kind(self) -> str:
+        """How the model was trained: "unigram", "bpe", "word" or "char"."""
+        from sentencepiece import sentencepiece_model_pb2 as messages
+
+        model = messages.ModelProto.FromString(self._model)
+        return messages.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
+
+    @property
+    def unknown(self) -> str:
+        """The piece for what has none."""
+        return self.name(self._processor.unk_id())
+
+    def name(self, token: int) -> str:
+        """The piece as the model writes it."""
+        return self._processor.id_to_piece(token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether it is a control symbol or the unknown piece, which no text gives."""
+        return self._processor.is_control(token) or self._processor.is_unknown(token)
+
     def chat_frame(self, *, system: bool, date: str | None = None) -> ChatFrame:
         """UserError: there is none."""
         raise UserError(_NO_CHAT)

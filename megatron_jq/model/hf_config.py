@@ -78,6 +78,25 @@ def hugging_face_config(
     return {**config, **(_experts(a) if a.num_experts is not None else {})}
 
 
+def with_token_ids(config: dict[str, Any], ids: dict[str, int | None], vocab_size: int) -> dict[str, Any]:
+    """A config.json or generation_config.json with the ids that a run trained with.
+
+    ids: of eos_token_id, bos_token_id and pad_token_id; None where the tokenizer has none. The end of text comes first,
+    before what else ended a text for the model. The other two fill gaps, which the family's defaults would fill.
+    """
+    eos, before = ids["eos_token_id"], config.get("eos_token_id")
+    others = [token for token in (before if isinstance(before, list) else [before]) if token not in (None, eos)]
+    others = [token for token in others if token < vocab_size]
+    result = {**config, "eos_token_id": [eos, *others] if others else eos}
+    if isinstance(before, list) and before == [eos]:
+        result["eos_token_id"] = before
+    for name in ("bos_token_id", "pad_token_id"):
+        kept = config.get(name)
+        if kept is None or kept >= vocab_size:
+            result[name] = ids[name]
+    return result
+
+
 def _rope_scaling(a: Architecture) -> dict[str, Any] | None:
     if a.rope_scaling is None:
         return None
