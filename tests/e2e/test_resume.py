@@ -389,7 +389,7 @@ def test_another_run_begins_from_a_checkpoint_whole_or_from_its_weights(whole, t
     assert f"goes on from {source}/iter_0000012: 12 steps are done\n" in out
     assert [json.loads(line)["step"] for line in metrics(tmp_path / "on")] == [12, 13]
     out = finished([*argv, "--run-dir", str(tmp_path / "anew"), "--finetune", "--train-iters", "1"], tmp_path)
-    assert f"begins with the weights of {source}/iter_0000012\n" in out
+    assert f"begins with the weights of {source}/iter_0000012 (step 12)\n" in out
     [line] = [json.loads(line) for line in metrics(tmp_path / "anew")]
     first = json.loads(metrics(whole(*TP2))[0])
     assert line["step"] == 0 and line["log_p_mean"] > first["log_p_mean"] + 1  # what was learnt is still there

@@ -170,3 +170,26 @@ def test_the_slurm_executor_submits_and_the_tasks_run_one_after_another(cluster,
     cluster.until(lambda: not cluster.run("squeue", "--noheader").stdout.strip(), 240, "an empty queue", every=0.5)
     assert steps_on_record(run_dir) == 3, done.stdout + done.stderr + logs(tmp_path)
     assert (run_dir / "run.png").exists()
+
+
+@needs_nemo_run
+def test_points_of_a_sweep_do_not_share_a_folder_of_checkpoints():
+    """Without --save each run has its own; with one, each has a folder in it, which its evaluation reads."""
+    code = (
+        "import argparse\nfrom experiment import evaluation\nfrom sweep import configs_of\n"
+        "from megatron_jq.grid import Point\n"
+        "points = [Point('q0', ('--q=0',)), Point('q1', ('--q=1',))]\n"
+        "args = argparse.Namespace(executor='slurm', evaluate_flags='')\n"
+        "for save in ([], ['--save', '/c']):\n"
+        "    for config in configs_of(points, ['--run-dir', '/s', *save], False):\n"
+        "        print(config.training.run_dir, config.checkpoint.save, evaluation(args, config).args[1])\n"
+    )
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(LAUNCH / "nemo_run"), str(REPOSITORY)])}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "/s/q0 None --load=/s/q0/checkpoints",
+        "/s/q1 None --load=/s/q1/checkpoints",
+        "/s/q0 /c/q0 --load=/c/q0",
+        "/s/q1 /c/q1 --load=/c/q1",
+    ]
