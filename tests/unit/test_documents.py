@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun
 
 from megatron_jq.config import SETTINGS, settings_of_text
 from megatron_jq.data.template import template_of
@@ -20,9 +21,8 @@ SOURCES = ("tools/*.py", "megatron_jq/cli/*.py", "examples/**/*.py", "launch/**/
 
 #: Flags of other programs that documents name, and whose they are.
 FOREIGN = {
-    "nproc-per-node": "torchrun", "shutdown-timeout": "torchrun", "rdzv-endpoint": "torchrun",
     "parsable": "sbatch", "dependency": "sbatch", "array": "sbatch", "signal": "sbatch, scancel",
-    "no-requeue": "sbatch", "requeue": "sbatch", "chdir": "sbatch", "gres": "sbatch", "exclusive": "sbatch",
+    "no-requeue": "sbatch", "requeue": "sbatch", "chdir": "sbatch", "gres": "sbatch", "export": "sbatch",
     "jobid": "srun", "overlap": "srun", "pty": "srun", "cpus-per-task": "srun", "cpu-bind": "srun",
     "shm-size": "docker", "ft-rank-heartbeat-timeout": "ft_launcher",
     "calculate-per-token-loss": "Megatron-LM; ours behaves so",
@@ -42,8 +42,9 @@ def line_of(text: str, at: int) -> int:
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """Of the settings, and of every parser in the sources; without the dashes."""
+    """Of the settings, of every parser in the sources, and of torchrun; without the dashes."""
     known = {"config", "help", "version"}
+    known |= {name[2:] for action in torchrun()._actions for name in action.option_strings if name.startswith("--")}
     for name in SETTINGS:
         known |= {name.replace("_", "-"), f"no-{name.replace('_', '-')}"}
     for pattern in SOURCES:
@@ -99,7 +100,7 @@ def missing_files(document: str, text: str, files: list[str]) -> list[str]:
     """
     result, folders = [], ("", "tests/", "megatron_jq/", "docs/", "launch/", f"{Path(document).parent}/")
     for match in re.finditer(r"`([\w./*-]+\.(?:py|sh|toml|sbatch|md|png))(?=[`: ])", text):
-        name = match[1].removeprefix("./")
+        name = match[1].removeprefix("../").removeprefix("./")
         anywhere = "/" not in name and any(fnmatch.fnmatch(file.rpartition("/")[2], name) for file in files)
         there = any(fnmatch.fnmatch(file, folder + name) for file in files for folder in folders)
         if not (there or anywhere or name in WRITTEN or in_megatron(name)):
