@@ -20,7 +20,8 @@ DOCUMENTS = sorted(
 )
 _PROGRAM = (
     r"(?:[A-Z_]+=\S+ +)*"
-    r"(?:megatron-jq|python3?|torchrun|sbatch|srun|scancel|pip|git|\.venv/bin/\S+|\./[\w/.]+|(?:tools|examples|launch)/[\w/]+\.(?:py|sh))"
+    r"(?:megatron-jq(?! \d)|python3?|torchrun|sbatch|srun|scancel|pip|git|\.venv/bin/\S+|\./[\w/.]+|"
+    r"(?:tools|examples|launch)/[\w/]+\.(?:py|sh))"
 )
 _COMMAND = re.compile(rf"{_PROGRAM}(?: |$)")
 _INLINE = re.compile(rf"(?<!`)`({_PROGRAM} +[^`]+)`(?!`)")

@@ -59,7 +59,7 @@ CORPUS = [{"text": f"two and {number} is more than two . " * 20} for number in r
 FILES = {
     "README.md": {"GSM8K.jsonl": GSM8K_LINES},
     "docs/data.md": {f"hotpot_{name}.json": HOTPOTQA for name in ("train_v1.1", "dev_distractor_v1")},
-    "docs/evaluation.md": {"test.json": FINQA},
+    "docs/evaluation.md": {"test.json": FINQA, "test.jsonl": GSM8K_LINES},
     "docs/pretraining.md": {"gsm8k/train.jsonl": GSM8K_LINES, "corpus.jsonl": CORPUS},
     "examples/finqa/README.md": {f"{name}.json": FINQA for name in ("train", "dev", "test")},
     "examples/gsm8k/README.md": {f"{name}.jsonl": GSM8K_LINES for name in ("train", "test")},
@@ -99,8 +99,15 @@ def place(shared, tmp_path, monkeypatch) -> Path:
     for copy, run_dir in (("runs/mine", "mine"), ("data/first", "old"), ("OLD", "old")):
         shutil.copytree(shared / run_dir, place / copy)
     (place / "my.toml").write_text("[rollout]\nanswer_budget = 8\n[data]\nmax_prompt_tokens = 64\n")
+    for code in re.findall(r"^    (# my_rewards\.py.*\n(?:    .*\n)+)", evaluation_document(), re.MULTILINE):
+        (place / "my_rewards.py").write_text(code.replace("\n    ", "\n"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(place)])  # PYTHONPATH=.
     monkeypatch.chdir(place)
     return place
+
+
+def evaluation_document() -> str:
+    return (REPOSITORY / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
 def done(folder: Path, argv: list[str], size: int = 1, program: Callable[[list[str]], int] = main) -> str:
@@ -165,6 +172,9 @@ def do(call: Call, place: Path) -> None:
         program, argv = options.training_script, list(options.training_script_args)
     if program in ("megatron-jq", "megatron_jq"):
         program, *argv = argv
+        if program == "--version":
+            assert done(place, ["--version"]).startswith("megatron-jq ")
+            return
         assert program in COMMANDS, f"megatron-jq {program}: there is no such command"
         if len(argv) < (2 if program == "convert" else 1):
             return  # a name in a sentence
