@@ -268,6 +268,8 @@ def pretended_cuda() -> Iterator[None]:
     generator = {"_get_cuda_rng_state": answers["get_rng_state"], "_set_cuda_rng_state": answers["set_rng_state"]}
     replaced["init_process_group"] = _over_gloo(dist.init_process_group)
     replaced["new_group"] = _noted(dist.new_group, operations)
+    backend_of = dist.get_backend
+    replaced["get_backend"] = lambda group=None: "nccl" if group is None else backend_of(group)
     backward = {"_engine_run_backward": _within(torch.autograd._engine_run_backward, names)}
     with contextlib.ExitStack() as stack:
         for module, changes in (
@@ -276,6 +278,7 @@ def pretended_cuda() -> Iterator[None]:
             (megatron_random, generator),
             (torch.autograd, backward),
             (torch.Tensor, {"record_stream": lambda *_: None}),
+            (torch.cuda.nccl, {"version": lambda: (2, 27, 0)}),  # torch's log asks for it where the backend is nccl
         ):
             stack.enter_context(mock.patch.multiple(module, **changes))
         stack.enter_context(operations)
