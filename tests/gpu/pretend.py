@@ -313,7 +313,7 @@ def _noted(new_group, operations: _Operations):
 
     def called(*args, backend=None, **kwargs):
         group = new_group(*args, backend=backend, **kwargs)
-        if backend == "gloo":
+        if backend == "gloo" and isinstance(group, dist.ProcessGroup):  # a number on ranks outside it
             operations.host_groups.add(group.group_name)
         return group
 
