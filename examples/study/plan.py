@@ -12,6 +12,7 @@ PARTS = {
     "d": "bias and variance of the estimators, by enumeration",
     "e": "warm start",
     "f": "the optimizer's part in the stall",
+    "g": "float32's part in the stall",
 }
 
 
@@ -24,6 +25,7 @@ def jobs_of_part(part: str, out: Path) -> list[Job]:
         "d": lambda: [*(_bias(q) for q in enumeration.QS), *(_variance(q) for q in enumeration.VARIANCE_QS)],
         "e": lambda: policy_runs.jobs_of("e", warm.warm_start_runs(), out, seconds=20),
         "f": lambda: policy_runs.jobs_of("f", policy_runs.optimizer_runs(), out, seconds=13),
+        "g": lambda: policy_runs.jobs_of("g", policy_runs.loss_scale_runs(), out, seconds=11),
     }[part]()
 
 

@@ -69,9 +69,9 @@ def plot_cold_start(runs: Runs, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_optimizers(grids: Mapping[str, Runs], path: Path, *, floor: float = -62.0) -> None:
+def plot_optimizers(grids: Mapping[str, Runs], path: Path, *, floor: float = -62.0, columns: int = 3) -> None:
     """ln P̂ against the step, a panel an optimizer."""
-    figure, axes = _figure(len(grids), columns=3)
+    figure, axes = _figure(len(grids), columns=columns)
     for axis in axes[len(grids) :]:
         axis.set_axis_off()
     for axis, (title, runs) in zip(axes, grids.items(), strict=False):

@@ -142,6 +142,34 @@ def cold_start_runs() -> list[PolicyRun]:
     ]
 
 
+#: Part g: what a start below float32's reach is trained with, Adam each time.
+BELOW_FLOAT32 = {
+    "epsilon 1e-8": (),
+    "epsilon 1e-15": ("--adam-eps", "1e-15"),
+    "epsilon 1e-20": ("--adam-eps", "1e-20"),
+    "epsilon 1e-8, loss scale": ("--loss-scale", "auto"),
+}
+BELOW_ITERS = 120
+
+
+def loss_scale_runs() -> list[PolicyRun]:
+    """Part g: the grid of b with --loss-scale auto, and a start at three times its ln P, one seed."""
+    near = [
+        PolicyRun(f"near-{m}-seed{seed}", "paint", seed, (*method_flags(m), "--loss-scale", "auto"), evaluated=False)
+        for seed in SEEDS
+        for m in METHODS
+        if m != "grpo"
+    ]
+    slow = ("--lr", "1e-3", "--train-iters", str(BELOW_ITERS), "--eval-interval", "0")
+    far = [
+        PolicyRun(f"far-{name}-{m}-seed1", "repaint", 1, (*method_flags(m), *slow, *flags), evaluated=False)
+        for m in METHODS
+        if m != "grpo"
+        for name, flags in BELOW_FLOAT32.items()
+    ]
+    return [*far, *near]
+
+
 def optimizer_runs() -> list[PolicyRun]:
     """Part f: the grid of b with other optimizers (its first column is b itself)."""
     return [

@@ -19,6 +19,7 @@ SECTIONS: dict[str, Callable[[sections.Values, Path], list[str]]] = {
     "d": sections.estimators,
     "e": sections.warm_start,
     "f": sections.optimizers,
+    "g": sections.loss_scale,
 }
 
 

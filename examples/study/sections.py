@@ -13,7 +13,7 @@ from examples.study.figures import (
     median_step,
     share_of_answer,
 )
-from examples.study.policy_runs import METHODS, OPTIMIZERS, QS, SEEDS
+from examples.study.policy_runs import BELOW_FLOAT32, BELOW_ITERS, METHODS, OPTIMIZERS, QS, SEEDS
 from examples.study.tasks import items
 from examples.study.warm import METHODS as WARM_METHODS
 from examples.study.warm import RATES, has_collapsed
@@ -234,6 +234,39 @@ def optimizers(values: Values, folder: Path) -> list[str]:
         "held-out prompts x 16 samples.",
         "",
         "![ln P against the step under five optimizers](optimizers.png)",
+    ]
+
+
+def loss_scale(values: Values, folder: Path) -> list[str]:
+    """The start of b with a loss scale, and the far one by epsilon, without and with it."""
+    methods = [method for method in METHODS if method != "grpo"]
+    near = {m: {s: values[f"near-{m}-seed{s}"] for s in SEEDS} for m in methods}
+    far = {name: {m: {1: values[f"far-{name}-{m}-seed1"]} for m in methods} for name in BELOW_FLOAT32}
+    panels = {f"{'Adam, ' if 'scale' not in name else ''}{name}": runs for name, runs in far.items()}
+    plots.plot_optimizers(panels, folder / "loss_scale.png", floor=-82.0, columns=2)
+    first = sum(runs["garl-1"][1]["log_p_mean"][0] for runs in far.values()) / len(far)
+    near_rows, far_rows = [], []
+    for method in methods:
+        seeds = near[method].values()
+        half = median_step([escape_step(value["log_p_mean"]) for value in seeds])
+        right = [value["eval_exact_match"][-1] for value in seeds]
+        cell = f"{half:.0f} / {sum(right) / len(right):.2f}".replace("inf", "-")
+        norm = near[method][SEEDS[0]]["grad_norm"][0]
+        near_rows.append((plots.label_of(method), f"{norm:.1e}", cell))
+        lasts = [runs[method][1]["log_p_mean"][-5:] for runs in far.values()]
+        norm = far["epsilon 1e-8"][method][1]["grad_norm"][0]
+        far_rows.append((plots.label_of(method), f"{norm:.1e}", *(f"{sum(last) / len(last):.1f}" for last in lasts)))
+    return [
+        "The start of b, ln P = -27, Adam with its default epsilon and `--loss-scale auto`:",
+        "",
+        *_table(("method", "first gradient", "steps to half of ln P̂ / exact match at the end"), near_rows),
+        "",
+        f"A start at ln P = {first:.0f} (b's answers three times over), rate 1e-3, one seed: ln P̂ after {BELOW_ITERS} "
+        "steps",
+        "",
+        *_table(("method", "first gradient", *far), far_rows),
+        "",
+        "![ln P against the step from a start below float32](loss_scale.png)",
     ]
 
 

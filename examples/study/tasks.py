@@ -1,6 +1,7 @@
-"""The study's two tasks, as JSON lines: short sentences over some forty words, one token a word.
+"""The study's tasks, as JSON lines: short sentences over some forty words, one token a word.
 
     paint   Mira takes a kite to the park .      Mira paints the kite red .    7 answer tokens, ln P near -26 at first
+    repaint the same prompt                      paint's answer three times    19 answer tokens, ln P near -70
     colour  Mira takes a kite to the park .      red                           2 answer tokens, ln P near -7
 
 The colour follows from the name alone. Held out are combinations of name, thing and place that training never shows.
@@ -37,6 +38,7 @@ class Item:
 def items(task: str) -> tuple[list[Item], list[Item]]:
     """(training, held-out) items without noise, in a fixed shuffled order. ValueError: no such task."""
     answers = {"paint": "{name} paints the {thing} {colour} .", "colour": "{colour}"}
+    answers["repaint"] = " ".join([answers["paint"]] * 3)
     if task not in answers:
         raise ValueError(f"task {task!r} is none of {', '.join(answers)}")
 
