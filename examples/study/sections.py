@@ -242,7 +242,7 @@ def loss_scale(values: Values, folder: Path) -> list[str]:
     methods = [method for method in METHODS if method != "grpo"]
     near = {m: {s: values[f"near-{m}-seed{s}"] for s in SEEDS} for m in methods}
     far = {name: {m: {1: values[f"far-{name}-{m}-seed1"]} for m in methods} for name in BELOW_FLOAT32}
-    panels = {f"{'Adam, ' if 'scale' not in name else ''}{name}": runs for name, runs in far.items()}
+    panels = {f"Adam, {name}": runs for name, runs in far.items()}
     plots.plot_optimizers(panels, folder / "loss_scale.png", floor=-82.0, columns=2)
     first = sum(runs["garl-1"][1]["log_p_mean"][0] for runs in far.values()) / len(far)
     near_rows, far_rows = [], []
