@@ -261,6 +261,6 @@ def _reductions(plan: Plan, stage: int) -> list[Message]:
     found.append(Message("train", "tp", "all-reduce", "gradients of norms", int(norms > 0), 4 * norms, plan.tp))
     # over tensor- and pipeline-parallel processes, and over replicas where these share the optimizer's work
     ranks = plan.tp * plan.pp * (plan.dp if p.use_distributed_optimizer else 1)
-    norms_taken = 1 + (plan.config.optimizer.clip_grad > 0)  # by the trainer, which looks for faults, and to clip
-    found.append(Message("train", "tp·pp", "all-reduce", "gradient's norm", norms_taken, norms_taken * FLOAT32, ranks))
+    # Once: what the trainer looks at for faults is what it clips by.
+    found.append(Message("train", "tp·pp", "all-reduce", "gradient's norm", 1, FLOAT32, ranks))
     return found

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from megatron_jq.seeds import stream
 from megatron_jq.train.step import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import (
@@ -40,9 +41,7 @@ def _reference(policy: str):
     tables = [
         [[scored[b, m][column].item() for m in range(NUM_RATIONALES)] for b in range(NUM_PROMPTS)] for column in (0, 1)
     ]
-    draws = torch.rand(
-        NUM_PROMPTS, NUM_RATIONALES, dtype=torch.float64, generator=torch.Generator().manual_seed(5 << 20)
-    )
+    draws = torch.from_numpy(stream("PAFT's draws", 5, 0).random((NUM_PROMPTS, NUM_RATIONALES)))
     joint = reference.paft(tables[1], Q, draws)
     coefficients = {"garl": reference.garl(tables[1], Q), "paft": (joint, joint)}
     gradients = {
