@@ -15,6 +15,7 @@ from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients
 from megatron_jq.train.beginning import Beginning
+from megatron_jq.train.falls import FallWatch
 from megatron_jq.train.loss_scale import LossScale
 from megatron_jq.train.optimizer import (
     clip_and_step,
@@ -49,23 +50,29 @@ class Numerics:
         self._elements, self._log_p, self._facts = int(count), math.nan, None
 
     def load(self, beginning: Beginning) -> None:
-        """Continue with the scale of the checkpoint whose optimizer was loaded, and its last ln P."""
+        """Continue with the scale of the checkpoint whose optimizer was loaded, and know the ln P of its last steps.
+
+        A checkpoint of an earlier version knows no such steps.
+        """
         if beginning.found is None or beginning.weights_only:
             return
         manifest = beginning.found.manifest
         self.scale.restore(manifest.optimizer, self._optimizer)
-        log_p = (manifest.metrics or {}).get("log_p_mean")
-        if log_p is not None:
-            self._watch.begin(log_p)
+        self._watch.falls = FallWatch((manifest.optimizer or {}).get("log_p_per_token", ()))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, beside the optimizer's name."""
-        return self.scale.state()
+        return {**self.scale.state(), "log_p_per_token": self._watch.falls.recent}
 
-    def scored(self, step: int, log_w_BM: torch.Tensor, valid_BM: torch.Tensor, answer_tokens: float) -> None:
-        """Judge the weights by the step's ln w. RunFailure where the update before destroyed the policy."""
-        log_p_B = log_mean_weight(log_w_BM, valid_BM)[valid_BM.any(dim=1)]
+    def scored(self, step: int, log_w_BM: torch.Tensor, valid_BM: torch.Tensor, answer_tokens_B: list[float]) -> None:
+        """Judge the weights by the step's ln w. RunFailure where the update before destroyed the policy.
+
+        answer_tokens_B: of each prompt's gold.
+        """
+        scored_B = valid_BM.any(dim=1)
+        log_p_B = log_mean_weight(log_w_BM, valid_BM)[scored_B]
         self._log_p = log_p_B.mean().item()  # nan where no prompt has a valid rationale
+        answer_tokens = torch.tensor(answer_tokens_B, dtype=torch.float64)[scored_B.cpu()].mean().item()
         self._watch.scored(step, self._log_p, answer_tokens)
 
     def begin(

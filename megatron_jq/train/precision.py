@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_jq.config import Config, OptimizerConfig
 from megatron_jq.errors import RunFailure
+from megatron_jq.train.falls import FallWatch
 from megatron_jq.train.optimizer import device_of_collectives, parts_of
 
 #: float32's smallest number with all its digits (1.2e-38), and the gradient whose square it is: Adam's floor.
@@ -20,8 +21,9 @@ SMALLEST = torch.finfo(torch.float32).tiny
 GRADIENT_FLOOR = math.sqrt(SMALLEST)
 #: Above this norm a gradient's square may leave float32 (3.4e38).
 _LARGEST_NORM = 2.0**63
-#: Nats per answer token below which no policy lies that an update has not destroyed: logits differ by some tens.
-_DESTROYED = -1000.0
+#: Factor, as a power of two, by which a constant loss scale may exceed that of `auto`, whose warm prompts have products
+#: up to 2^32: Adam's second moments come along with the square of it.
+_ROOM_OF_CONSTANT = 24
 
 
 @dataclass(frozen=True)
@@ -47,31 +49,31 @@ class StepFacts:
 
 
 class PrecisionWatch:
-    """Says each kind of trouble once a run."""
+    """Says each kind of trouble once a run; falls of ln P as often as they come (train/falls.py).
+
+    falls: those of the run before, where it is resumed.
+    """
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._o, self._say = config.optimizer, say
-        self._before: float | None = None  # ln P of the step before
+        self.falls = FallWatch()
         self._said: set[str] = set()
 
-    def begin(self, log_p_before: float) -> None:
-        """Know ln P of the last step of a run that is resumed."""
-        self._before = log_p_before
-
     def scored(self, step: int, log_p_mean: float, answer_tokens: float) -> None:
-        """Compare ln P with the step's before. RunFailure where one update took it out of any policy's reach."""
-        if not math.isfinite(log_p_mean):
+        """Compare ln P per answer token with that of earlier steps. answer_tokens: mean of the golds of this ln P.
+
+        RunFailure where an update took it out of any policy's reach.
+        """
+        if not math.isfinite(log_p_mean) or (fall := self.falls.judge(log_p_mean / max(answer_tokens, 1.0))) is None:
             return
-        before, self._before = self._before, log_p_mean
-        if before is None or log_p_mean >= 10 * before - 100:
-            return
-        fell = f"step {step}: ln P fell from {before:.4g} to {log_p_mean:.6g} in one update"
-        if log_p_mean / answer_tokens < _DESTROYED:
+        fell = f"step {step}: ln P fell to {log_p_mean:.6g} ({fall})"
+        look = f"Look at --lr ({self._o.lr:g}), --clip-grad ({self._o.clip_grad:g}) and --adam-eps"
+        if fall.destroyed:
             raise RunFailure(
-                f"{fell}: the weights are no policy any more. A checkpoint from before it is good. Look at --lr "
-                f"({self._o.lr:g}), --clip-grad and --adam-eps, and at docs/loss-scaling.md"
+                f"{fell}: the weights are no policy any more. A checkpoint from before it is good. {look}, and at "
+                "docs/loss-scaling.md"
             )
-        self._warn("fall", f"{fell} (--lr {self._o.lr:g}, --clip-grad {self._o.clip_grad:g})")
+        self._say(f"warning: {fell}, further than prompts differ. If it does not come back, an update did it. {look}")
 
     def coefficients(self, facts: StepFacts, *, vanished: bool) -> None:
         """Judge the step's table. vanished: all of it is 0 though every ln w is finite and q is below 1."""
@@ -162,12 +164,26 @@ class PrecisionWatch:
             return "--loss-scale auto trains on it."
         if facts.loss_scale == 1:
             return "A larger --q trains on it."
-        return f"--loss-scale auto was set for larger coefficients, and is never raised ({facts.loss_scale:.3g})."
+        return (
+            f"--loss-scale auto follows the warmest prompts that the run has met ({facts.loss_scale:.3g} now) and is "
+            f"never raised. A larger --q, or a --q-schedule from 1, trains on these{_constant(facts)}; more "
+            "--prompts-per-step put warmer prompts beside them, so that fewer steps are lost"
+        )
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
             self._say(f"warning: {text}")
+
+
+def _constant(facts: StepFacts) -> str:
+    """What a constant loss scale can do for a step whose coefficients are too small for that of `auto`."""
+    exponent = -math.floor(math.log2(facts.largest))
+    if exponent <= math.log2(facts.loss_scale):
+        return ""
+    if exponent > math.log2(facts.loss_scale) + _ROOM_OF_CONSTANT:
+        return "; no constant --loss-scale holds both these and the warmest"
+    return f"; so does the constant --loss-scale {2.0**exponent:.17g}, with --load of a checkpoint"
 
 
 def _adam_step(

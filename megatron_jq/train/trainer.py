@@ -309,11 +309,11 @@ class Trainer:
             run_dir = Path(self.config.training.run_dir)
             raise non_finite(what, step, prompts, sequences, self.runtime, run_dir)
 
-    def _answer_tokens(self, prompts: Batch) -> float:
-        """Tokens of a gold answer, about; a row of pretraining is all answer."""
+    def _answer_tokens(self, prompts: Batch) -> list[float]:
+        """Tokens of each prompt's gold answer; a row of pretraining is all answer."""
         if self.config.objective.estimator == "pretrain":
-            return self.estimator.row_tokens
-        return sum(len(example.answer_ids) for example in prompts) / len(prompts)
+            return [self.estimator.row_tokens] * len(prompts)
+        return [float(len(example.answer_ids)) for example in prompts]
 
     def _say(self, text: str) -> None:
         if self.recorder is not None:

@@ -261,7 +261,7 @@ def test_an_update_that_destroys_the_policy_stops_the_run(log_p, tokens, said, s
             watch.scored(step, value, tokens)
         assert not stopped
     except RunFailure as failure:
-        assert stopped and "ln P fell from" in str(failure)
+        assert stopped and "ln P fell to" in str(failure)
     assert len(lines) == said
 
 
@@ -278,6 +278,25 @@ def test_coefficients_that_float32_cannot_hold_are_said_once():
     assert len(lines) == 2
     assert "step 0: coefficients reach below float32's smallest" in lines[0] and "--loss-scale auto" in lines[0]
     assert "q = 0.75, ln P = -2660" in lines[0] and "below float64's range" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "scale", "largest", "said", "unsaid"),
+    [
+        ("auto", 2.0**15, 1e-95, ["no constant --loss-scale holds both", "--prompts-per-step", "larger --q"], "--load"),
+        ("auto", 2.0**15, 2.0**-38, ["constant --loss-scale 274877906944, with --load", "larger --q"], "no constant"),
+        ("auto", 2.0**1000, 1e-310, ["constant --loss-scale", "larger --q"], "no constant"),
+        ("auto", 2.0**15, 2.0**-15, ["larger --q", "--prompts-per-step"], "constant"),
+        ("auto", 1.0, 1e-7, ["A larger --q trains on it."], "constant"),
+        (1.0, 1.0, 1e-20, ["--loss-scale auto trains on it."], "constant"),
+    ],
+)
+def test_a_gradient_that_the_scale_does_not_lift_is_said_with_the_ways_out(setting, scale, largest, said, unsaid):
+    lines = []
+    watch = PrecisionWatch(Config(optimizer=replace(ADAM, loss_scale=setting)), lines.append)
+    watch.gradient(StepFacts(2, 0.25, -293.0, largest, 4, scale), 0.0, 10_000)
+    [line] = lines
+    assert "exactly 0" in line and all(text in line for text in said) and unsaid not in line, line
 
 
 def test_coefficients_know_their_largest():

@@ -4,6 +4,7 @@ learns with --loss-scale. Twelve-token answers and a tiny policy: a step takes a
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_a_resumed_run_keeps_its_scale_bit_for_bit(folder):
     assert scales[0] == scales[1] and scales[0]["loss_scale"] > 1
     [ended] = run([*flags(folder, "half", "--q", "0.5", "--loss-scale", "2"), "--resume"], folder)
     assert ended.code == 2 and "--loss-scale" in ended.err
+
+
+def test_easy_and_hard_prompts_by_turns_are_no_fall_and_the_warning_names_the_ways_out(folder):
+    rows = [json.dumps({"prompt": f"say {n}", "answer": "a" if n % 2 else "w17 w03 " * 7}) + "\n" for n in range(6)]
+    (folder / "mixed.jsonl").write_text("".join(rows))
+    sizes = ("--prompts-per-step", "1", "--q", "0.25", "--lr", "1e-4", "--loss-scale", "auto")
+    lines, said = trained(folder, "mixed", *sizes, data="mixed", steps=6)
+    log_p = [line["log_p_mean"] for line in lines]
+    assert min(log_p) < -220 and max(log_p) > -20 and "ln P fell" not in said
+    assert any(before > -20 and after < -220 for before, after in pairwise(log_p)), log_p  # or nothing was tested
+    [hidden] = [line for line in said.splitlines() if "exactly 0" in line]
+    assert "no constant --loss-scale holds" in hidden and "larger --q" in hidden and "--prompts-per-step" in hidden
 
 
 @pytest.mark.parametrize(
