@@ -181,7 +181,7 @@ def _constant(facts: StepFacts) -> str:
     exponent = -math.floor(math.log2(facts.largest))
     if exponent <= math.log2(facts.loss_scale):
         return ""
-    if exponent > math.log2(facts.loss_scale) + _ROOM_OF_CONSTANT:
+    if exponent > min(math.log2(facts.loss_scale) + _ROOM_OF_CONSTANT, 1023):  # float64 ends there
         return "; no constant --loss-scale holds both these and the warmest"
     return f"; so does the constant --loss-scale {2.0**exponent:.17g}, with --load of a checkpoint"
 
