@@ -202,7 +202,8 @@ def refuse_unread(command: str, config: Config, architecture: Architecture, flag
     reasons = unread(command, config, architecture)
     by = f"--estimator {config.objective.estimator}" if command == "train" else command
     lines = [
-        f"{flag_of(config, name)} is not read by {_reader(by, name, config)}: {reasons[name]}"
+        f"{flag_of(config, name) if command == 'train' else _plain(name)} is not read by "
+        f"{_reader(by, name, config)}: {reasons[name]}"
         + (" instead" if reasons[name].startswith("give ") else "; leave it out")
         for name in SETTINGS
         if name in flags and name in reasons and not (command == "train" and _is_right(config, name))
@@ -252,7 +253,11 @@ def without_unread(config: Config, architecture: Architecture) -> Config:
 
 def flag_of(config: Config, name: str) -> str:
     """As a command line would have it."""
-    return f"--{'no-' if _value(config, name) is False else ''}{name.replace('_', '-')}"
+    return f"--{'no-' if _value(config, name) is False else ''}{_plain(name).removeprefix('--')}"
+
+
+def _plain(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _value(config: Config, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -8,6 +9,12 @@ import pytest
 # The same examples every time, and no deadline: the suite must not depend on how busy the machine is.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# A shell that starts the suite in the background ignores SIGINT (nohup: SIGHUP), and every process that a test starts
+# would inherit that; runs rightly leave an ignored signal alone.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,9 +166,15 @@ def architecture_of(manifest: Manifest) -> Architecture:
 
 @contextmanager
 def whole_checkpoint(load: Path) -> Iterator[tuple[Path, Manifest]]:
-    """The newest whole checkpoint in (or at) `load`, every checksum verified. UserError where reading it fails."""
+    """The newest checkpoint in (or at) `load`, every checksum verified. UserError where it is not whole: a command that
+    is run once must not take another step than the one that it was pointed at.
+    """
     try:
-        folder = folders.find(load, say=lambda text: tqdm.write(text))
+        damaged: list[str] = []
+        folder = folders.find(load, say=damaged.append)
+        if damaged:
+            texts = "; ".join(text.removeprefix("warning: ").replace(" and skipped", "") for text in damaged)
+            raise UserError(f"--load {load}: {texts}; to take the newest whole one, give --load {folder}")
         yield folder, folders.read_manifest(folder)
     except DamagedCheckpoint as fault:
         raise UserError(f"--load {load}: {fault}") from fault

@@ -216,7 +216,9 @@ def none_found(load: Path, damage: list[str], flag: str) -> UserError:
         hint = f"; to go on from step {' or '.join(map(str, aside))}, write that into {TRACKER}" if aside else ""
         return UserError(f"{flag} {load}: no whole checkpoint; {'; '.join(damage)}{hint}")
     hint = ""
-    if (load / "config.json").is_file():
+    if (load / "checkpoints").is_dir():
+        hint = f"; a run's lie in {load / 'checkpoints'}"
+    elif (load / "config.json").is_file():
         hint = "; it is a Hugging Face folder: evaluate and convert take it with --hf, train with --model"
     return UserError(f"{flag} {load}: there is no checkpoint (iter_NNNNNNN) in this folder{hint}")
 

@@ -81,7 +81,7 @@ class Lock:
             other = os.read(self._file, 1000).decode(errors="replace").strip() or "another process"
             os.close(self._file)
             raise UserError(
-                f"{flag} {folder} is in use by {other}; wait until that has ended, or name another folder"
+                f"{flag} {folder} is in use by {other}; {_way_out(other, holder)}"
             ) from error
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}, {holder}\n".encode())
@@ -271,10 +271,21 @@ def _refuse_copy(claim: Claim, save: Path, run: Run) -> None:
         )
 
 
+def _way_out(other: str, holder: str) -> str:
+    """What to do about a folder that another process holds. holder: this process's words for itself."""
+    if other.endswith(holder):
+        return "wait until that has ended, or name another folder"
+    return "that is another run: name another folder"
+
+
 def _taken(save: Path, what: str, other: Run | None) -> UserError:
     fix = "give this run a --save of its own"
-    if other is not None:
+    if other is not None and Path(other.directory).is_dir():
         fix += f", or continue that one with --run-dir {other.directory} --resume"
+    elif other is not None:
+        fix = f"its run directory {other.directory} is gone; to go on from these checkpoints, give --load {save}, and a"
+        fix += " new --run-dir and --save"
+        return UserError(f"--save {save} {what}: {fix} (docs/checkpoints.md, by hand)")
     return UserError(f"--save {save} {what}: it is not this run's; {fix} (--load {save} begins from its newest one)")
 
 

@@ -146,7 +146,10 @@ def check_settings(manifest: Manifest, config: Config) -> None:
 
 
 def _refusal(what: str, differences: list[str]) -> str:
-    return f"--resume {what}: {'; '.join(differences)}; keep the old values, or begin a new run with --load"
+    return (
+        f"--resume {what}: {'; '.join(differences)}; keep the old values (--config RUN_DIR/config.toml has them), or "
+        "begin a new run with --load"
+    )
 
 
 def _settings_before(run_dir: Path) -> Config | None:

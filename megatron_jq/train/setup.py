@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -148,6 +148,9 @@ def show_example(config: Config) -> int:
     if config.checkpoint.load is not None and not has_tokenizer:
         raise UserError("--show-example does not open checkpoints; name the tokenizer with --tokenizer-model")
     carried = Path(config.model.model) if has_weights(config.model.model) else None
+    if carried is not None and not has_tokenizer and tokenizer_in(carried) is not None:
+        # Read where it lies: an error names the user's folder, not the copy that a run would make.
+        config = replace(config, data=replace(config.data, tokenizer_model=str(carried)))
     with tempfile.TemporaryDirectory() as scratch:
         data = prepare_data(config, architecture, None, Path(scratch), carried=carried)
     if number >= len(data.train):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -48,8 +49,13 @@ def start(frame: str, body: str, before: str = "") -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=DEADLINE_SECONDS)
-    return process.returncode, out, err
+    """Exit code and what is left of both outputs. Not by communicate: it does not know what readline has read ahead."""
+    limit = threading.Timer(DEADLINE_SECONDS, process.kill)
+    limit.start()
+    out, err = process.stdout.read(), process.stderr.read()
+    code = process.wait()
+    limit.cancel()
+    return code, out, err
 
 
 @pytest.mark.parametrize("number", SIGNALS)
