@@ -21,9 +21,6 @@ SMALLEST = torch.finfo(torch.float32).tiny
 GRADIENT_FLOOR = math.sqrt(SMALLEST)
 #: Above this norm a gradient's square may leave float32 (3.4e38).
 _LARGEST_NORM = 2.0**63
-#: Factor, as a power of two, by which a constant loss scale may exceed that of `auto`, whose warm prompts have products
-#: up to 2^32: Adam's second moments come along with the square of it.
-_ROOM_OF_CONSTANT = 24
 
 
 @dataclass(frozen=True)
@@ -166,8 +163,9 @@ class PrecisionWatch:
             return "A larger --q trains on it."
         return (
             f"--loss-scale auto follows the warmest prompts that the run has met ({facts.loss_scale:.3g} now) and is "
-            f"never raised. A larger --q, or a --q-schedule from 1, trains on these{_constant(facts)}; more "
-            "--prompts-per-step put warmer prompts beside them, so that fewer steps are lost"
+            f"never raised. A larger --q, or a --q-schedule from 1, trains on these; so does a run on them alone ("
+            f"--load CHECKPOINT --finetune, with --loss-scale auto{_constant(facts.largest)}); more --prompts-per-step put "
+            "warmer prompts beside them, so that fewer steps are lost"
         )
 
     def _warn(self, kind: str, text: str) -> None:
@@ -176,14 +174,10 @@ class PrecisionWatch:
             self._say(f"warning: {text}")
 
 
-def _constant(facts: StepFacts) -> str:
-    """What a constant loss scale can do for a step whose coefficients are too small for that of `auto`."""
-    exponent = -math.floor(math.log2(facts.largest))
-    if exponent <= math.log2(facts.loss_scale):
-        return ""
-    if exponent > min(math.log2(facts.loss_scale) + _ROOM_OF_CONSTANT, 1023):  # float64 ends there
-        return "; no constant --loss-scale holds both these and the warmest"
-    return f"; so does the constant --loss-scale {2.0**exponent:.17g}, with --load of a checkpoint"
+def _constant(largest: float) -> str:
+    """Name the constant loss scale that fits coefficients of this size, where float64 holds one."""
+    exponent = -math.floor(math.log2(largest))
+    return f", or the constant {2.0**exponent:.6g}" if exponent < 1024 else ""
 
 
 def _adam_step(

@@ -94,7 +94,11 @@ def test_easy_and_hard_prompts_by_turns_are_no_fall_and_the_warning_names_the_wa
     assert min(log_p) < -220 and max(log_p) > -20 and "ln P fell" not in said
     assert any(before > -20 and after < -220 for before, after in pairwise(log_p)), log_p  # or nothing was tested
     [hidden] = [line for line in said.splitlines() if "exactly 0" in line]
-    assert "no constant --loss-scale holds" in hidden and "larger --q" in hidden and "--prompts-per-step" in hidden
+    assert "--finetune" in hidden and "larger --q" in hidden and "--prompts-per-step" in hidden
+    (folder / "hard.jsonl").write_text("".join(rows[::2]))  # the way out that it names: on these alone
+    more = ("--prompts-per-step", "3", "--q", "0.25", "--loss-scale", "auto", "--finetune")
+    alone, _ = trained(folder, "hard", *more, "--load", f"{folder}/mixed/checkpoints", data="hard", steps=8)
+    assert alone[0]["log_p_mean"] < -220 and alone[-1]["log_p_mean"] > alone[0]["log_p_mean"] + 20
 
 
 @pytest.mark.parametrize(
