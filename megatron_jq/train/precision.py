@@ -164,8 +164,8 @@ class PrecisionWatch:
         return (
             f"--loss-scale auto follows the warmest prompts that the run has met ({facts.loss_scale:.3g} now) and is "
             f"never raised. A larger --q, or a --q-schedule from 1, trains on these; so does a run on them alone ("
-            f"--load CHECKPOINT --finetune, with --loss-scale auto{_constant(facts.largest)}); more --prompts-per-step put "
-            "warmer prompts beside them, so that fewer steps are lost"
+            f"--load CHECKPOINT --finetune, with --loss-scale auto{_constant(facts.largest)}); more --prompts-per-step "
+            "put warmer prompts beside them, so that fewer steps are lost"
         )
 
     def _warn(self, kind: str, text: str) -> None:
