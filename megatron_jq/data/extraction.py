@@ -1,9 +1,10 @@
 """F2: the answer inside a text that was not asked for in our format, by one of four ways. Pure functions of text.
 
     none         the text as it is: of a policy that is trained here, all after `</think>` is the answer
-    last-number  the last number, with its sign, scale, currency and unit, by numbers.py's grammar
+    last-number  the last number, with its sign, scale, currency and unit, if numbers.py's grammar reads all of it: no
+                 piece of a word, date, range or expression (last_number.py)
     boxed        the content of the last \\\\boxed{…}, whose braces are balanced
-    answer-is    what follows the last "answer is" (or "answer:") on its line
+    answer-is    what follows the last "answer is" (or "answer:") in its sentence, on its line
 
 A text that holds none has the empty answer, which is wrong.
 """
@@ -11,13 +12,18 @@ A text that holds none has the empty answer, which is wrong.
 import re
 
 from megatron_jq.data.answers import folded
-from megatron_jq.data.numbers import last_number
+from megatron_jq.data.last_number import last_number
 
 EXTRACTIONS = ("none", "last-number", "boxed", "answer-is")
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is\s*:|is\b|:)", re.IGNORECASE)
-_END_OF_LINE = re.compile(r"[\s*_]*\.?[\s*_]*$")  # its full stop, and the marks that stood before the answer
+_ENDS = re.compile(r"[.!;](?=[*_]*(?:\s|$))")  # 3.5 has no end inside
+_CONJUNCTIONS = re.compile(r"(?:(?:therefore|thus|hence|then)\b[,:]?\s+)+")
+#: A full stop after one of these ends no sentence: titles, initials in the middle of a name, "U.S."
+_ABBREVIATION = re.compile(
+    r"\b(?:Dr|Mrs?|Ms|St|Mt|Ft|Prof|Gen|Sen|Rep|Lt|Col|[Rr]s|No|vs|approx|i\.e|e\.g|[A-Z]\.[A-Z]|(?<=\S )[A-Z]|^[F-Z])$"
+)
 
 
 def extract(text: str, how: str) -> str:
@@ -28,7 +34,7 @@ def extract(text: str, how: str) -> str:
 
 
 def _last_number(text: str) -> str:
-    return last_number(folded(text))
+    return last_number(folded(re.sub(r"(?<=[A-Za-z])—(?=\S)", ": ", text)))
 
 
 def _boxed(text: str) -> str:
@@ -46,4 +52,10 @@ def _answer_is(text: str) -> str:
     if not marks:
         return ""
     line = (text[marks[-1].end() :].lstrip(" \t\r\n:*_").splitlines() or [""])[0]
-    return _END_OF_LINE.sub("", line)
+    line = _CONJUNCTIONS.sub("", line, count=1) if _CONJUNCTIONS.match(line) else line
+    for end in _ENDS.finditer(line):
+        before = line[max(0, end.start() - 12) : end.start()]
+        if end[0] != "." or not line[end.end() :].strip("*_ \t") or not _ABBREVIATION.search(before):
+            line = line[: end.start()]
+            break
+    return line.strip().rstrip(" \t*_")

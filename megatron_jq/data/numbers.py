@@ -27,7 +27,7 @@ from megatron_jq.data.units import (
 
 #: Most digits of a number written out, before and after the point: longer ones are texts.
 MOST_DIGITS = 1000
-_LONGEST = 2 * MOST_DIGITS  # characters of a text that may be a number
+LONGEST = 2 * MOST_DIGITS  # characters of a text that may be a number
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ _LATEX = tuple(
         (r"\^ ?\{? ?\\circ ?\}?|\\degree(?![a-zA-Z])", "°"),
         (r"\{,\}", ","),
         (r"\\!", ""),
-        (r"\\[,:; ]", " "),
+        (r"\\[,:; ]|~", " "),
         (r"\\([$%])", r"\1"),
     )
 )
@@ -113,10 +113,10 @@ def parse(text: str) -> Quantity | None:
 
     text: in NFKC, with ASCII's signs and single blanks (answers.py's folding), in its own casing.
     """
-    if len(text) > _LONGEST:
+    if len(text) > LONGEST:
         return None
-    text = unwrapped(text)
-    if "\\" in text or "{" in text:
+    text = unwrapped(_LEADING_EQUALS.sub("", unwrapped(text).rstrip(" .,;!")))
+    if "\\" in text or "{" in text or "~" in text:
         for pattern, by in _LATEX:
             text = pattern.sub(by, text)
         text = unwrapped(" ".join(text.split()))
@@ -128,6 +128,7 @@ def parse(text: str) -> Quantity | None:
     return quantity
 
 
+_LEADING_EQUALS = re.compile(r"^= ?(?!=)")
 _ACCOUNTING = re.compile(r"([^()]*)\(([^()]+)\)([^()]*)")
 
 
@@ -139,7 +140,7 @@ def _quantity(text: str) -> Quantity | None:
 def _with_tail(found: re.Match, tail: str) -> Quantity | None:
     """The quantity of a number and all that stands after it; None where that is no scale and no unit."""
     part = found.groupdict()
-    if (part["sign"] and part["inner"]) or len(found[0]) > _LONGEST:
+    if (part["sign"] and part["inner"]) or len(found[0]) > LONGEST:
         return None
     before = CURRENCY_SIGNS.get((part["before"] or "").casefold(), "")
     scale, tail = _scale(tail, money=bool(before))
@@ -234,12 +235,6 @@ def with_numbers_rewritten(text: str) -> str:
         parts += [text[end:start], str(quantity)]
         end = stop
     return "".join([*parts, text[end:]])
-
-
-def last_number(text: str) -> str:
-    """The last number inside a text (folded as for parse), as it is written there; "" where there is none."""
-    spans = [(start, stop) for start, stop, _ in _numbers_inside(text)]
-    return text[slice(*spans[-1])] if spans else ""
 
 
 def _numbers_inside(text: str) -> Iterator[tuple[int, int, Quantity]]:

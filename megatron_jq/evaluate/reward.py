@@ -7,8 +7,8 @@ The function is called with keyword arguments, once for each sampled answer, in 
 
 prompt: the text x. answer: without its end of text. golds: y*, then its aliases (and what the tokenizer makes of them).
 rationale_ids: up to `</think>`, included. ended: the answer ended by itself. One that takes `**_` may leave some out. A
-number must come back, not NaN or infinite; True is 1. Its module is imported before work starts, never because a
-checkpoint names it.
+number must come back that a float can hold, not NaN or infinite; True is 1, NumPy's too. Its module is imported before
+work starts, never because a checkpoint names it.
 """
 
 import importlib
@@ -19,6 +19,8 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy
 
 from megatron_jq.config import Config
 from megatron_jq.data.round_trips import text_of
@@ -56,6 +58,9 @@ class Reward:
             value = self.function(**sample)
         except (Exception, SystemExit) as error:
             raise RunFailure(f"{where}: {_last_line(error)}") from error
+        value = bool(value) if isinstance(value, numpy.bool_) else value
+        if isinstance(value, numbers.Real) and _is_beyond_float(value):
+            raise RunFailure(f"{where}: it returned a number beyond a float's range; a finite number must come back")
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise RunFailure(f"{where}: it returned {value!r}; a finite number must come back")
         if self.binary is not None and value not in (0, 1):
@@ -99,6 +104,14 @@ def load_reward(name: str, binary: str | None = None) -> Reward:
     except ValueError:
         pass  # a function without a signature that can be read; the first call tells
     return Reward(name, function, binary)
+
+
+def _is_beyond_float(value: numbers.Real) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return True
+    return False
 
 
 def _last_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from megatron_jq.records import Example, Rollout
 from tests.unit.test_evaluation import WordTokenizer
 
 MODULE = """
-import math, fractions
+import math, fractions, numpy
 CALLS = []
 
 def all_of_it(*, prompt, rationale, answer, golds, rationale_ids, answer_ids, ended):
@@ -24,6 +24,11 @@ def some(answer, golds, **_):
 
 def nan(**_): return math.nan
 def infinite(**_): return -math.inf
+def huge(**_): return 10**400
+def longer(**_): return -(10**5000)
+def large_fraction(**_): return fractions.Fraction(10**400, 3)
+def numpy_true(**_): return numpy.float64(1) > 0
+def numpy_false(**_): return numpy.float64(1) < 0
 def text(**_): return "1"
 def nothing(**_): pass
 def fraction(**_): return fractions.Fraction(1, 3)
@@ -57,6 +62,7 @@ def test_it_gets_everything_by_keyword():
 
     assert value("all_of_it") == 0.5 and value("some") == 1.0 and value("Kept.score") == 1.0
     assert value("fraction") == 1 / 3
+    assert value("numpy_true", "--match reward") == 1.0 and value("numpy_false") == 0.0
     [call] = own_rewards.CALLS
     assert tuple(call) == KEYWORDS and call == {
         "prompt": "say ab", "rationale": "cd", "answer": "ab", "golds": ("ab", "AB"), "rationale_ids": (6, 7, 3),
@@ -70,10 +76,11 @@ def test_it_gets_everything_by_keyword():
 FAILURES = {
     "nan": "it returned nan; a finite number must come back",
     "infinite": "it returned -inf; a finite",
+    **dict.fromkeys(("huge", "longer", "large_fraction"), "it returned a number beyond a float's range; a finite"),
     "text": "it returned '1'; a finite",
     "nothing": "it returned None; a finite",
     "leaves": "SystemExit: 4",
-    "fails": r"KeyError: 'ab' \(own_rewards.py:19\)",
+    "fails": r"KeyError: 'ab' \(own_rewards.py:24\)",
 }
 
 
