@@ -113,5 +113,5 @@ def _aside(found: Found, folder: Path) -> tuple[str, ...]:
 def _lost(config: Config, folder: Path) -> tuple[str, ...]:
     """Steps on record that no checkpoint holds."""
     metrics = Path(config.training.run_dir) / METRICS
-    steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0  # a device has no end
     return (f"no checkpoint in {folder}: the {steps} recorded steps are done again",) if steps else ()
