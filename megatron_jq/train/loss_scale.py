@@ -65,16 +65,28 @@ class LossScale:
     def restore(self, saved: dict[str, Any], optimizer: MegatronOptimizer) -> None:
         """Continue with the optimizer of a checkpoint, whose moments are those of the scale it was saved with.
 
-        The scale of `auto` continues. Any other change (--load alone can bring one) multiplies the moments.
+        The scale of `auto` continues. Any other change (--load alone can bring one) multiplies the moments. RunFailure,
+        on every rank, where they would leave float32.
         """
         before = saved.get("loss_scale", 1.0)
         if self.setting == "auto" and saved.get("loss_scale_setting") == "auto":
             self.value = before
         elif before is not None and self.setting != "auto":
+            self._check_room(optimizer, before)
             self._rescale(optimizer, self.value / before)
         elif before is not None and self._adam and (room := _room_above(optimizer)) is not None:
             self.value = before * room  # the next step lowers it to where it belongs
             self._rescale(optimizer, room)
+
+    def _check_room(self, optimizer: MegatronOptimizer, before: float) -> None:
+        """Refuse a constant that is too far above the scale of the checkpoint for Adam's moments."""
+        if not self._adam or self.value <= before or (room := _room_above(optimizer)) is None:
+            return
+        if self.value / room > before:
+            raise RunFailure(
+                f"--loss-scale {self.value:g}: the checkpoint's moments of Adam, of scale {before:g}, would leave "
+                f"float32; give at most {before * room:.17g}, or --finetune to load the weights alone"
+            )
 
     def _rescale(self, optimizer: MegatronOptimizer, ratio: float) -> None:
         """Bring Adam's moments, linear and square in the gradient, to another scale. SGD's momentum has none."""

@@ -178,6 +178,14 @@ def _moments(runtime, saved, settings):
     return found
 
 
+def _refusal(runtime, saved, setting):
+    [(_, _, square)] = _moments(runtime, saved, [setting / 2])
+    assert square == 2.0**100
+    with pytest.raises(RunFailure) as refused:
+        _moments(runtime, saved, [setting])
+    return str(refused.value)
+
+
 def test_a_checkpoints_moments_come_to_the_scale_of_the_run_that_loads_them():
     settings = ["auto", 1.0, 2.0**10]
     [auto] = run_ranks(_moments, {"loss_scale": 2.0**20, "loss_scale_setting": "auto"}, settings)
@@ -185,6 +193,8 @@ def test_a_checkpoints_moments_come_to_the_scale_of_the_run_that_loads_them():
     [older] = run_ranks(_moments, {}, settings)  # written before there was a loss scale
     assert older[1:] == [(1.0, 2.0**-20, 2.0**-40), (2.0**10, 2.0**-10, 2.0**-20)]
     assert older[0] == (2.0**70, 2.0**50, 2.0**100)  # as far up as second moments let it: the next step lowers it
+    [refused] = run_ranks(_refusal, {"loss_scale": 2.0**20, "loss_scale_setting": "auto"}, 2.0**91)
+    assert "give at most 1.2379400392853803e+27, or --finetune" in refused  # 2^90: second moments of 2^100
     [undecided] = run_ranks(_moments, {"loss_scale": None, "loss_scale_setting": "auto"}, ["auto"])
     assert undecided == [(None, 2.0**-20, 2.0**-40)]
 
