@@ -21,6 +21,8 @@ from megatron_jq.toml_files import did_you_mean
 
 RULES = ("none", "text", "squad", "number")
 
+#: Data formats whose golds write a percentage as a fraction: there 0.5% is not 0.5.
+RATIO_FORMATS = frozenset({"finqa"})
 #: Data format → its rule; formats that are not here have none.
 RULE_OF_FORMAT = {"finqa": "number", "gsm8k": "number", "hotpotqa": "squad", "musique": "squad"}
 
@@ -29,6 +31,7 @@ _QUOTES = {**dict.fromkeys(map(ord, "‘’‛′`´"), "'"), **dict.fromkeys(ma
 _SIGNS = {**_DASHES, **_QUOTES, ord("\u2044"): "/"}  # the slash that NFKC makes of a fraction's bar
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = dict.fromkeys(map(ord, string.punctuation.replace("^", "")))  # 10^2 is not 102
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060" + string.whitespace + "\u00a0"  # of width zero, and blanks
 _FRACTION = re.compile("[¼-¾⅐-⅟↉]")
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 
@@ -63,12 +66,13 @@ class AcceptedAnswers:
     """The gold answers of one prompt, y* first, as a match and a rule see them.
 
     A unit is read by the question, which the first gold that is a quantity stands for: where that names none, an
-    answer's unit says nothing; where it names one, a number without a unit is in that unit. Equality is of keys, and so
-    an equivalence.
+    answer's unit says nothing, but basis points and per mille are parts of 1, and with ratios=True a percentage is no
+    number without its sign; where it names one, a number without a unit is in that unit. Equality is of keys, and so an
+    equivalence.
     """
 
-    def __init__(self, golds: Sequence[str], match: Literal["exact", "substring"], rule: str):
-        self._match, self._rule, self._unit = match, rule, ""
+    def __init__(self, golds: Sequence[str], match: Literal["exact", "substring"], rule: str, *, ratios: bool = False):
+        self._match, self._rule, self._unit, self._ratios = match, rule, "", ratios
         if rule == "number":
             quantities = (quantity_of(gold) for gold in golds)
             self._unit = next((quantity.unit for quantity in quantities if quantity is not None), "")
@@ -95,8 +99,11 @@ class AcceptedAnswers:
         quantity = quantity_of(answer) if self._rule == "number" else None
         if quantity is None:
             return normalise(answer, self._rule)
-        unit = self._unit and (quantity.unit or self._unit)
-        return str(Quantity(quantity.value, unit))
+        if self._unit:
+            return str(Quantity(quantity.value, quantity.unit or self._unit))
+        if quantity.in_parts:
+            return str(Quantity(quantity.value / 100))
+        return str(quantity if self._ratios and quantity.unit[:1] == "%" else Quantity(quantity.value))
 
     def _searched(self, key: str) -> str:
         return with_numbers_rewritten(key) if self._rule == "number" else key
@@ -107,6 +114,7 @@ def folded(text: str) -> str:
 
     What NFKC would run together with the digits before it stays apart: 10² is not 102, and 3½ is not 31/2.
     """
+    text = text.strip(_INVISIBLE)
     text = _SUPERSCRIPT.sub(lambda found: "^" + found[0], _FRACTION.sub(r" \g<0>", text)).replace("º", "°")
     return " ".join(unicodedata.normalize("NFKC", text).translate(_SIGNS).split())
 

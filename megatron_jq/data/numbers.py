@@ -11,7 +11,7 @@ parentheses, which are a minus: (1,234) is -1234. What is no full parse is no nu
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from megatron_jq.data.units import (
@@ -32,10 +32,14 @@ LONGEST = 2 * MOST_DIGITS  # characters of a text that may be a number
 
 @dataclass(frozen=True)
 class Quantity:
-    """An exact value in its unit; "" is none. Percent is a unit ("%"), of which basis points are hundredths."""
+    """An exact value in its unit; "" is none. Percent is a unit ("%"), of which basis points are hundredths.
+
+    in_parts: it was written in basis points or per mille, whose name cannot be left out as a percent sign can.
+    """
 
     value: Fraction
     unit: str = ""
+    in_parts: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         """The one way to write it, which parses to the same: "1080.5 $", "-1/3", "60 km/h"."""
@@ -124,7 +128,7 @@ def parse(text: str) -> Quantity | None:
     if quantity is None and (accounting := _ACCOUNTING.fullmatch(text)) is not None:
         quantity = _quantity(f"{accounting[1]}{accounting[2]}{accounting[3]}")
         # "(-5)" is -5: nobody writes it for 5
-        return None if quantity is None else Quantity(-abs(quantity.value), quantity.unit)
+        return None if quantity is None else replace(quantity, value=-abs(quantity.value))
     return quantity
 
 
@@ -151,7 +155,7 @@ def _with_tail(found: re.Match, tail: str) -> Quantity | None:
     sign = (part["sign"] or part["inner"] or "+")[0]
     unit, share = after
     value = value if sign == "+" else -value
-    quantity = Quantity(value if scale == share == 1 else value * scale * share, unit)
+    quantity = Quantity(value if scale == share == 1 else value * scale * share, unit, unit[:1] == "%" and share != 1)
     return quantity if len(str(quantity)) < MOST_DIGITS or _digits(quantity.value) <= MOST_DIGITS else None
 
 
@@ -162,7 +166,7 @@ def _scale(tail: str, *, money: bool) -> tuple[Fraction | int, str]:
         found = _SCALE.match(tail)
         name = found[1] if found else ""
         one = SCALE_WORDS.get(name.casefold()) or SCALE_LETTERS.get(name.upper() if money else name)
-        if one is None:
+        if one is None or (factor != 1 and len(name) <= 3):  # "hundred thousand", but no "k k"
             break
         factor, tail = factor * one, tail[found.end() :]
     return factor, tail

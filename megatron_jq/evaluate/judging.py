@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_jq.config import TrainingConfig
-from megatron_jq.data.answers import AcceptedAnswers, rule_of
+from megatron_jq.data.answers import RATIO_FORMATS, AcceptedAnswers, rule_of
 from megatron_jq.data.extraction import extract
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.math_judge import PROCESS, MathAnswers
@@ -49,11 +49,13 @@ class Judge:
     match: str = "exact"
     rule: str = "none"
     extract: str = "none"
+    ratios: bool = False  # the data's golds write a percentage as a fraction (FinQA)
 
     def accepted(self, golds: Sequence[str]) -> AcceptedAnswers | MathAnswers:
         if self.match == "math":
-            return MathAnswers(golds, PROCESS)
-        return AcceptedAnswers(golds, "substring" if self.match == "substring" else "exact", self.rule)
+            return MathAnswers(golds, PROCESS, ratios=self.ratios)
+        match = "substring" if self.match == "substring" else "exact"
+        return AcceptedAnswers(golds, match, self.rule, ratios=self.ratios)
 
     def vote(self, answer: Answer, accepted: AcceptedAnswers | MathAnswers) -> Vote:
         key = accepted.key(extract(answer.text, self.extract))
@@ -66,7 +68,7 @@ class Judge:
 def judge_of(settings: TrainingConfig, data_format: str) -> Judge:
     """The judge that the settings name, for data of a format. Under math match numbers are compared by rule number."""
     rule = "number" if settings.match == "math" else rule_of(settings.normalise, data_format)
-    return Judge(settings.match, rule, settings.answer_extract)
+    return Judge(settings.match, rule, settings.answer_extract, data_format in RATIO_FORMATS)
 
 
 @dataclass(frozen=True)

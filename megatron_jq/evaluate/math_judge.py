@@ -49,8 +49,9 @@ class MathAnswers:
     math-verify's relation is not transitive.
     """
 
-    def __init__(self, golds: Sequence[str], process: "MathProcess"):
-        self._plain, self._golds, self._process = AcceptedAnswers(golds, "exact", "number"), list(golds), process
+    def __init__(self, golds: Sequence[str], process: "MathProcess", *, ratios: bool = False):
+        self._plain = AcceptedAnswers(golds, "exact", "number", ratios=ratios)
+        self._golds, self._process = list(golds), process
         self._right = self._plain.key(golds[0])
         self._key_of: dict[str, str] = {}  # of each text's own key
         self._classes: list[tuple[str, str]] = []  # (key, a text)

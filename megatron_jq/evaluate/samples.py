@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_jq.data.answers import RATIO_FORMATS
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.judging import Answer, Judge
 
@@ -44,7 +45,7 @@ class Header:
 
     @property
     def judge(self) -> Judge:
-        return Judge(self.match, self.rule, self.answer_extract)
+        return Judge(self.match, self.rule, self.answer_extract, self.data_format in RATIO_FORMATS)
 
     def differences(self, other: "Header") -> list[str]:
         """Names of the fields that make another evaluation of it."""

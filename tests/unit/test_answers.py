@@ -6,6 +6,8 @@ import pytest
 
 from megatron_jq.data.answers import RULES, AcceptedAnswers, normalise, rule_of
 from megatron_jq.errors import UserError
+from megatron_jq.evaluate.judging import Answer, judge_of
+from megatron_jq.settings import TrainingConfig
 
 
 def right(answer: str, golds: list[str], match: str, rule: str) -> bool:
@@ -126,7 +128,19 @@ CASES = (
     # basis points are hundredths of a percent
     ("5 bps", "5", ""),
     ("5 bps", "0.05%", "number"),
+    ("5 bps", "0.05", ""),
+    ("5 bps", "0.0005", "number"),
+    ("(5 bps)", "-0.0005", "number"),
+    ("5 per mille", "0.5", ""),
+    ("20%", "20", "squad number"),
     ("9.3%", "0.093", ""),
+    # no million, nothing to see, punctuation
+    ("1 k k", "1000000", ""),
+    ("\ufeff18\u200b", "18", "text squad number"),
+    ("= 18", "18", "squad number"),
+    ("18,", "18", "squad number"),
+    ("18;", "18", "squad number"),
+    ("18!", "18", "squad number"),
     # other currencies, before and after
     ("50¢", "50", "number"),
     ("50 cents", "50¢", "number"),
@@ -200,6 +214,14 @@ def test_the_rule_follows_the_data_set_unless_it_is_named():
     assert rule_of("text", "gsm8k") == "text"
     with pytest.raises(UserError, match="--normalise numbers is not known; did you mean number"):
         rule_of("numbers", "gsm8k")
+
+
+def test_where_golds_are_ratios_a_percentage_is_no_number_without_its_sign():
+    for data_format, equal in (("finqa", False), ("gsm8k", True), ("jsonl", True)):
+        judge = judge_of(TrainingConfig(normalise="number"), data_format)
+        for text, gold in (("0.093%", "0.093"), ("0.5 percent", "0.5")):
+            assert judge.is_right(Answer(text, True), [gold]) == equal
+        assert judge.is_right(Answer("9.3", True), ["9.3%"]) and not judge.is_right(Answer("5 bps", True), ["0.05"])
 
 
 def test_a_normalised_answer_is_normal():
