@@ -58,14 +58,19 @@ def companions(
     tokenizer, made, notes = None, {}, []
     if manifest.config is not None:
         names = {path.name for path in files}
-        if "tokenizer.json" in names:
-            tokenizer = load_tokenizer("huggingface", carried)
-        elif "tokenizer.model" in names:
-            model = carried / "tokenizer.model"
-            tokenizer = load_tokenizer("sentencepiece", model)
+        model = carried / "tokenizer.model"
+        try:
+            if "tokenizer.json" in names:
+                tokenizer = load_tokenizer("huggingface", carried)
+            elif "tokenizer.model" in names:
+                tokenizer = load_tokenizer("sentencepiece", model)
+        except UserError as error:
             if with_tokenizer:
-                made, note = sentencepiece_files(tokenizer, model, architecture.max_position_embeddings)
-                notes += [note] * bool(note)
+                raise
+            notes.append(f"no token that ends a text is written into config.json: {error}")
+        if tokenizer is not None and "tokenizer.json" not in names and with_tokenizer:
+            made, note = sentencepiece_files(tokenizer, model, architecture.max_position_embeddings)
+            notes += [note] * bool(note)
     beside = Companions(
         checkpoint, manifest, architecture, dtype, files, tokenizer, with_tokenizer, made, tuple(notes)
     )
@@ -80,6 +85,8 @@ def write_companions(beside: Companions, target: Path, say: Callable[[str], None
     """Write them into a folder that holds the weights. say: gets lines for the user."""
     _write_tokenizer(beside, target)
     if beside.tokenizer is None:
+        for note in beside.notes:
+            say(f"note: {note}")
         return
     _write_generation(beside, target)
     notes = list(beside.notes)

@@ -43,8 +43,8 @@ def make(path: Path, tensors=None, architecture=TINY, **config) -> Path:
     return path
 
 
-def export(load: Path, target: Path, dtype=None, max_shard_bytes=10**9) -> dict[str, torch.Tensor]:
-    megatron_to_hf(load, target, dtype=dtype, max_shard_bytes=max_shard_bytes)
+def export(load: Path, target: Path, dtype=None, max_shard_bytes=10**9, with_tokenizer=True) -> dict[str, torch.Tensor]:
+    megatron_to_hf(load, target, dtype=dtype, max_shard_bytes=max_shard_bytes, with_tokenizer=with_tokenizer)
     return {name: t for path in sorted(target.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 

@@ -252,7 +252,7 @@ def test_results_are_written_whole_and_refused_where_there_is_no_room_for_them(t
     found = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert found["metrics"]["pass@1"]["value"] == pytest.approx(1 / 6)
     assert found["evaluation"]["checkpoint_step"] == 7
-    assert found["judge"] == {"match": "exact", "rule": "none", "extract": "none"}
+    assert found["judge"] == {"match": "exact", "rule": "none", "extract": "none", "ratios": False}
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output .*file/out cannot be written: Not a directory"):
         conclude(HEADER, PROMPTS, Judge(), None, Interval(10), tmp_path / "file" / "out")

@@ -12,6 +12,7 @@ from megatron_jq.checkpoint.reshard import inspect, reshard
 from megatron_jq.checkpoint.slabs import Cut, main_weight, slab_axes
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.cli.main import main
+from megatron_jq.errors import UserError
 from tests.unit.hf_folders import CUT, DOWN, TINY, export, make
 
 
@@ -63,18 +64,21 @@ def test_a_run_exports_its_weights_or_in_float32_its_main_weights(tmp_path):
     tensors = run_checkpoint(tmp_path / "run")
     for dtype, key in ((None, "embedding.word_embeddings.weight"), (torch.float32, None)):
         key = key or main_weight("embedding.word_embeddings.weight")
-        found = export(tmp_path / "run", tmp_path / f"hf-{dtype}", dtype)
+        # its tokenizer is no tokenizer: test_tokenizer_export.py has real ones
+        found = export(tmp_path / "run", tmp_path / f"hf-{dtype}", dtype, with_tokenizer=False)
         assert torch.equal(found["model.embed_tokens.weight"], tensors[key][:11])
         down = tensors[key.replace("embedding.word_embeddings", "decoder.layers.mlp.linear_fc2")]
         assert torch.equal(found[DOWN], down[1])
     config = json.loads((tmp_path / "hf-None" / "config.json").read_text())
     assert config["model_type"] == "qwen3" and config["vocab_size"] == 11 and config["torch_dtype"] == "bfloat16"
-    assert (tmp_path / "hf-None" / "tokenizer.model").read_bytes() == b"pieces"
+    assert not (tmp_path / "hf-None" / "tokenizer.model").exists()
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
+        export(tmp_path / "run", tmp_path / "with")
 
 
 def test_a_config_of_another_kind_of_model_beside_the_tokenizer_does_not_matter(tmp_path):
     run_checkpoint(tmp_path / "run", json.dumps({"model_type": "gpt2", "n_ctx": 5}))
-    export(tmp_path / "run", tmp_path / "back")
+    export(tmp_path / "run", tmp_path / "back", with_tokenizer=False)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["model_type"] == "qwen3" and "n_ctx" not in config
 
