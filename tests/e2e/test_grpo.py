@@ -60,10 +60,17 @@ def test_the_kl_to_the_start_grows_from_0_and_tokens_are_clipped(twice):
 
 
 def test_settings_that_change_nothing_leave_the_run_as_it_is(tmp_path):
-    """One update a rollout: the ratio is 1, whatever the bounds, and without a penalty there is no reference."""
+    """One update per rollout: the ratio is 1, whatever bounds a file holds (flags for them are refused), and without a
+    penalty there is no reference.
+    """
     plain = train(tmp_path / "plain", "--estimator", "grpo", "--no-tensorboard")
-    bounds = ["--grpo-clamp-eps-lower", "0", "--grpo-clamp-eps-upper", "0"]
-    assert train(tmp_path / "bounds", "--estimator", "grpo", "--no-tensorboard", *bounds) == plain
+    small, bounds = Path(SMALL[SMALL.index("--config") + 1]), tmp_path / "bounds.toml"
+    lines = ["grpo_clamp_eps_lower = 0.0", "grpo_clamp_eps_upper = 0.0", small.read_text(encoding="utf-8")]
+    bounds.write_text("\n".join(lines), encoding="utf-8")
+    argv = [str(bounds) if word == str(small) else word for word in SMALL]
+    flags = ["--estimator", "grpo", "--no-tensorboard", "--train-iters", "6", "--run-dir", str(tmp_path / "run")]
+    assert [end.code for end in run([*argv, *flags], tmp_path, prepare=lottery)] == [0]
+    assert metrics(tmp_path / "run") == plain
     assert {(line["kl_reference_mean"], line["clipped_fraction"]) for line in plain} == {(None, None)}
     assert not (tmp_path / "plain" / "run" / "checkpoints" / "reference").exists()
 
@@ -71,7 +78,7 @@ def test_settings_that_change_nothing_leave_the_run_as_it_is(tmp_path):
 def test_the_learning_rate_counts_steps_and_not_updates(tmp_path):
     decay = ["--lr-decay-style", "linear", "--lr", "0.006", "--lr-decay-iters", "6"]
     rates = [[line["lr"] for line in train(tmp_path / n, *KL, *decay, "--grpo-iterations", n)] for n in ("1", "3")]
-    assert rates[0] == rates[1] and rates[0][-1] == pytest.approx(0.0)
+    assert rates[0] == rates[1] == pytest.approx([0.006 * (1 - step / 7) for step in range(1, 7)])
 
 
 def test_without_rewards_the_penalty_alone_moves_nothing(tmp_path):
