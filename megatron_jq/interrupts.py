@@ -143,15 +143,35 @@ def ending_at_once(name: str) -> Iterator[None]:
     name: for the line. A second signal does not wait for the removal. SIGUSR1 keeps its own action, which is to end the
     process: launchers send it only to a process that handles it, so a rank gets it once it is in its steps.
     """
+    received: list[int] = []
 
     def end(number: int) -> None:
+        received.append(number)
+        if _is_importing():
+            leave()
         raise Interrupted(number)
+
+    def leave() -> NoReturn:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        say_ended(name, received[0])
+        die(received[0])
 
     with listening(end, numbers=tuple(set(SIGNALS) - {signal.SIGUSR1}), patience=_TIDY_SECONDS):
         try:
             yield
-        except Interrupted as interrupt:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
-            say_ended(name, interrupt.number)
-            die(interrupt.number)
+        finally:
+            if received:  # also where someone caught Interrupted, or made another error of it
+                leave()
+
+
+def _is_importing() -> bool:
+    """Whether an import waits for the caller. Extension modules swallow what is raised in an import that they make
+    (numpy's and torch's do), and the process would run on with half a module.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

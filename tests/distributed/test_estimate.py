@@ -261,9 +261,6 @@ def _counted(runtime, plan):
         now[0] = phase
         with MessageCounter() as counter:
             result = work()
-            if phase == "train":  # the trainer looks at the gradient's norm once more, for faults
-                with runtime.megatron():
-                    bench.optimizer.get_grad_norm()
         note(found, phase, counter)
         return result
 

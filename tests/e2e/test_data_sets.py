@@ -112,7 +112,7 @@ def test_automatic_normalisation_goes_by_the_format_that_was_found(is_prepared, 
     argv = [*SMALL, *flags, "--run-dir", str(tmp_path / "run"), "--train-iters", "1", "--normalise", "auto"]
     (ended,) = run(argv, tmp_path, prepare=tell_the_judge)
     assert ended.code == 0, ended
-    assert "Judge(match='exact', rule='number', extract='none')" in ended.out
+    assert "Judge(match='exact', rule='number', extract='none', ratios=False)" in ended.out
 
 
 def test_gold_answers_that_the_tokenizer_changes_are_counted_wherever_they_are_read(tmp_path, capsys):

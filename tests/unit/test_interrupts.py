@@ -101,6 +101,28 @@ def test_a_command_ends_with_one_line_by_that_signal_and_tidies_up(number):
     assert ended(process) == (-number, "tidied\n", f"convert: ended by {name} before it was done\n")
 
 
+#: What others do with an exception that is none of theirs: in an import it dies there, elsewhere it ends as it can.
+SWALLOWED = {
+    "by an import": ("import swallowing\nprint('ran on', flush=True)", ""),
+    "by a block": ("try:\n    wait()\nexcept BaseException:\n    pass", "tidied\n"),
+    "for another error": ("try:\n    wait()\nexcept BaseException:\n    1 / 0", "tidied\n"),
+}
+
+
+@pytest.mark.parametrize("way", SWALLOWED)
+def test_a_command_whose_interrupt_is_swallowed_ends_by_its_signal(way, tmp_path):
+    """numpy and torch catch what is raised in the imports that they make in C."""
+    body, out = SWALLOWED[way]
+    wait = "import time\ndef wait():\n    print('ready', flush=True)\n    time.sleep(30)\n"
+    (tmp_path / "waiting.py").write_text(wait)
+    (tmp_path / "slow.py").write_text("from waiting import wait\nwait()")
+    (tmp_path / "swallowing.py").write_text("try:\n    import slow\nexcept BaseException:\n    pass\n")
+    before = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom waiting import wait"
+    process = start("command", body, before)
+    process.send_signal(signal.SIGHUP)
+    assert ended(process) == (-signal.SIGHUP, out, "convert: ended by SIGHUP before it was done\n")
+
+
 def test_a_command_that_waits_for_its_peers_ends_too():
     process = start("command", BLOCKED)
     began = time.monotonic()
