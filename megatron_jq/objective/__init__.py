@@ -23,6 +23,7 @@ from megatron_jq.objective.garl import effective_reward_max, garl_coefficients, 
 from megatron_jq.objective.metrics import effective_sample_size, majority_at_k, pass_at_k
 from megatron_jq.objective.paft import paft_attenuation, paft_coefficients, resample_counts
 from megatron_jq.objective.schedule import QSchedule, q_at
+from megatron_jq.objective.table import StepTable
 from megatron_jq.objective.tsallis import (
     check_q,
     jq_loss,
@@ -35,6 +36,7 @@ from megatron_jq.objective.tsallis import (
 
 __all__ = [
     "QSchedule",
+    "StepTable",
     "TokenFigures",
     "TokenRule",
     "check_q",
