@@ -22,7 +22,7 @@ from megatron_jq.checkpoint.store import Found
 from megatron_jq.checkpoint.torch_dist import Shard
 from megatron_jq.errors import UserError
 from megatron_jq.model.hf import HuggingFaceTensor, Slab, Span, hugging_face_tensors, megatron_tensors, rows_of_slabs
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 
 #: Tensors of older files that are computed, not learnt.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -87,8 +87,8 @@ def open_folder(folder: Path, flag: str, runtime: Runtime) -> FoundFolder:
 
     UserError on every rank where any cannot read it, or its tensors are not what its config.json describes.
     """
-    weights = together(runtime, lambda: HuggingFaceWeights(folder, flag))
-    together(runtime, lambda: check_duplicates(weights.files, weights.architecture), main_only=True)
+    weights = on_all_ranks(runtime, lambda: HuggingFaceWeights(folder, flag))
+    on_all_ranks(runtime, lambda: check_duplicates(weights.files, weights.architecture), main_only=True)
     manifest = Manifest(
         step=0,
         architecture=asdict(weights.architecture),
@@ -102,7 +102,7 @@ def open_folder(folder: Path, flag: str, runtime: Runtime) -> FoundFolder:
 def digests(weights: HuggingFaceWeights, runtime: Runtime) -> dict[str, dict]:
     """Checksums of the folder's weight files, shared out over ranks, alike on all of them."""
     names = sorted({path.name for path in weights.files.paths})
-    own = together(runtime, lambda: checksums(weights.folder, names[runtime.rank :: runtime.world_size]))
+    own = on_all_ranks(runtime, lambda: checksums(weights.folder, names[runtime.rank :: runtime.world_size]))
     everyones: list[dict] = [{}] * runtime.world_size
     dist.all_gather_object(everyones, own)
     return {name: entry for files in everyones for name, entry in files.items()}

@@ -36,7 +36,7 @@ from megatron_jq.checkpoint.shards import (
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.policy import Policy
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 
 T = TypeVar("T")
 
@@ -215,7 +215,7 @@ def find_checkpoint(
     over. UserError on all ranks where `load` is no folder (unless missing_ok), or holds damaged checkpoints only.
     """
     names = lambda: folders.candidates(load, flag) if load.is_dir() or not missing_ok else []  # noqa: E731
-    listed = [together(runtime, names, main_only=True)]
+    listed = [on_all_ranks(runtime, names, main_only=True)]
     dist.broadcast_object_list(listed, src=0)
     damage: list[str] = []
     for folder in listed[0]:
@@ -279,7 +279,7 @@ def load_weights(found: Found, policies: list[Policy], runtime: Runtime) -> None
                 shard.data().zero_()
         reader.read_into([_exact(shard, reader) for shard in shards])
 
-    together(runtime, read)
+    on_all_ranks(runtime, read)
 
 
 def _exact(shard: Shard, reader: ShardReader) -> Shard:
@@ -290,7 +290,7 @@ def _exact(shard: Shard, reader: ShardReader) -> Shard:
 
 def load_optimizer(found: Found, policies: list[Policy], optimizer: MegatronOptimizer, runtime: Runtime) -> None:
     """Fill moments and float32 main weights in place, and the count of updates. UserError on every rank on faults."""
-    together(runtime, lambda: _read_optimizer(found, policies, optimizer, runtime))
+    on_all_ranks(runtime, lambda: _read_optimizer(found, policies, optimizer, runtime))
 
 
 def load_random_states(found: Found, runtime: Runtime, layout: dict[str, int]) -> None:
@@ -298,7 +298,7 @@ def load_random_states(found: Found, runtime: Runtime, layout: dict[str, int]) -
     if found.manifest.layout != layout:
         return
     shards, states = random_shards(runtime)
-    together(runtime, lambda: ShardReader(found.folder).read_into(shards))
+    on_all_ranks(runtime, lambda: ShardReader(found.folder).read_into(shards))
     restore_random_states(states, runtime)
 
 
@@ -340,7 +340,7 @@ def take_main_weights(found: Found, policies: list[Policy], optimizer: MegatronO
     with runtime.megatron(), torch.no_grad():
         optimizer.reload_model_params()
     if not found.manifest.bf16:
-        together(runtime, lambda: _read_main_weights(found, policies, optimizer, runtime))
+        on_all_ranks(runtime, lambda: _read_main_weights(found, policies, optimizer, runtime))
 
 
 def _read_main_weights(found: Found, policies: list[Policy], optimizer: MegatronOptimizer, runtime: Runtime) -> None:

@@ -25,7 +25,7 @@ from megatron_jq.corpus.files import IndexedFiles, open_files, parse_data_path
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import reason, sync
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Example
 from megatron_jq.seeds import short_seed
 
@@ -109,11 +109,11 @@ def open_corpus(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int, r
     vocab_size: the model's. UserError on every rank: files that are missing or damaged, too few tokens, a token beyond
     vocab_size among the first ones of a file, a cache that cannot be written, no compiled helper.
     """
-    plan = together(runtime, lambda: _plan(options, tokenizer, vocab_size))
-    together(runtime, lambda: _write_indices(options, plan), main_only=True)
+    plan = on_all_ranks(runtime, lambda: _plan(options, tokenizer, vocab_size))
+    on_all_ranks(runtime, lambda: _write_indices(options, plan), main_only=True)
     keys = [plan.key]
     dist.broadcast_object_list(keys, src=0)
-    built = together(runtime, lambda: _read_indices(options, plan, keys[0]))
+    built = on_all_ranks(runtime, lambda: _read_indices(options, plan, keys[0]))
     heldout = Rows(built[VALID], plan.heldout_rows, vocab_size, options.data_path) if plan.heldout_rows else ()
     train = Rows(built[TRAIN], options.train_rows, vocab_size, options.data_path)
     return Corpus(train, heldout, _fingerprint(options, plan, built[TRAIN]), plan.heldout_total)

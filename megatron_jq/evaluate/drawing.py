@@ -9,7 +9,7 @@ from megatron_jq.data.round_trips import read_back, text_of
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate.judging import Answer, Judge, Metric, judge_prompt
 from megatron_jq.evaluate.reward import Reward
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Example, Rollout
 from megatron_jq.rollout.engine import RolloutEngine, SamplingOptions, requests_of_replica
 
@@ -95,7 +95,7 @@ def evaluate(
     rollouts = draw(engine, examples, runtime, options, num_samples=num_samples)
     reward = reward if judge.match == "reward" else None
     work = lambda: _judged(rollouts, examples, tokenizer, num_samples, judge, reward)  # noqa: E731
-    shared = [together(runtime, work, main_only=True)]
+    shared = [on_all_ranks(runtime, work, main_only=True)]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
 

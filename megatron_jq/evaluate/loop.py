@@ -14,7 +14,7 @@ from megatron_jq.evaluate.drawing import answer_of, draw, golds_of
 from megatron_jq.evaluate.judging import Judge
 from megatron_jq.evaluate.reward import Reward
 from megatron_jq.evaluate.samples import Sample, SampleFile
-from megatron_jq.parallel.runtime import Runtime, agree
+from megatron_jq.parallel.runtime import Runtime, raise_on_all_ranks
 from megatron_jq.records import Example, Rollout
 from megatron_jq.rollout.engine import RolloutEngine, SamplingOptions
 
@@ -61,7 +61,7 @@ def fill(
                 )
             except (UserError, RunFailure) as error:
                 fault, kind = str(error), type(error)
-        agree(runtime, fault, kind)
+        raise_on_all_ranks(runtime, fault, kind)
         if progress is not None:
             progress.advance(len(some))
     if progress is not None:

@@ -30,7 +30,7 @@ from megatron_jq.evaluate.subject import (
 )
 from megatron_jq.model.build import build_options, build_policies
 from megatron_jq.parallel import runtime as runtime_module
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.rollout.engine import SamplingOptions
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.seeds import evaluation_seed
@@ -77,18 +77,18 @@ def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Cal
     validate(config, runtime_module.world_size_from_environment(), architecture)
     refuse_unread(COMMAND, config, architecture, order.flags)
     runtime = runtime_module.start_configured(config.parallel, config.training.seed)
-    together(runtime, lambda: make_folder(order.output), main_only=True)
+    on_all_ranks(runtime, lambda: make_folder(order.output), main_only=True)
     found = checkpoint_to_evaluate(order.load, order.hf, runtime)
     if runtime.is_main:
         print(f"evaluates the weights of {found.description}", flush=True)
-    subject = together(runtime, lambda: _subject(order, found, settle, runtime))
+    subject = on_all_ranks(runtime, lambda: _subject(order, found, settle, runtime))
     # Before the weights: a folder that holds another evaluation is refused in a second.
-    file = together(runtime, lambda: _open(order.output / SAMPLES, subject), main_only=True)
+    file = on_all_ranks(runtime, lambda: _open(order.output / SAMPLES, subject), main_only=True)
     enter("loading weights")
     engine = _engine(subject, found, runtime)
     _generate(file, engine, subject, runtime, enter)
     enter("results")
-    together(runtime, lambda: _conclude(order, subject), main_only=True)
+    on_all_ranks(runtime, lambda: _conclude(order, subject), main_only=True)
     runtime_module.stop()
 
 

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_jq.model.flash import causal_attention
-from megatron_jq.parallel.transfers import sent
+from megatron_jq.parallel.transfers import to_device
 
 
 class AttentionPlan(PackedSeqParams):
@@ -67,8 +67,8 @@ class CausalSegments(AttentionPlan):
                 token_nS[row, len(ids) :] = ids[-1]
                 place_T[ids] = offset + row * longest + torch.arange(len(ids))
             offset += token_nS.numel()
-            self.buckets.append(_Bucket(sent(token_nS, device)))
-        self.place_T = sent(place_T, device)
+            self.buckets.append(_Bucket(to_device(token_nS, device)))
+        self.place_T = to_device(place_T, device)
 
     def attend(self, layer, q, k, v, scale):
         if self.equal:

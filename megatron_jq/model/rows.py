@@ -14,7 +14,7 @@ import torch
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.tree_attention import Tree, TreeSegments
 from megatron_jq.objective.clipping import TokenRule
-from megatron_jq.parallel.transfers import sent
+from megatron_jq.parallel.transfers import to_device
 from megatron_jq.records import Sequence
 
 RATIONALE, ANSWER = 0, 1  # columns of the head's [n, 2] table
@@ -162,7 +162,7 @@ def pack_sequences(
             cells.extend([2 * n + column] * len(scored))
 
     def ints(values):
-        return sent(torch.tensor(values, dtype=torch.long), device)
+        return to_device(torch.tensor(values, dtype=torch.long), device)
 
     cell_N = ints(cells)
     if not with_rationale and not tempered_answers:  # nothing that is scored was sampled
@@ -233,7 +233,7 @@ def _branch_tokens(sequence: Sequence, multiple: int) -> int:
 
 
 def _doubles(pairs: list[tuple[float, float]], device: torch.device) -> torch.Tensor:
-    return sent(torch.tensor(pairs, dtype=torch.float64), device)
+    return to_device(torch.tensor(pairs, dtype=torch.float64), device)
 
 
 def _where_sampled(cell_N: torch.Tensor, value: float, answers_too: bool) -> torch.Tensor | None:

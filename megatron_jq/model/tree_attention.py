@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_jq.model.attention import AttentionPlan, similar_lengths
 from megatron_jq.model.flash import flash, flash_backward
-from megatron_jq.parallel.transfers import sent
+from megatron_jq.parallel.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _blocks(lengths: list[int], start: int, device: torch.device) -> list[_Block
         inside = place_s < length_b
         token_bs, inside = token_bs.flatten(), inside.flatten()
         kept = inside.nonzero().squeeze(1)
-        parts = (sent(each, device) for each in (token_bs, inside, kept, token_bs[kept]))
+        parts = (to_device(each, device) for each in (token_bs, inside, kept, token_bs[kept]))
         blocks.append(_Block(len(group), longest, slice(0), *parts))
     return blocks
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_jq.objective.clipping import TokenRule
 from megatron_jq.parallel.collectives import all_gather_flat
-from megatron_jq.parallel.transfers import sent
+from megatron_jq.parallel.transfers import to_device
 
 #: Logits that exist at one time, in elements, by device: bounds memory, and is large enough for efficient GEMMs.
 _CHUNK_ELEMENTS = {"cpu": 3 << 24, "cuda": 1 << 27}
@@ -417,7 +417,7 @@ def _cut_to_nucleus_(logits_TV, tokens, top_p_T, column_T, here_T, threshold_T, 
     """
     if not len(tokens):
         return
-    n = sent(tokens, logits_TV.device)
+    n = to_device(tokens, logits_TV.device)
     logits_NV = logits_TV if len(tokens) == len(logits_TV) else logits_TV[n]
     target_N = torch.where(here_T[n], logits_NV.gather(-1, column_T[n][:, None]).squeeze(-1), float("-inf"))
     _all_reduce(target_N, group, dist.ReduceOp.MAX)

@@ -130,22 +130,23 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
-def agree(runtime: Runtime, error: str | None, kind: type[UserError | RunFailure] = UserError) -> None:
-    """Raise the same UserError (or RunFailure, by `kind`) on every rank when any rank brings an `error`, so that none
-    waits for the others.
+def raise_on_all_ranks(runtime: Runtime, error: str | None, kind: type[UserError | RunFailure] = UserError) -> None:
+    """Raise the same UserError (or RunFailure, by `kind`) on every rank where any rank has an `error`, else return.
+
+    Every rank calls it (one all-gather over the job), so that no rank is left waiting for one that failed.
     """
     errors: list[tuple[type[UserError | RunFailure], str] | None] = [None] * runtime.world_size
     dist.all_gather_object(errors, None if error is None else (kind, error))
-    first = next((found for found in errors if found is not None), None)
+    first = next((entry for entry in errors if entry is not None), None)
     if first is not None:
         kind, message = first
         raise kind(message)
 
 
-def together(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool = False) -> T | None:
-    """work() of every rank (or of rank 0 alone, None elsewhere); a rank's UserError or RunFailure is raised on all of
-    them. An OSError that nobody gave a flag's name becomes a UserError with its file's.
+def on_all_ranks(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool = False) -> T | None:
+    """Return work() of every rank (main_only: of rank 0 alone, None elsewhere) and raise one rank's error on all ranks.
 
+    Raises UserError and RunFailure as they are; an OSError becomes a UserError naming its file. Every rank calls it.
     runtime None: there are no other ranks.
     """
     if runtime is None:
@@ -154,13 +155,13 @@ def together(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool 
     if runtime.is_main or not main_only:
         try:
             result = work()
-        except UserError as fault:
-            error = str(fault)
-        except RunFailure as fault:
-            error, kind = str(fault), RunFailure
-        except OSError as fault:
-            error = f"{fault.filename or 'a file'}: {reason(fault)}"
-    agree(runtime, error, kind)
+        except UserError as failure:
+            error = str(failure)
+        except RunFailure as failure:
+            error, kind = str(failure), RunFailure
+        except OSError as failure:
+            error = f"{failure.filename or 'a file'}: {reason(failure)}"
+    raise_on_all_ranks(runtime, error, kind)
     return result
 
 

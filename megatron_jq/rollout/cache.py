@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
-from megatron_jq.parallel.transfers import sent
+from megatron_jq.parallel.transfers import to_device
 
 
 class Seating:
@@ -23,7 +23,7 @@ class Seating:
         self.full = len(seats) == self.prompts * self.widest
         row_of_seat = torch.zeros(self.prompts * self.widest, dtype=torch.long)  # an empty seat's result is not read
         row_of_seat[seats] = torch.arange(len(seats))
-        self.seat_of_row, self.row_of_seat = sent(torch.tensor(seats), device), sent(row_of_seat, device)
+        self.seat_of_row, self.row_of_seat = to_device(torch.tensor(seats), device), to_device(row_of_seat, device)
 
     def seat(self, x_N: Tensor) -> Tensor:
         """[N, g, s, ·] by row → [G, g, seats·s, ·] by prompt."""
@@ -52,8 +52,8 @@ class Bucket:
         first_G1 = first + length_G1.cumsum(0) - length_G1
         token_GL = first_G1 + torch.minimum(place_L, length_G1 - 1)  # padding repeats a prompt's last token
         padding_G11L = (place_L >= length_G1)[:, None, None]
-        self.token_GL = sent(token_GL, device)
-        self.padding_G11L = sent(padding_G11L, device) if padding_G11L.any() else None
+        self.token_GL = to_device(token_GL, device)
+        self.padding_G11L = to_device(padding_G11L, device) if padding_G11L.any() else None
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [G, g, L, d]
 
     def store(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor) -> None:
@@ -181,7 +181,7 @@ class WaveCache:
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these (ascending), and the prompts without rows; their keys and values are freed."""
-        counts, index = self.count(rows), sent(torch.tensor(rows), self.device)
+        counts, index = self.count(rows), to_device(torch.tensor(rows), self.device)
         for bucket, left in zip(self.buckets, counts, strict=True):
             bucket.keep(left)
         self.buckets = [bucket for bucket in self.buckets if bucket.rows_per_prompt]
@@ -224,18 +224,18 @@ class TailPlan(AttentionPlan):
 
     def __init__(self, cache: WaveCache, rows: list[int], cached: list[int], lengths: list[int], device: torch.device):
         super().__init__()
-        self.cache, self.rows = cache, sent(torch.tensor(rows), device)
+        self.cache, self.rows = cache, to_device(torch.tensor(rows), device)
         self.meeting = Meeting(cache.buckets, cache.count(rows), device)
         count, longest = torch.tensor(lengths), max(lengths)
         start = count.cumsum(0) - count
         token_nt = start[:, None] + torch.minimum(torch.arange(longest), count[:, None] - 1)
-        self.token_nt = sent(token_nt, device)
+        self.token_nt = to_device(token_nt, device)
         place = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
-        self.place_T = sent(place, device)  # of the row's tokens in the padded [n, t]
+        self.place_T = to_device(place, device)  # of the row's tokens in the padded [n, t]
         ahead_tt = torch.ones(longest, longest, dtype=torch.bool).triu(1)
         beyond_nc = torch.arange(cache.length) >= torch.tensor(cached)[:, None]
         hidden = [beyond_nc[:, None].expand(-1, longest, -1), ahead_tt.expand(len(lengths), -1, -1)]
-        self.mask = sent(torch.cat(hidden, dim=2), device)  # [n, t, cached + t], True = not attended to
+        self.mask = to_device(torch.cat(hidden, dim=2), device)  # [n, t, cached + t], True = not attended to
 
     def attend(self, layer, q, k, v, scale):
         cache, groups = self.cache, k.shape[1]

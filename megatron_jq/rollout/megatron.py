@@ -15,7 +15,7 @@ from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.policy import Policy
 from megatron_jq.model.rows import ANSWER, LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.parallel.transfers import sent
+from megatron_jq.parallel.transfers import to_device
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, TailPlan, WaveCache
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
@@ -191,7 +191,7 @@ class MegatronEngine:
             lengths.append(len(tail))
         device = self.runtime.device
         plan = TailPlan(cache, due, cached, lengths, device)
-        head = ScoreHead(*(sent(torch.tensor(x), device) for x in (where, targets, cells)), len(due))
+        head = ScoreHead(*(to_device(torch.tensor(x), device) for x in (where, targets, cells)), len(due))
         table = self._forward(tokens, positions, plan, head)
         if table is None:
             table = torch.empty(len(due), 2, dtype=torch.float64, device=device)
@@ -208,7 +208,7 @@ class MegatronEngine:
         return self._forward(tokens, positions, plan, self._logits_of(last.tolist()))
 
     def _logits_of(self, where: list[int]) -> LogitsHead:
-        return LogitsHead(sent(torch.tensor(where, dtype=torch.long), self.runtime.device))
+        return LogitsHead(to_device(torch.tensor(where, dtype=torch.long), self.runtime.device))
 
     @property
     def _row_multiple(self) -> int:
@@ -239,8 +239,8 @@ class MegatronEngine:
         groups, config, device = self.runtime.groups, self.config, self.runtime.device
         self.tokens_computed += len(tokens) + len(padding)
         rows = Rows(
-            sent(torch.tensor([*tokens, *padding]), device),
-            sent(torch.tensor([*positions, *padding]), device),
+            to_device(torch.tensor([*tokens, *padding]), device),
+            to_device(torch.tensor([*positions, *padding]), device),
             plan,
             head,
         )
@@ -263,7 +263,7 @@ class MegatronEngine:
         groups, device = self.runtime.groups, self.runtime.device
         drawn = torch.empty(2, len(drawing), dtype=torch.float64, device=device)  # ids are exact in float64
         if groups.is_last_stage:
-            uniform = sent(torch.tensor([rows[i].draw() for i in drawing], dtype=torch.float64), device)
+            uniform = to_device(torch.tensor([rows[i].draw() for i in drawing], dtype=torch.float64), device)
             ids, log_probs = sample_tokens(
                 logits, uniform, temperature=options.temperature, top_p=options.top_p, group=groups.tp
             )

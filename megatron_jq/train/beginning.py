@@ -11,7 +11,7 @@ from megatron_jq.checkpoint.hugging_face_weights import is_hugging_face_folder, 
 from megatron_jq.checkpoint.store import Found, find_checkpoint
 from megatron_jq.config import Config
 from megatron_jq.errors import UserError
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.train.run_directory import METRICS, check_settings, save_folder
 
 
@@ -55,10 +55,10 @@ def find_beginning(config: Config, runtime: Runtime) -> Beginning:
     if c.resume:
         found = find_checkpoint(folder, "--resume: --save", runtime, print, missing_ok=True)
         if found is not None:
-            together(runtime, lambda: check_settings(found.manifest, config), main_only=True)
-            notes = together(runtime, lambda: _aside(found, folder), main_only=True) or ()
+            on_all_ranks(runtime, lambda: check_settings(found.manifest, config), main_only=True)
+            notes = on_all_ranks(runtime, lambda: _aside(found, folder), main_only=True) or ()
             return Beginning(found, found.manifest.step, resumed=True, weights_only=False, notes=notes)
-        notes = together(runtime, lambda: _lost(config, folder), main_only=True) or ()
+        notes = on_all_ranks(runtime, lambda: _lost(config, folder), main_only=True) or ()
     folder_flag = _folder_with_weights(config, runtime)
     if folder_flag is not None:
         found = open_folder(*folder_flag, runtime)
@@ -92,7 +92,7 @@ def _folder_with_weights(config: Config, runtime: Runtime) -> tuple[Path, str] |
             return (Path(load), "--load") if is_one else None
         return (Path(model), "--model") if has_weights(model) else None
 
-    seen = [together(runtime, look, main_only=True)]
+    seen = [on_all_ranks(runtime, look, main_only=True)]
     dist.broadcast_object_list(seen, src=0)
     return seen[0]
 

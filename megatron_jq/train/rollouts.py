@@ -7,7 +7,7 @@ from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.evaluate import answer_matches
 from megatron_jq.evaluate.drawing import golds_of
 from megatron_jq.evaluate.reward import Reward
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Example, Rollout, Sequence
 from megatron_jq.train.pretraining import Batch
 
@@ -44,7 +44,7 @@ def rewards(
     if reward is not None:
         groups = runtime.groups
         asked = rollouts if groups.tp.rank() == 0 and groups.pp.rank() == 0 else []  # once a sample, on any layout
-        together(runtime, lambda: _ask(reward, reward_BM, asked, prompts, tokenizer))
+        on_all_ranks(runtime, lambda: _ask(reward, reward_BM, asked, prompts, tokenizer))
         completed = reward_BM.to(runtime.device)
         dist.all_reduce(completed, group=groups.world)
         return completed.cpu()

@@ -8,7 +8,7 @@ from megatron_jq.config import Config
 from megatron_jq.config_validate import derive
 from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.parallel import runtime as runtime_module
-from megatron_jq.parallel.runtime import together
+from megatron_jq.parallel.runtime import on_all_ranks
 from megatron_jq.train.beginning import find_beginning
 from megatron_jq.train.failures import Phase, peers_must_answer
 from megatron_jq.train.run_directory import RunFolders
@@ -29,9 +29,9 @@ def run_training(config: Config) -> int:
     watch = Watch(phase, runtime, timedelta(minutes=config.parallel.phase_timeout_minutes))
     folders = RunFolders(config)  # rank 0's: the others leave it alone
     with watch, peers_must_answer(phase, deadline, watch.missing_peers), contextlib.closing(folders):
-        for note in together(runtime, folders.open, main_only=True) or ():
+        for note in on_all_ranks(runtime, folders.open, main_only=True) or ():
             print(note, flush=True)
-        together(runtime, lambda: reward_of(config))  # the user's own module: before any work
+        on_all_ranks(runtime, lambda: reward_of(config))  # the user's own module: before any work
         beginning = find_beginning(config, runtime)
         carried = None if beginning.found is None else beginning.found.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
@@ -44,7 +44,7 @@ def run_training(config: Config) -> int:
             trainer.reference.begin(beginning, trainer.model.policies)
         trainer.schedule.step(increment=beginning.step)
         # Last: a folder whose run was refused for another fault stays free for the next try.
-        together(runtime, folders.claim, main_only=True)
+        on_all_ranks(runtime, folders.claim, main_only=True)
         if trainer.reference is not None:
             trainer.reference.keep(beginning, deadline, folders.run)
         with StopRequest(announce=runtime.is_main).listening() as stop:

@@ -24,7 +24,7 @@ from megatron_jq.config import Config, settings_of_text, to_toml
 from megatron_jq.config_validate import Derived
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.build import TrainingModel
-from megatron_jq.parallel.runtime import Runtime, agree, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks, raise_on_all_ranks
 from megatron_jq.records import StepMetrics
 from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.numerics import Numerics
@@ -150,7 +150,7 @@ class Saving:
         if failed:
             cure = "mend this and start again with --resume"
             fault = f"step {metrics.step}: {recorder.fault}; {cure}" if unrecorded else None
-            agree(self._runtime, fault, RunFailure)
+            raise_on_all_ranks(self._runtime, fault, RunFailure)
         if writer.busy and not writing:
             writer.wait()  # it has ended everywhere: a fault comes to light now, not at the next save
         stopping = bool(signalled or exit_due)
@@ -186,7 +186,7 @@ class Saving:
                 recorder.say(f"warning: {fault}")
 
     def _save(self, metrics: StepMetrics, recorder: Recorder | None, *, by_time: bool = False) -> None:
-        written = together(self._runtime, lambda: recorder.written(), main_only=True)
+        written = on_all_ranks(self._runtime, lambda: recorder.written(), main_only=True)
         manifest = Manifest(
             step=metrics.step + 1,
             architecture=asdict(self._derived.architecture),

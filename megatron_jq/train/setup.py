@@ -25,7 +25,7 @@ from megatron_jq.data.tokenizer_choice import HUGGING_FACE, SENTENCEPIECE, kind_
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Example
 from megatron_jq.train.run_directory import writing
 
@@ -70,27 +70,27 @@ def prepare_data(
     if config.objective.estimator == "pretrain":
         return _prepare_corpus(config, architecture, runtime, run_dir, carried)
     count = d.train_examples if is_builtin(d.train_data) else None
-    train = together(runtime, lambda: read_source(config, d.train_data, "train", "--train-data", count=count))
+    train = on_all_ranks(runtime, lambda: read_source(config, d.train_data, "train", "--train-data", count=count))
     heldout, source = None, heldout_source(config)
     if source is not None:
         read = lambda: read_source(config, source, "heldout", "--eval-data", count=d.eval_examples)  # noqa: E731
-        heldout = together(runtime, read)
+        heldout = on_all_ranks(runtime, read)
     if d.tokenizer_model is not None:
         kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
     elif train.prepared is not None:
         kind, path = train.prepared.tokenizer_type, train.prepared.tokenizer_path
-        together(runtime, lambda: _check_carried(train, carried))
+        on_all_ranks(runtime, lambda: _check_carried(train, carried))
     else:
         kind, path = _run_tokenizer(config, runtime, train.source.pairs, run_dir, carried)
-    tokenizer = together(runtime, lambda: load_tokenizer(kind, path))
+    tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path))
     sources = [train] if heldout is None else [train, heldout]
-    encoded = together(runtime, lambda: [encode_reading(config, one, tokenizer) for one in sources])
+    encoded = on_all_ranks(runtime, lambda: [encode_reading(config, one, tokenizer) for one in sources])
     if runtime is None or runtime.is_main:
         for one, made in zip(sources, encoded, strict=True):
             changed = describe_changed(made.placed, tokenizer)
             for remark in (*made.remarks, *([changed] if changed else [])):
                 print(f"warning: {one.named}: {remark}", flush=True)
-    data, overlong = together(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
+    data, overlong = on_all_ranks(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
     if runtime is None or runtime.is_main:
         for one, report in zip(sources, overlong, strict=True):
             if report.count:
@@ -116,8 +116,8 @@ def _prepare_corpus(
         kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
     else:
         kind, path = _run_tokenizer(config, runtime, None, run_dir, carried)
-    tokenizer = together(runtime, lambda: load_tokenizer(kind, path))
-    together(runtime, lambda: _check_vocabulary(architecture, tokenizer))
+    tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path))
+    on_all_ranks(runtime, lambda: _check_vocabulary(architecture, tokenizer))
     options = CorpusOptions(
         data_path=d.data_path,
         split=d.split,
@@ -185,7 +185,7 @@ def _run_tokenizer(
     It is there already where the run is resumed, else it is the checkpoint's, else new. pairs None: there is no text to
     train a new one on.
     """
-    kinds = [together(runtime, lambda: _place_tokenizer(config, pairs, run_dir, carried), main_only=True)]
+    kinds = [on_all_ranks(runtime, lambda: _place_tokenizer(config, pairs, run_dir, carried), main_only=True)]
     if runtime is not None:
         dist.broadcast_object_list(kinds, src=0)
     return kinds[0], run_dir / ("tokenizer.model" if kinds[0] == SENTENCEPIECE else "tokenizer")

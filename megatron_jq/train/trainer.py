@@ -20,7 +20,7 @@ from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel.megatron import versions
-from megatron_jq.parallel.runtime import Runtime, together
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
@@ -84,14 +84,14 @@ class Trainer:
         )
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
         self.reference = Reference(config, derived, options, runtime) if o.grpo_kl_beta > 0 else None
-        self.reward = together(runtime, lambda: reward_of(config))
+        self.reward = on_all_ranks(runtime, lambda: reward_of(config))
         self.pace = PaceMaker(runtime)
         self.recorder: Recorder | None = None  # rank 0's, while it runs
 
     def run(self, beginning: Beginning, saving: Saving, stop: StopRequest) -> None:
         """Steps to --train-iters, or to the end of the step in which `stop` receives a signal, with checkpoints."""
         t = self.config.training
-        self.recorder = together(self.runtime, lambda: open_recorder(t, beginning), main_only=True)
+        self.recorder = on_all_ranks(self.runtime, lambda: open_recorder(t, beginning), main_only=True)
         if self.recorder is not None:
             has_experts = self.model.config.num_moe_experts is not None
             given = (self.config, self.data, self.estimator, self.build_options, self.runtime)
@@ -249,7 +249,7 @@ class Trainer:
         scored = r.score_with == "rollout"
         ask = lambda: requests_of_replica(prompts, r.num_rationales, dp.rank(), dp.size(), score=scored)  # noqa: E731
         # A corpus's rows are read here, each by its replica alone: one that is bad must end all of them.
-        return ask() if self.data.corpus is None else together(self.runtime, ask)
+        return ask() if self.data.corpus is None else on_all_ranks(self.runtime, ask)
 
     def _sampling(self, step: int) -> SamplingOptions:
         r = self.config.rollout

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_jq.errors import RunFailure, UserError
-from megatron_jq.parallel.runtime import together
+from megatron_jq.parallel.runtime import on_all_ranks
 from tests.distributed.ranks import run_ranks
 
 FAULTS = {
@@ -25,10 +25,10 @@ def _meet(runtime, faulty: int, main_only: bool):
             return runtime.rank
 
         try:
-            found.append(together(runtime, work, main_only=main_only))
+            found.append(on_all_ranks(runtime, work, main_only=main_only))
         except (UserError, RunFailure) as error:
             found.append((type(error), str(error)))
-    return found, together(runtime, lambda: runtime.rank + 10, main_only=main_only)
+    return found, on_all_ranks(runtime, lambda: runtime.rank + 10, main_only=main_only)
 
 
 @pytest.mark.parametrize(("faulty", "main_only"), [(0, True), (0, False), (1, False)])
