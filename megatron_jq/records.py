@@ -15,7 +15,7 @@ class Example:
 
     prompt_ids end where the rationale begins; answer_ids hold y* tokenised on its own, its terminator included,
     because a string's probability needs its end (PAPER.md, consequence 2). aliases: texts that count as right beside
-    answer_text when a sampled answer is judged; P is that of answer_ids alone. joint_ids: what the prompt's template
+    answer_text when a sampled answer is judged; P is that of answer_ids alone. bridge_ids: what the prompt's template
     puts between the close token and the answer. Nobody samples them, and they carry no weight. rationale_ids: a given
     z, its close token included, for the estimators that imitate one; None where there is none.
     """
@@ -26,19 +26,19 @@ class Example:
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     aliases: tuple[str, ...] = ()
-    joint_ids: tuple[int, ...] = ()
+    bridge_ids: tuple[int, ...] = ()
     rationale_ids: tuple[int, ...] | None = None
 
     def joined(self, rationale_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """All that stands between prompt and answer: a rationale, its close token included, and the joint."""
-        return rationale_ids + self.joint_ids
+        """All that stands between prompt and answer: a rationale, its close token included, and the bridge."""
+        return rationale_ids + self.bridge_ids
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One sampled rationale z of one prompt, and a sampled answer where an estimator asked for one.
 
-    rationale_ids end with the close token; a template's joint comes behind them and is not part of z. Their first
+    rationale_ids end with the close token; a template's bridge comes behind them and is not part of z. Their first
     `num_sampled` ids were drawn from the policy; what follows (a close token put there by force) carries no
     score-function weight. A Rollout that failed is `valid=False`: it leaves M.
     """
@@ -61,7 +61,7 @@ class Rollout:
 class Sequence:
     """One row for the trainer: prompt, rationale, answer, and which of its tokens are scored.
 
-    rationale_ids reach to the answer: z, its close token, and the template's joint. Of them the first `num_sampled` are
+    rationale_ids reach to the answer: z, its close token, and the template's bridge. Their first `num_sampled` are
     scored. The answer is y* for GARL, PAFT and scoring, the sampled answer for GRPO and RLOO.
     """
 

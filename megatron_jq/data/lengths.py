@@ -25,21 +25,21 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each example of a source or split: prompts with `<think>`, answers with the end of text. joint: tokens
+    """Tokens of each example of a source or split: prompts with `<think>`, answers with the end of text. bridge: tokens
     that the template puts between `</think>` and an answer.
     """
 
     name: str
     prompts: tuple[int, ...]
     answers: tuple[int, ...]
-    joint: int = 0
+    bridge: int = 0
 
     def within(self, budgets: Budgets) -> tuple[int, int, int]:
         """How many prompts fit, how many answers, and how many whole rows fit the context."""
         prompts = sum(budgets.max_prompt_tokens is None or n <= budgets.max_prompt_tokens for n in self.prompts)
         answers = sum(budgets.answer_budget is None or n <= budgets.answer_budget for n in self.answers)
         rows = (
-            prompt + budgets.rationale_budget + 1 + self.joint + (budgets.answer_budget or answer)
+            prompt + budgets.rationale_budget + 1 + self.bridge + (budgets.answer_budget or answer)
             for prompt, answer in zip(self.prompts, self.answers, strict=True)
         )
         return prompts, answers, sum(budgets.context is None or n <= budgets.context for n in rows)

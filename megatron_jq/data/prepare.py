@@ -22,7 +22,7 @@ from megatron_jq.data.prepared import (
     write_manifest,
     write_split,
 )
-from megatron_jq.data.prompts import Placed, longest_joint, select_fitting
+from megatron_jq.data.prompts import Placed, longest_bridge, select_fitting
 from megatron_jq.data.reading import Reading, encode_reading, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
@@ -203,7 +203,7 @@ def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Bud
 def _lengths(name: str, placed: Sequence[Placed]) -> Lengths:
     examples = [one.example for one in placed]
     prompts, answers = [len(e.prompt_ids) for e in examples], [len(e.answer_ids) for e in examples]
-    return Lengths(name, tuple(prompts), tuple(answers), longest_joint(placed))
+    return Lengths(name, tuple(prompts), tuple(answers), longest_bridge(placed))
 
 
 def _write(config, folder: Path, template: PromptTemplate, train: Reading, tokenizer: Tokenizer, splits) -> Manifest:
@@ -267,13 +267,13 @@ def _fits(budgets: Budgets, sources: Sequence[_Usable]) -> list[str]:
     def limit(value: int | None) -> str:
         return "of any length" if value is None else f"at most {value} tokens"
 
-    joint = max(one.lengths.joint for one in sources)
+    bridge = max(one.lengths.bridge for one in sources)
     lines = [
         "## What fits the budgets",
         "",
         f"Of all good records, before any is left out. Prompts: {limit(budgets.max_prompt_tokens)}; answers: "
         f"{limit(budgets.answer_budget)}; whole rows, with {budgets.rationale_budget} for the rationale, 1 to close "
-        f"it, {joint} for the joint, and the answer budget: {limit(budgets.context)}.",
+        f"it, {bridge} for the bridge, and the answer budget: {limit(budgets.context)}.",
         "",
         "| source | records | prompts that fit | answers that fit | rows that fit |",
         "|---|--:|--:|--:|--:|",

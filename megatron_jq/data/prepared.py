@@ -92,7 +92,7 @@ def write_split(folder: Path, split: str, placed: Sequence[Placed]) -> SplitEntr
                 "answer": example.answer_text,
                 "aliases": example.aliases,
                 "prompt_ids": example.prompt_ids,
-                "joint_ids": example.joint_ids,
+                "joint_ids": example.bridge_ids,
                 "answer_ids": example.answer_ids,
                 **({} if example.rationale_ids is None else {"rationale_ids": example.rationale_ids}),
             }

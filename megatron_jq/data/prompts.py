@@ -1,9 +1,9 @@
-"""F2: pairs to examples. A row of the trainer is prompt, `<think>`, rationale, `</think>`, joint, y*, end of text.
+"""F2: pairs to examples. A row of the trainer is prompt, `<think>`, rationale, `</think>`, bridge, y*, end of text.
 
 Here are its fixed parts: prompt_ids end with `<think>` (and what the template puts after it), answer_ids end with the
-end of text. The rationale and its `</think>`, sampled or forced, come between them later, and behind them joint_ids:
+end of text. The rationale and its `</think>`, sampled or forced, come between them later, and behind them bridge_ids:
 what the template puts after `</think>`, which is given like the prompt. y* is tokenised on its own and joined on ids,
-so that its tokens depend neither on the rationale nor on the joint (PAPER.md, consequence 6).
+so that its tokens depend neither on the rationale nor on the bridge (PAPER.md, consequence 6).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from megatron_jq.records import Example
 OVERLONG_POLICIES = ("error", "drop")
 _NAMED_AT_MOST = 3
 # In a fingerprint: no length is negative
-_JOINT_MARK, _RATIONALE_MARK = ((-n).to_bytes(8, "little", signed=True) for n in (1, 2))
+_BRIDGE_MARK, _RATIONALE_MARK = ((-n).to_bytes(8, "little", signed=True) for n in (1, 2))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PromptWriter:
         if style.chat and not style.system:
             self._frame(system=False)
         self._after_open = self._following(style.after_open)
-        self._joint_ids = tuple(self._following(style.after_close))
+        self._bridge_ids = tuple(self._following(style.after_close))
 
     def example(self, index: int, pair: Pair) -> Example:
         """UserError: the template asks for a piece that the pair does not have. RecordError: a text that the tokenizer
@@ -84,14 +84,14 @@ class PromptWriter:
         frame = self._frame(system=bool(system)) if self.style.chat else None
         try:
             prompt_ids = self._prompt(frame, system, text)
-            gold = self._continued(pair.answer, self._joint_ids)
+            gold = self._continued(pair.answer, self._bridge_ids)
             given = None if pair.rationale is None else self._given(frame, pair.rationale)
         except UserError as error:
             raise RecordError(pair.where, "not in the tokenizer", str(error)) from error
         if not gold:
             raise RecordError(pair.where, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
         answer_ids = (*gold, self.tokenizer.eos_id)
-        return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases, self._joint_ids, given)
+        return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases, self._bridge_ids, given)
 
     @property
     def notes(self) -> list[str]:
@@ -166,9 +166,9 @@ def select_fitting(
     return EncodedExamples(examples, report, where, tuple(misfits))
 
 
-def longest_joint(placed: Iterable[Placed]) -> int:
-    """Tokens of the longest joint between `</think>` and an answer: what a row needs for it."""
-    return max((len(one.example.joint_ids) for one in placed), default=0)
+def longest_bridge(placed: Iterable[Placed]) -> int:
+    """Tokens of the longest bridge between `</think>` and an answer: what a row needs for it."""
+    return max((len(one.example.bridge_ids) for one in placed), default=0)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -177,8 +177,8 @@ def fingerprint(examples: Iterable[Example]) -> str:
     for example in examples:
         for ids in (example.prompt_ids, example.answer_ids):
             digest.update(_with_length(ids))
-        if example.joint_ids:
-            digest.update(_JOINT_MARK + _with_length(example.joint_ids))
+        if example.bridge_ids:
+            digest.update(_BRIDGE_MARK + _with_length(example.bridge_ids))
         if example.rationale_ids is not None:
             digest.update(_RATIONALE_MARK + _with_length(example.rationale_ids))
         for alias in example.aliases:  # a sampled answer is right if it is one of them

@@ -20,14 +20,14 @@ def described(
     """Several lines. A bar stands between tokens, a token that ends in a line feed ends the line; control tokens are
     written by their names.
     """
-    prompt, joint, answer = (len(ids) for ids in (example.prompt_ids, example.joint_ids, example.answer_ids))
-    between = f"1 + {joint}" if joint else "1"
+    prompt, bridge, answer = (len(ids) for ids in (example.prompt_ids, example.bridge_ids, example.answer_ids))
+    between = f"1 + {bridge}" if bridge else "1"
     scores_gold = estimator in ("garl", "paft", "sft")
     scored = "weight: the answer's coefficient" if scores_gold else "weight 0: sampled answers are compared with it"
     lines = [
         where,
         f"at most {prompt} + {rationale_budget} + {between} + {answer_budget} = "
-        f"{prompt + rationale_budget + 1 + joint + answer_budget} tokens",
+        f"{prompt + rationale_budget + 1 + bridge + answer_budget} tokens",
         "",
         f"prompt x: {prompt} tokens, weight 0{_beginning(example, tokenizer)}",
         *_tokens(example.prompt_ids, tokenizer),
@@ -35,10 +35,10 @@ def described(
         *_rationale(example, tokenizer, rationale_budget, given=estimator == "sft"),
         "",
     ]
-    if joint:
+    if bridge:
         lines += [
-            f"joint: {joint} token{'s' * (joint > 1)}, given, weight 0",
-            *_tokens(example.joint_ids, tokenizer),
+            f"bridge: {bridge} token{'s' * (bridge > 1)}, given, weight 0",
+            *_tokens(example.bridge_ids, tokenizer),
             "",
         ]
     lines += [f"answer y*: {answer} tokens, {scored}", *_tokens(example.answer_ids, tokenizer)]

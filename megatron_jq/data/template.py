@@ -22,7 +22,7 @@ class PromptStyle:
     """One way to write x. `prompt` and `system` hold a record's pieces as {name}; {{ and }} are braces.
 
     chat: put the prompt into the tokenizer's chat template. after_open and after_close follow `<think>` and `</think>`:
-    fixed text that nobody samples. The first ends x; the second is the joint between rationale and answer.
+    fixed text that nobody samples. The first ends x; the second is the bridge between rationale and answer.
     """
 
     prompt: str = "{prompt}"

@@ -19,14 +19,14 @@ from megatron_jq.estimate.rows import Layout, Row
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of a prompt, of a rationale (sampled ones: its forced close token comes on top; of a given one all, its
-    close token included), of the joint that a template puts before the answer, of an answer (with its terminator).
+    close token included), of the bridge that a template puts before the answer, of an answer (with its terminator).
     A row of pretraining is a prompt of one token, no rationale, and an answer.
     """
 
     prompt: int
     rationale: int
     answer: int
-    joint: int = 0
+    bridge: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ class Plan:
 
     @property
     def _context_tokens(self) -> int:
-        """Between prompt and answer: rationale, a close token put there by force, joint."""
-        return self.lengths.rationale + (not self.imitates) + self.lengths.joint
+        """Between prompt and answer: rationale, a close token put there by force, bridge."""
+        return self.lengths.rationale + (not self.imitates) + self.lengths.bridge
 
     @property
     def fed_tokens(self) -> int:
@@ -265,11 +265,11 @@ def make_plan(config: Config, world_size: int, lengths: Lengths, vocab_size: int
     """
     plan = Plan(config, derive(config, world_size), lengths, vocab_size)
     room = min(plan.architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch or math.inf)
-    needed = lengths.prompt + lengths.rationale + 1 + lengths.joint + lengths.answer
+    needed = lengths.prompt + lengths.rationale + 1 + lengths.bridge + lengths.answer
     if needed > room and config.objective.estimator != "pretrain":  # whose rows validate has looked at
         raise UserError(
-            f"a prompt of {lengths.prompt} tokens, a rationale of {lengths.rationale}, its close token, a joint of "
-            f"{lengths.joint} and an answer of {lengths.answer} are {needed}, more than {room} (context, or "
+            f"a prompt of {lengths.prompt} tokens, a rationale of {lengths.rationale}, its close token, a bridge of "
+            f"{lengths.bridge} and an answer of {lengths.answer} are {needed}, more than {room} (context, or "
             "--max-tokens-per-micro-batch); lower a budget, or raise --max-position-embeddings or "
             "--max-tokens-per-micro-batch"
         )

@@ -157,7 +157,7 @@ def estimate(plan: Plan) -> Estimate:
         num_rationales=c.rollout.num_rationales,
         prompt_tokens=plan.lengths.prompt,
         rationale_tokens=plan.lengths.rationale,
-        joint_tokens=plan.lengths.joint,
+        joint_tokens=plan.lengths.bridge,
         answer_tokens=plan.lengths.answer,
         vocab_size=plan.vocab_size,
         share_prompts=c.training.share_prompts,
@@ -214,9 +214,9 @@ def _step(e: Estimate) -> str:
     given = e.estimator == "sft"
     rationales = "given rationales" if given else f"x {e.num_rationales} rationales"
     closed = f"rationale {e.rationale_tokens} {'with' if given else 'and'} its close token"
-    joint = f", joint {e.joint_tokens}" if e.joint_tokens else ""
+    bridge = f", bridge {e.joint_tokens}" if e.joint_tokens else ""
     updates = f"; {e.updates} updates" if e.updates > 1 else ""
-    lengths = f"prompt {e.prompt_tokens}, {closed}{joint}, answer {e.answer_tokens}"
+    lengths = f"prompt {e.prompt_tokens}, {closed}{bridge}, answer {e.answer_tokens}"
     return f"{e.prompts_per_step} prompts {'with ' if given else ''}{rationales}; tokens: {lengths}{updates}"
 
 

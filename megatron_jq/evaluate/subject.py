@@ -19,7 +19,7 @@ from megatron_jq.checkpoint.huggingface import CONFIG as HF_CONFIG
 from megatron_jq.checkpoint.store import Found, find_checkpoint
 from megatron_jq.config import Config, settings_of_text
 from megatron_jq.data.dataset import is_builtin
-from megatron_jq.data.prompts import Placed, longest_joint, select_fitting
+from megatron_jq.data.prompts import Placed, longest_bridge, select_fitting
 from megatron_jq.data.reading import Reading, encode_reading, heldout_source, number_of, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.tokenizer_choice import kind_of, tokenizer_in
@@ -174,7 +174,7 @@ def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, archite
     encoded = encode_reading(config, reading, tokenizer)
     answer_budget = r.answer_budget or max(len(one.example.answer_ids) for one in encoded.placed)
     context = architecture.max_position_embeddings
-    room = context - r.rationale_budget - 1 - longest_joint(encoded.placed) - answer_budget
+    room = context - r.rationale_budget - 1 - longest_bridge(encoded.placed) - answer_budget
     if room < 1:
         raise UserError(
             f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt in "

@@ -11,7 +11,7 @@ from megatron_jq.records import Example, Rollout
 class RolloutRequest:
     """Draw rationales for one prompt: one for each slot of the step's [B, M] table that this replica serves.
 
-    gold_ids: y* with its terminator; where given, each Rollout brings log_w = ln p(y*|x,z). joint_ids: fed behind the
+    gold_ids: y* with its terminator; where given, each Rollout brings log_w = ln p(y*|x,z). bridge_ids: fed behind the
     close token, before the answer; they are context, not part of the Rollout. given_ids: the rationale to return, for
     the engine that draws none.
     """
@@ -20,7 +20,7 @@ class RolloutRequest:
     prompt_ids: tuple[int, ...]
     rationale_slots: tuple[int, ...]
     gold_ids: tuple[int, ...] | None = None
-    joint_ids: tuple[int, ...] = ()
+    bridge_ids: tuple[int, ...] = ()
     given_ids: tuple[int, ...] | None = None
 
 
@@ -28,7 +28,7 @@ def request_for(example: Example, prompt_slot: int, rationale_slots: tuple[int, 
     """Rationales for one example; score: with ln p(y*|x,z)."""
     gold_ids = example.answer_ids if score else None
     return RolloutRequest(
-        prompt_slot, example.prompt_ids, rationale_slots, gold_ids, example.joint_ids, example.rationale_ids
+        prompt_slot, example.prompt_ids, rationale_slots, gold_ids, example.bridge_ids, example.rationale_ids
     )
 
 

@@ -31,7 +31,7 @@ class _Row:
     prompt_length: int
     stream: UniformStream
     gold: tuple[int, ...] | None
-    joint: tuple[int, ...]
+    bridge: tuple[int, ...]
     steps: int = 0  # tokens fed behind the prompt, a finished row's dummies included
     fed: int = 0  # real ones among them
     log_w: float | None = None
@@ -62,7 +62,7 @@ class _Row:
             if not closed:
                 self.rationale.append(options.close_id)
                 self.to_feed.append(options.close_id)
-            self.to_feed.extend(self.joint)
+            self.to_feed.extend(self.bridge)
             self.in_answer = True
             self.done = options.answer_budget == 0
 
@@ -139,7 +139,7 @@ class MegatronEngine:
                 len(r.prompt_ids),
                 UniformStream(options.seed, options.step, r.prompt_slot, m),
                 r.gold_ids,
-                r.joint_ids,
+                r.bridge_ids,
             )
             for r in wave
             for m in r.rationale_slots
@@ -179,7 +179,7 @@ class MegatronEngine:
         where, targets, cells = [], [], []
         for n, i in enumerate(due):
             row = active[i]
-            context = [*row.rationale, *row.joint]
+            context = [*row.rationale, *row.bridge]
             kept = min(row.fed, len(context) - 1)  # the last token before y* predicts its first: feed it here
             tail = [*context[kept:], *row.gold[:-1]]
             tokens.extend(tail)

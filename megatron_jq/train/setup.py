@@ -17,7 +17,7 @@ from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
 from megatron_jq.data.pair import Pair
 from megatron_jq.data.prepared import is_prepared
-from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_joint, select_fitting
+from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_bridge, select_fitting
 from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.show import described
@@ -246,9 +246,9 @@ def _fitted(
     context = architecture.max_position_embeddings
     context = min(context, config.training.max_tokens_per_micro_batch or context)
     answer_budget = r.answer_budget or max(len(one.example.answer_ids) for made in encoded for one in made.placed)
-    # Prompt, rationale, a forced close token, the template's joint and the answer share the context.
-    joint = max(longest_joint(made.placed) for made in encoded)
-    room = context - r.rationale_budget - 1 - joint - answer_budget
+    # Prompt, rationale, a forced close token, the template's bridge and the answer share the context.
+    bridge = max(longest_bridge(made.placed) for made in encoded)
+    room = context - r.rationale_budget - 1 - bridge - answer_budget
     if room < 1:
         raise UserError(
             f"--rationale-budget {r.rationale_budget} and {answer_budget} answer tokens leave no room for a prompt "

@@ -24,7 +24,7 @@ def generate(weights, a: Architecture, requests: list[RolloutRequest], options: 
             if options.temperature > 0 or m == r.rationale_slots[0]:  # greedy: a prompt's rationales are alike
                 choose = _greedy if options.temperature == 0 else _sampler(options, r.prompt_slot, m)
                 z, num_sampled, answer, log_prob = _one(weights, a, r, options, choose)
-                log_w = _log_w(weights, a, r.prompt_ids + z + r.joint_ids, r.gold_ids) if r.gold_ids else None
+                log_w = _log_w(weights, a, r.prompt_ids + z + r.bridge_ids, r.gold_ids) if r.gold_ids else None
             rollouts.append(Rollout(r.prompt_slot, m, z, num_sampled, answer, log_prob, log_w))
     return rollouts
 
@@ -36,7 +36,7 @@ def _log_w(weights, a, context, gold) -> float:
 
 def _one(weights, a, request: RolloutRequest, options: SamplingOptions, choose: Callable):
     """(rationale, number sampled, answer, ln p of the sampled rationale tokens)."""
-    prompt_ids, joint_ids = request.prompt_ids, request.joint_ids
+    prompt_ids, bridge_ids = request.prompt_ids, request.bridge_ids
     rationale, answer, total = [], [], 0.0
     while len(rationale) < options.rationale_budget:
         token, log_prob = choose(_next(weights, a, (*prompt_ids, *rationale)), len(rationale))
@@ -48,7 +48,7 @@ def _one(weights, a, request: RolloutRequest, options: SamplingOptions, choose: 
     if rationale[-1] != options.close_id:
         rationale.append(options.close_id)
     while len(answer) < options.answer_budget and options.eos_id not in answer:
-        token, _ = choose(_next(weights, a, (*prompt_ids, *rationale, *joint_ids, *answer)), num_sampled + len(answer))
+        token, _ = choose(_next(weights, a, (*prompt_ids, *rationale, *bridge_ids, *answer)), num_sampled + len(answer))
         answer.append(token)
     return tuple(rationale), num_sampled, tuple(answer), total
 

@@ -309,14 +309,14 @@ def test_messages_and_tokens_are_those_that_are_counted(name):
     assert {work.phase: work.tokens * processes for work in step_work(plan) if work.tokens} == dict(passed)
 
 
-GIVEN = Lengths(prompt=5, rationale=7, answer=3, joint=2)
+GIVEN = Lengths(prompt=5, rationale=7, answer=3, bridge=2)
 JOINED = f"--prompts-per-step 2 --num-rationales 4 --rationale-budget {GIVEN.rationale} --answer-budget {GIVEN.answer}"
 SFT = f"--estimator sft --prompts-per-step 8 --rationale-budget {GIVEN.rationale} --answer-budget {GIVEN.answer}"
 GRPO = f"--estimator grpo {JOINED}"
 PRETRAIN = "--estimator pretrain --prompts-per-step 8 --seq-length 12 --data-path none --tokenizer-model none"
-#: Flags, replicas, lengths: what estimators do beside GARL without a joint, which LAYOUTS have.
+#: Flags, replicas, lengths: what estimators do beside GARL without a bridge, which LAYOUTS have.
 ESTIMATORS = {
-    "a joint": (f"{JOINED} --tensor-model-parallel-size 2 --score-with rollout", 1, GIVEN),
+    "a bridge": (f"{JOINED} --tensor-model-parallel-size 2 --score-with rollout", 1, GIVEN),
     "SFT": (f"{SFT} --tensor-model-parallel-size 2 --sequence-parallel", 1, GIVEN),
     "SFT, PP, DP": (f"{SFT} --pipeline-model-parallel-size 2", 2, GIVEN),
     "pretraining": (f"{PRETRAIN} --pipeline-model-parallel-size 2", 2, Lengths(1, 0, 12)),
@@ -343,7 +343,7 @@ def _counted_in_training(runtime, plan):
     lengths, imitates = plan.lengths, plan.imitates
     rationale = (2,) * lengths.rationale if imitates else None
     examples = [
-        Example(i, "", "", (1,) * lengths.prompt, (3,) * lengths.answer, (), (4,) * lengths.joint, rationale)
+        Example(i, "", "", (1,) * lengths.prompt, (3,) * lengths.answer, (), (4,) * lengths.bridge, rationale)
         for i in range(2 * plan.config.rollout.prompts_per_step)
     ]
     data = DataSets(OneThatNothingSays(), examples, (), 0, lengths.answer, Path("none"), "jsonl")

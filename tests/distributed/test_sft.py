@@ -43,7 +43,7 @@ SEQ_LENGTH = 12
 
 
 def examples() -> list[Example]:
-    """Five, an odd number for two replicas: ragged, two with a joint, one whose rationale is the close token alone."""
+    """Five, an odd number for two replicas: ragged, two with a bridge, one whose rationale is the close token alone."""
     rng = random.Random(11)
 
     def ids(low, high):
@@ -71,17 +71,17 @@ def rotate_by_float32(x_Td: torch.Tensor, base: float) -> torch.Tensor:
 
 
 def masked_cross_entropy(batch: list[Example], policy: str, *, per_token: bool):
-    """(loss, gradients): torch's cross-entropy with the labels of prompt and joint at -100, as trainers of Hugging
+    """(loss, gradients): torch's cross-entropy with the labels of prompt and bridge at -100, as trainers of Hugging
     Face's models write it. Mean over examples, or over all tokens.
     """
     reference.rotate = rotate_by_float32  # in a process of its own
     leaves = {name: w.double().requires_grad_() for name, w in reference.noisy_weights(POLICIES[policy]).items()}
     loss, tokens = torch.zeros((), dtype=torch.float64), 0
     for e in batch:
-        ids = torch.tensor(e.prompt_ids + e.rationale_ids + e.joint_ids + e.answer_ids)
+        ids = torch.tensor(e.prompt_ids + e.rationale_ids + e.bridge_ids + e.answer_ids)
         labels, first = ids.clone(), len(e.prompt_ids) + len(e.rationale_ids)
         labels[: len(e.prompt_ids)] = -100
-        labels[first : first + len(e.joint_ids)] = -100
+        labels[first : first + len(e.bridge_ids)] = -100
         logits = reference.token_logits(leaves, POLICIES[policy], ids.tolist())
         loss = loss + F.cross_entropy(logits[:-1], labels[1:], reduction="sum")
         tokens += int((labels[1:] != -100).sum())

@@ -68,7 +68,7 @@ def test_a_template_of_one_s_own_replaces_the_words(folder, tmp_path, capsys):
     prompt = out.partition("weight 0\n")[2].partition("\n\nrationale")[0]
     text = prompt.replace("\n  ", "").replace("│", "").replace("\\n", "\n").strip()
     assert text == "what was the growth rate of revenue ? { | 2017 | 2016\nrevenue | $ 12.5 | $ 10.0}<think>"
-    assert "joint: 1 token, given, weight 0\n   \n" in out
+    assert "bridge: 1 token, given, weight 0\n   \n" in out
     assert "answer y*: 5 tokens" in out and "\n  0│.│2│5│<|im_end|>" in out
 
 
@@ -78,7 +78,7 @@ def test_a_template_of_one_s_own_replaces_the_words(folder, tmp_path, capsys):
 )
 def test_each_data_set_trains_in_each_style(name, style, estimator, folder, tmp_path):
     """Two steps on format-true records, in one JSON list, evaluated on the same. Engine and trainer agree on ln w, with
-    a joint (warm) and without.
+    a bridge (warm) and without.
     """
     identity = "_id" if name == "hotpotqa" else "id"
     records = [{**RECORDS[name], identity: f"record {number}"} for number in range(5)]

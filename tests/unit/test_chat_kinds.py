@@ -1,7 +1,7 @@
 """Every kind of tokenizer and chat template: our prompts are, id for id, what transformers makes of the same messages.
 
 Why this matters: a server renders and tokenises conversations with transformers. A policy that was trained on prompts
-that differ by one blank at a joint is served prompts that it never saw.
+that differ by one blank at a seam is served prompts that it never saw.
 """
 
 import json
@@ -86,22 +86,22 @@ def test_the_class_that_transformers_believes_rather_than_the_file_is_believed_h
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_follows_a_control_token_is_tokenised_as_transformers_does_there(kind, tmp_path):
-    """After `</think>`, with and without a joint; the joint and y* are cut apart at a fixed place."""
+    """After `</think>`, with and without a bridge; the bridge and y* are cut apart at a fixed place."""
     tokenizer, reference = both(make(tmp_path, kind))
     for text in ("42", "a b", "kite ."):
         after = reference("</think>" + text, add_special_tokens=False)["input_ids"][1:]
         plain = PromptWriter(PromptStyle(), tokenizer).example(0, Pair("x", text, "here"))
-        assert plain.answer_ids == (*after, tokenizer.eos_id) and plain.joint_ids == ()
+        assert plain.answer_ids == (*after, tokenizer.eos_id) and plain.bridge_ids == ()
         joined = PromptWriter(PromptStyle(after_open="\n", after_close="\n\n"), tokenizer)
         example = joined.example(0, Pair("x", text, "here", rationale=text))
         whole = reference("</think>\n\n" + text, add_special_tokens=False)["input_ids"][1:]
-        assert [*example.joint_ids, *example.answer_ids] == [*whole, tokenizer.eos_id]
+        assert [*example.bridge_ids, *example.answer_ids] == [*whole, tokenizer.eos_id]
         opened = [*reference("<think>\n" + text, add_special_tokens=False)["input_ids"], tokenizer.think_close_id]
         start = len(tokenizer.encode("x"))
         assert [*example.prompt_ids[start:], *example.rationale_ids] == opened
         for other in ("another rationale", None):
             again = joined.example(0, Pair("y", text, "here", rationale=other))
-            assert (again.joint_ids, again.answer_ids) == (example.joint_ids, example.answer_ids)
+            assert (again.bridge_ids, again.answer_ids) == (example.bridge_ids, example.answer_ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)

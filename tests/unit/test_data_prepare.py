@@ -164,15 +164,15 @@ def test_a_fingerprint_knows_ids_their_boundaries_order_and_aliases():
         [replace(base, aliases=("b",))],
         [replace(base, aliases=("b", "c"))],
         [replace(base, aliases=("bc",))],
-        [replace(base, joint_ids=(5,))],
-        [replace(base, joint_ids=(5, 5))],
+        [replace(base, bridge_ids=(5,))],
+        [replace(base, bridge_ids=(5, 5))],
         [replace(base, answer_ids=(5, 3, 4))],
         [base, replace(base, prompt_ids=(9,))],
         [replace(base, prompt_ids=(9,)), base],
     ]
     assert len({fingerprint(variant) for variant in variants}) == len(variants)
     assert fingerprint([base]) == fingerprint([replace(base, index=5, prompt_text="other")])
-    # An example without a joint has the fingerprint that it had before there were any: SHA-256 of 2, 1, 2, 2, 3, 4.
+    # An example without a bridge has the fingerprint that it had before there were any: SHA-256 of 2, 1, 2, 2, 3, 4.
     numbers = b"".join(number.to_bytes(8, "little") for number in (2, 1, 2, 2, 3, 4))
     assert fingerprint([base]) == hashlib.sha256(numbers).hexdigest()
 
@@ -270,7 +270,7 @@ def test_what_fits_is_counted_as_by_hand(lengths, prompt_limit, answer_limit):
     )
     free = Lengths("x", prompts, answers).within(Budgets(None, 4, None, 12))
     assert free == (len(prompts), len(answers), len([1 for p, a in lengths if p + 4 + 1 + a <= 12]))
-    joined = Lengths("x", prompts, answers, joint=2).within(Budgets(None, 4, None, 12))
+    joined = Lengths("x", prompts, answers, bridge=2).within(Budgets(None, 4, None, 12))
     assert joined == (len(prompts), len(answers), len([1 for p, a in lengths if p + 4 + 1 + 2 + a <= 12]))
 
 

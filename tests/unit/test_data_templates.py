@@ -136,13 +136,13 @@ def test_plain_prompts_are_the_reader_s_text_to_the_last_blank(sentencepiece):
     assert example.answer_ids == (*sentencepiece.encode(" four "), sentencepiece.eos_id)
 
 
-def test_the_joint_is_a_fixed_boundary_and_y_is_tokenised_on_its_own(folder):
+def test_the_bridge_is_a_fixed_boundary_and_y_is_tokenised_on_its_own(folder):
     tokenizer = load_tokenizer("huggingface", folder)
     writer = PromptWriter(PromptStyle(after_open="\n", after_close="\n\n"), tokenizer)
     for answer in ("42", "\n42", " 42", "step", "\u00e9"):
         example = writer.example(0, Pair("x", answer, "here", ("43",)))
         assert example.prompt_ids[-2:] == (tokenizer.think_open_id, *tokenizer.encode("\n"))
-        assert example.joint_ids == tuple(tokenizer.encode("\n\n"))
+        assert example.bridge_ids == tuple(tokenizer.encode("\n\n"))
         assert example.answer_ids == (*tokenizer.encode(answer), tokenizer.eos_id)
         assert example.aliases == ("43",)
 

@@ -87,7 +87,7 @@ def test_flops_and_tokens_are_those_counted_by_hand(flag, tokens, pairs):
 @pytest.mark.parametrize(
     ("flags", "lengths", "tokens", "head_rows"),
     [
-        ("--estimator sft", replace(LENGTHS, joint=3), 10 + 20 + 3 + 6, 26),
+        ("--estimator sft", replace(LENGTHS, bridge=3), 10 + 20 + 3 + 6, 26),
         ("--estimator pretrain --seq-length 36 --data-path a --tokenizer-model b", Lengths(1, 0, 36), 37, 36),
     ],
 )
@@ -125,11 +125,11 @@ def test_updates_and_a_reference_repeat_the_training_pass_forward_or_both_ways()
     assert held.flops.reference == pytest.approx(held.flops.score + more)
 
 
-def test_a_joint_is_context_of_every_answer():
+def test_a_bridge_is_context_of_every_answer():
     """It is scored nowhere, and fed in generation only before a sampled answer."""
     for flags, fed in (("", 19), ("--estimator grpo", 20 + 1 + 3 + 5), ("--score-with rollout", 19 + 2 + 3 + 5)):
         config = parse_args([*STEP.split(), *flags.split()])
-        plain, joined = (estimate(make_plan(config, 1, replace(LENGTHS, joint=n), 1024)) for n in (0, 3))
+        plain, joined = (estimate(make_plan(config, 1, replace(LENGTHS, bridge=n), 1024)) for n in (0, 3))
         trained, of_plain = joined.work[-1], plain.work[-1]
         assert trained.tokens == of_plain.tokens + 32 * 3 and trained.head_rows == of_plain.head_rows
         assert joined.work[0].tokens == 4 * 10 + 32 * fed
@@ -350,7 +350,7 @@ def test_replicas_without_a_rationale_are_told(capsys):
         ),
         (
             f"{STEP} --prompt-tokens 10 --joint-tokens 2 --estimator grpo --grpo-iterations 3",
-            "rationale 20 and its close token, joint 2, answer 6; 3 updates\n",
+            "rationale 20 and its close token, bridge 2, answer 6; 3 updates\n",
         ),
     ],
 )
@@ -407,7 +407,7 @@ def test_a_layout_that_training_refuses_is_refused_in_its_words(flags, size, cap
         ("--prompt-tokens 5 --answer-tokens 5 --joint-tokens -1", "--joint-tokens must be at least 0, not -1"),
         (
             "--prompt-tokens 440 --answer-tokens 7 --joint-tokens 2",
-            "a joint of 2 and an answer of 7 are 514, more than 512 (context, or --max-tokens-per-micro-batch)",
+            "a bridge of 2 and an answer of 7 are 514, more than 512 (context, or --max-tokens-per-micro-batch)",
         ),
         ("--prompt-tokens 5 --answer-tokens 5 --max-tokens-per-micro-batch 74", "are 75, more than 74 (context"),
         ("--estimator pretrain --answer-tokens 5", "--answer-tokens: rows of --estimator pretrain are as long as"),

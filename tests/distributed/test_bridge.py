@@ -22,7 +22,7 @@ TINY = Architecture(
     max_position_embeddings=64, qk_layernorm=True, tie_embeddings=True, vocab_size=6,
 )  # fmt: skip
 CLOSE, END, BUDGET = 4, 5, 2
-EXAMPLE = Example(0, "", "", (0, 3), (2, 1, END), joint_ids=(1, CLOSE, 0))
+EXAMPLE = Example(0, "", "", (0, 3), (2, 1, END), bridge_ids=(1, CLOSE, 0))
 
 
 def _rationales() -> list[tuple[tuple[int, ...], int]]:
@@ -52,7 +52,7 @@ def _scores(runtime, examples: list[Example]):
 
 
 def _p_by_hand(example: Example) -> float:
-    """Σ_z p(z|x) p(y*|x, z, joint), token by token, from logits of plain torch."""
+    """Σ_z p(z|x) p(y*|x, z, bridge), token by token, from logits of plain torch."""
     weights = {name: w.double() for name, w in reference.noisy_weights(TINY).items()}
 
     def p_of(token: int, context: tuple[int, ...]) -> float:
@@ -66,18 +66,18 @@ def _p_by_hand(example: Example) -> float:
 
     x, total = example.prompt_ids, 0.0
     for z, num_sampled in _rationales():
-        context = (*x, *z, *example.joint_ids)
+        context = (*x, *z, *example.bridge_ids)
         total += p_of_all(z[:num_sampled], x) * p_of_all(example.answer_ids, context)
     return total
 
 
-def test_p_is_the_sum_over_all_rationales_with_the_joint_as_context():
-    without = replace(EXAMPLE, joint_ids=())
+def test_p_is_the_sum_over_all_rationales_with_the_bridge_as_context():
+    without = replace(EXAMPLE, bridge_ids=())
     one_token = [replace(EXAMPLE, answer_ids=(token,)) for token in range(TINY.vocab_size)]
     found = run_ranks(_scores, [EXAMPLE, without, *one_token])[0]
     p = [(log_z + log_y).exp().sum().item() for log_z, log_y in found]
     assert p[:2] == pytest.approx([run_apart(_p_by_hand, e) for e in (EXAMPLE, without)], rel=1e-5)
-    assert p[0] / p[1] > 1.2 or p[1] / p[0] > 1.2, "the joint changes nothing here: choose another one"
+    assert p[0] / p[1] > 1.2 or p[1] / p[0] > 1.2, "the bridge changes nothing here: choose another one"
     # Nothing but z is in p(z|x), and nothing but y* in p(y*|x,z): each sums to 1.
     assert all(log_z.exp().sum().item() == pytest.approx(1.0, abs=1e-5) for log_z, _ in found)
     assert sum(p[2:]) == pytest.approx(1.0, abs=1e-5)
@@ -85,9 +85,9 @@ def test_p_is_the_sum_over_all_rationales_with_the_joint_as_context():
 
 # The engine: what it feeds, what it draws behind it, and what it scores
 
-JOINTS = ((), (9,), (3, 17, 4))  # the last holds the close and end ids, which end nothing there
+BRIDGES = ((), (9,), (3, 17, 4))  # the last holds the close and end ids, which end nothing there
 EXAMPLES = [
-    Example(b, "", "", tuple(range(5 + b, 9 + 3 * b)), (11, 12 + b, 13, 2)[b % 4 :], joint_ids=JOINTS[b % 3])
+    Example(b, "", "", tuple(range(5 + b, 9 + 3 * b)), (11, 12 + b, 13, 2)[b % 4 :], bridge_ids=BRIDGES[b % 3])
     for b in range(6)
 ]
 OPTIONS = SamplingOptions(7, 4, temperature=0.0, top_p=1.0, close_id=3, eos_id=4, seed=7, step=0)
@@ -120,7 +120,7 @@ def by_the_reference():
 
 
 @pytest.mark.parametrize(("layout", "max_rows"), [({}, None), ({"tp": 2, "pp": 2}, 4)])
-def test_greedy_answers_and_ln_w_equal_step_by_step_decoding_with_the_joint_fed(by_the_reference, layout, max_rows):
+def test_greedy_answers_and_ln_w_equal_step_by_step_decoding_with_the_bridge_fed(by_the_reference, layout, max_rows):
     options, expected = by_the_reference
     for found in run_ranks(_generated, options, max_rows, **layout):
         tokens = [[replace(r, log_prob=0.0, log_w=0.0) for r in rollouts] for rollouts in (found, expected)]
