@@ -58,7 +58,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TrainingSequence:
     """One row for the trainer: prompt, rationale, answer, and which of its tokens are scored.
 
     rationale_ids reach to the answer: z, its close token, and the template's bridge. Their first `num_sampled` are

@@ -13,7 +13,7 @@ import torch
 
 from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.model.rows import pack_sequences
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -21,11 +21,11 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 
 #: Two prompts of 5 and 4 tokens; rationales and answers of the first, then of the second.
 SEQUENCES = [
-    Sequence(0, 0, (1,) * 5, (2,) * 3, 3, (3,) * 2),
-    Sequence(0, 1, (1,) * 5, (2,) * 2, 2, (3,) * 2),
-    Sequence(0, 2, (1,) * 5, (2,) * 4, 4, (3,) * 2),
-    Sequence(1, 0, (1,) * 4, (2,) * 3, 3, (3,) * 1),
-    Sequence(1, 1, (1,) * 4, (2,) * 2, 2, (3,) * 1),
+    TrainingSequence(0, 0, (1,) * 5, (2,) * 3, 3, (3,) * 2),
+    TrainingSequence(0, 1, (1,) * 5, (2,) * 2, 2, (3,) * 2),
+    TrainingSequence(0, 2, (1,) * 5, (2,) * 4, 4, (3,) * 2),
+    TrainingSequence(1, 0, (1,) * 4, (2,) * 3, 3, (3,) * 1),
+    TrainingSequence(1, 1, (1,) * 4, (2,) * 2, 2, (3,) * 1),
 ]
 COLOURS = {"prompt": "#4477aa", "rationale": "#ccbb44", "answer": "#ee6677"}
 

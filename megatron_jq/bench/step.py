@@ -25,11 +25,11 @@ from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Example, Rollout, Sequence
+from megatron_jq.records import Example, Rollout, TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.seeds import short_seed
-from megatron_jq.train import step as passes
+from megatron_jq.train import passes
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, clip_and_step, gradient_norm
 from megatron_jq.train.rollouts import sequences_of
@@ -105,13 +105,13 @@ class StepBench:
         scores = observe("score", lambda: self._score(rollouts, sequences))
         observe("train", lambda: self._train(step, sequences, scores))
 
-    def _score(self, rollouts: list[Rollout], sequences: list[Sequence]) -> passes.Scores:
+    def _score(self, rollouts: list[Rollout], sequences: list[TrainingSequence]) -> passes.Scores:
         shape = (len(self.prompts), self.config.rollout.num_rationales)
         if self.score_with_rollout:
             return passes.scores_of_rollouts(rollouts, shape, self.runtime)
         return passes.score(self.model, sequences, shape, self.runtime, self.batch_options)
 
-    def _train(self, step: int, sequences: list[Sequence], scores: passes.Scores) -> None:
+    def _train(self, step: int, sequences: list[TrainingSequence], scores: passes.Scores) -> None:
         """Coefficients, forward and backward pass, update."""
         log_w_BM = scores.log_answer_BM
         coefficients = self.estimator.coefficients(

@@ -194,7 +194,7 @@ def _updates(plan: Plan, stage: int) -> list[Message]:
 
 
 def _table_bytes(plan: Plan) -> int:
-    """Of the step's table, with what ranks count beside it (train/step.py: _empty_table)."""
+    """Of the step's table, with what ranks count beside it (train/passes.py: _empty_table)."""
     return FLOAT64 * (3 * plan.rationales + 2)
 
 

@@ -15,7 +15,7 @@ from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.tree_attention import Tree, TreeSegments
 from megatron_jq.objective.clipping import TokenRule
 from megatron_jq.parallel.transfers import to_device
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 
 RATIONALE, ANSWER = 0, 1  # columns of the head's [n, 2] table
 
@@ -92,7 +92,7 @@ def padded(tokens: int, multiple: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def sharing_pays(sequences: list[Sequence] | tuple[Sequence, ...], multiple: int) -> bool:
+def sharing_pays(sequences: list[TrainingSequence] | tuple[TrainingSequence, ...], multiple: int) -> bool:
     """Whether sequences of one prompt take fewer tokens as a tree than each by itself.
 
     They do where nothing is padded; but a tree pads each branch, and the prompt then stands before that.
@@ -102,7 +102,7 @@ def sharing_pays(sequences: list[Sequence] | tuple[Sequence, ...], multiple: int
     return len(sequences) > 1 and tree < sum(padded(length, multiple) for length in lengths)
 
 
-def prompt_groups(sequences: list[Sequence], *, share_prompts: bool, multiple: int = 1) -> list[list[int]]:
+def prompt_groups(sequences: list[TrainingSequence], *, share_prompts: bool, multiple: int = 1) -> list[list[int]]:
     """Indices of neighbouring sequences that share their prompt; each by itself without share_prompts, or where
     sharing does not pay.
     """
@@ -118,7 +118,7 @@ def prompt_groups(sequences: list[Sequence], *, share_prompts: bool, multiple: i
 
 
 def pack_sequences(
-    sequences: list[Sequence],
+    sequences: list[TrainingSequence],
     *,
     device: torch.device,
     with_rationale: bool,
@@ -129,8 +129,8 @@ def pack_sequences(
     row_multiple: int = 1,
     sequence_multiple: int = 1,
     share_prompts: bool = False,
-    unscored_behind: int | None = None,
-    cut_behind: int | None = None,
+    mask_loss_after_id: int | None = None,
+    document_end_id: int | None = None,
 ) -> Rows:
     """Lay sequences behind one another in the order given. An empty list gives a row of padding that scores nothing.
 
@@ -138,12 +138,12 @@ def pack_sequences(
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
     were sampled as the rationales were, so temperature and top_p hold for them too. row_multiple: the row's
     length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
-    sequence's, or branch's. share_prompts: neighbours with one prompt are laid out as a tree. unscored_behind: a token
-    that follows this one is not scored. cut_behind: what follows this one does not attend to it, nor to what stands
-    before it; not with share_prompts.
+    sequence's, or branch's. share_prompts: neighbours with one prompt are laid out as a tree. mask_loss_after_id: a
+    token that follows this one is not scored. document_end_id: what follows this one does not attend to it, nor to what
+    stands before it; not with share_prompts.
     """
     row, before, start, attention = _lay_out(
-        sequences, row_multiple, sequence_multiple, share_prompts, device, cut_behind
+        sequences, row_multiple, sequence_multiple, share_prompts, device, document_end_id
     )
     where, targets, cells = [], [], []
     for n, sequence in enumerate(sequences):
@@ -155,7 +155,7 @@ def pack_sequences(
             spans.insert(0, (first_z, first_z + sequence.num_sampled, RATIONALE))
         for begin, end, column in spans:
             assert begin > 0, "a scored token needs one before it: prompts are never empty"
-            scored = scored_places(ids, begin, end, unscored_behind)
+            scored = scored_places(ids, begin, end, mask_loss_after_id)
             # The token before a branch's first one is the prompt's last, which lies elsewhere in the row.
             where.extend(before[n] if i == first_z else start[n] + i - 1 - first_z for i in scored)
             targets.extend(ids[i] for i in scored)
@@ -179,23 +179,23 @@ def pack_sequences(
     return Rows(ints(row.tokens), ints(row.positions), attention, head, ints(row.owners).view(-1, 2))
 
 
-def scored_places(ids: tuple[int, ...], begin: int, end: int, unscored_behind: int | None) -> list[int] | range:
-    """Indices in [begin, end) of the tokens that are scored: those that do not follow `unscored_behind`."""
-    if unscored_behind is None:
+def scored_places(ids: tuple[int, ...], begin: int, end: int, mask_loss_after_id: int | None) -> list[int] | range:
+    """Indices in [begin, end) of the tokens that are scored: those that do not follow `mask_loss_after_id`."""
+    if mask_loss_after_id is None:
         return range(begin, end)
-    return [i for i in range(begin, end) if ids[i - 1] != unscored_behind]
+    return [i for i in range(begin, end) if ids[i - 1] != mask_loss_after_id]
 
 
 def _lay_out(
-    sequences: list[Sequence],
+    sequences: list[TrainingSequence],
     row_multiple: int,
     sequence_multiple: int,
     share_prompts: bool,
     device: torch.device,
-    cut_behind: int | None,
+    document_end_id: int | None,
 ) -> tuple[_Row, list[int], list[int], AttentionPlan]:
     """The row; where each sequence's last prompt token lies, and its first token behind the prompt; the plan."""
-    assert cut_behind is None or not share_prompts, "a tree's prompt is one segment"
+    assert document_end_id is None or not share_prompts, "a tree's prompt is one segment"
     row, before, start = _Row(), [0] * len(sequences), [0] * len(sequences)
     groups, lengths = prompt_groups(sequences, share_prompts=share_prompts, multiple=sequence_multiple), []
     for group in groups:
@@ -206,10 +206,10 @@ def _lay_out(
             before[n] = len(row.tokens) + len(whole.prompt_ids) - 1
             start[n] = before[n] + 1
         owners, multiple = (group[0], group[-1]), sequence_multiple if alone else 1
-        if cut_behind is None:
+        if document_end_id is None:
             lengths.append(row.add(ids, owners, multiple=multiple))
         else:
-            lengths.extend(row.add_apart(ids, owners, multiple=multiple, end=cut_behind))
+            lengths.extend(row.add_apart(ids, owners, multiple=multiple, end=document_end_id))
     branches = [
         [_branch_tokens(sequences[n], sequence_multiple) for n in group] if len(group) > 1 else [] for group in groups
     ]
@@ -228,7 +228,7 @@ def _lay_out(
     return row, before, start, TreeSegments(trees, device)
 
 
-def _branch_tokens(sequence: Sequence, multiple: int) -> int:
+def _branch_tokens(sequence: TrainingSequence, multiple: int) -> int:
     return padded(len(sequence.rationale_ids) + len(sequence.answer_ids), multiple)
 
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from megatron_jq.model.rows import padded, sharing_pays
 from megatron_jq.parallel.collectives import all_gather_flat
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 
 
-def trained_tokens(sequences: Iterable[Sequence], present_BM: torch.Tensor, *, share_prompts: bool) -> int:
+def trained_tokens(sequences: Iterable[TrainingSequence], present_BM: torch.Tensor, *, share_prompts: bool) -> int:
     """Tokens of this replica's sequences that were trained on, without padding; over all replicas the step's.
 
     present_BM: which slots of the whole step were, alike on every rank. share_prompts: a prompt counts once for all its
@@ -39,7 +39,7 @@ class Unit:
     Several share the prompt in a row, where that pays (rows.py).
     """
 
-    sequences: tuple[Sequence, ...]  # in slot order
+    sequences: tuple[TrainingSequence, ...]  # in slot order
     multiple: int = 1  # to which a sequence, or a branch, is padded
 
     @property
@@ -74,7 +74,7 @@ class Unit:
         return [Unit(part, self.multiple) for part in parts]
 
 
-def units(sequences: list[Sequence], *, share_prompts: bool, multiple: int = 1) -> list[Unit]:
+def units(sequences: list[TrainingSequence], *, share_prompts: bool, multiple: int = 1) -> list[Unit]:
     """Sequences in slot order as units."""
     ordered = sorted(sequences, key=_slot)
     if not share_prompts:
@@ -82,13 +82,13 @@ def units(sequences: list[Sequence], *, share_prompts: bool, multiple: int = 1) 
     return [Unit(tuple(group), multiple) for _, group in itertools.groupby(ordered, key=lambda s: s.prompt)]
 
 
-def _slot(sequence: Sequence) -> tuple[int, int]:
+def _slot(sequence: TrainingSequence) -> tuple[int, int]:
     return sequence.prompt_slot, sequence.rationale_slot
 
 
 def balance(
-    sequences: list[Sequence], hidden_size: int, runtime: Runtime, *, share_prompts: bool = False
-) -> list[Sequence]:
+    sequences: list[TrainingSequence], hidden_size: int, runtime: Runtime, *, share_prompts: bool = False
+) -> list[TrainingSequence]:
     """Share all replicas' sequences out anew, evenly by cost; returns this replica's part, in slot order.
 
     Greedy, longest first to the least loaded replica: at most 4/3 of the best possible makespan (Graham 1969) over what
@@ -111,13 +111,13 @@ def balance(
 
 
 def micro_batches(
-    sequences: list[Sequence],
+    sequences: list[TrainingSequence],
     *,
     micro_batch_size: int,
     max_tokens: int | None,
     sequence_multiple: int = 1,
     share_prompts: bool = False,
-) -> list[list[Sequence]]:
+) -> list[list[TrainingSequence]]:
     """Cut a replica's sequences into micro-batches; never none: an idle replica gets an empty one.
 
     By count, micro_batch_size at a time, in the order given; or, with max_tokens, first-fit decreasing into rows of at
@@ -127,7 +127,7 @@ def micro_batches(
     """
     if max_tokens is None:
         return [sequences[i : i + micro_batch_size] for i in range(0, len(sequences), micro_batch_size)] or [[]]
-    rows: list[list[Sequence]] = []
+    rows: list[list[TrainingSequence]] = []
     room: list[int] = []
     whole = units(sequences, share_prompts=share_prompts, multiple=sequence_multiple)
     fitting = [piece for unit in whole for piece in _within(unit, max_tokens)]
@@ -153,7 +153,7 @@ def _within(unit: Unit, max_tokens: int) -> list[Unit]:
     return found
 
 
-def in_step_with_expert_peers(batches: list[list[Sequence]], runtime: Runtime) -> list[list[Sequence]]:
+def in_step_with_expert_peers(batches: list[list[TrainingSequence]], runtime: Runtime) -> list[list[TrainingSequence]]:
     """Append empty micro-batches until every replica that shares experts with this one has equally many.
 
     A layer's tokens travel between those replicas in every pass. Cost: one all-reduce of a number, where they share.
@@ -166,7 +166,7 @@ def in_step_with_expert_peers(batches: list[list[Sequence]], runtime: Runtime) -
     return batches + [[] for _ in range(most.item() - len(batches))]
 
 
-def _all_gather(sequences: list[Sequence], runtime: Runtime) -> list[list[Sequence]]:
+def _all_gather(sequences: list[TrainingSequence], runtime: Runtime) -> list[list[TrainingSequence]]:
     """Every replica's sequences, as int32 numbers: six of a head each, then the ids."""
     numbers: list[int] = []
     for s in sequences:
@@ -185,7 +185,7 @@ def _all_gather(sequences: list[Sequence], runtime: Runtime) -> list[list[Sequen
     return [_decode(part[:count]) for part, count in zip(parts, counts.tolist(), strict=True)]
 
 
-def _decode(numbers: list[int]) -> list[Sequence]:
+def _decode(numbers: list[int]) -> list[TrainingSequence]:
     sequences, at = [], 0
     while at < len(numbers):
         prompt_slot, rationale_slot, num_sampled, *lengths = numbers[at : at + 6]
@@ -194,5 +194,5 @@ def _decode(numbers: list[int]) -> list[Sequence]:
         for length in lengths:
             parts.append(tuple(numbers[at : at + length]))
             at += length
-        sequences.append(Sequence(prompt_slot, rationale_slot, parts[0], parts[1], num_sampled, parts[2]))
+        sequences.append(TrainingSequence(prompt_slot, rationale_slot, parts[0], parts[1], num_sampled, parts[2]))
     return sequences

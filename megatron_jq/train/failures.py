@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_jq.errors import PeerFailure, RunFailure
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Example, Sequence
+from megatron_jq.records import Example, TrainingSequence
 
 
 @dataclass
@@ -64,13 +64,13 @@ def show_stacks() -> None:
 
 
 def non_finite(
-    what: str, step: int, prompts: Iterable[Example], sequences: list[Sequence], runtime: Runtime, run_dir: Path
+    what: str, step: int, prompts: Iterable[Example], sequences: list[TrainingSequence], runtime: Runtime, run_dir: Path
 ) -> RunFailure:
     """The failure to raise for a quantity that is not finite, on every rank, once rank 0 has written the batch.
 
     sequences: this replica's. The batch goes to run_dir/nonfinite_step_NNNNNNN.json.
     """
-    kept: list[list[Sequence]] = [[]] * runtime.world_size
+    kept: list[list[TrainingSequence]] = [[]] * runtime.world_size
     dist.all_gather_object(kept, sequences)
     path = run_dir / f"nonfinite_step_{step:07d}.json"
     where = f"the batch is in {path}"

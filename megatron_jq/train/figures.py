@@ -8,11 +8,11 @@ import torch.distributed as dist
 from megatron_jq.objective.metrics import effective_sample_size
 from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
-from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
+from megatron_jq.records import Coefficients, Rollout, StepMetrics, TrainingSequence
 from megatron_jq.train.batching import trained_tokens
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.pace import Pace
-from megatron_jq.train.step import Scores
+from megatron_jq.train.passes import Scores
 from megatron_jq.train.updates import Trained
 
 
@@ -46,7 +46,7 @@ def step_metrics(
     estimator: Estimator,
     tables: Tables,
     rollouts: list[Rollout],
-    sequences: list[Sequence],
+    sequences: list[TrainingSequence],
     runtime: Runtime,
     *,
     log_w_mismatch: float | None,

@@ -14,7 +14,6 @@ from megatron_jq.model.moe import balances_experts
 from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients
-from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.falls import FallWatch
 from megatron_jq.train.loss_scale import LossScale
 from megatron_jq.train.optimizer import (
@@ -25,6 +24,7 @@ from megatron_jq.train.optimizer import (
     rounded,
 )
 from megatron_jq.train.precision import PrecisionWatch, StepFacts
+from megatron_jq.train.start_point import StartPoint
 
 
 class Numerics:
@@ -49,7 +49,7 @@ class Numerics:
         dist.all_reduce(count)  # replicas and their copies of norms included: a bound is made of its root
         self._elements, self._log_p, self._facts = int(count), math.nan, None
 
-    def load(self, beginning: Beginning) -> None:
+    def load(self, beginning: StartPoint) -> None:
         """Continue with the scale of the checkpoint whose optimizer was loaded, and know the ln P of its last steps.
 
         A checkpoint of an earlier version knows no such steps.

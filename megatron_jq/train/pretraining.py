@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_jq import records
 from megatron_jq.model.rows import scored_places
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Example
+from megatron_jq.records import Example, TrainingSequence
 
 
 class Batch(Sequence[Example]):
@@ -27,11 +26,11 @@ class Batch(Sequence[Example]):
         return self._read[slot]
 
 
-def scored_tokens(sequences: list[records.Sequence], unscored_behind: int | None, runtime: Runtime) -> int:
+def scored_tokens(sequences: list[TrainingSequence], mask_loss_after_id: int | None, runtime: Runtime) -> int:
     """Answer tokens that are scored, over all replicas: one all-reduce of a number. sequences: this replica's."""
     count = 0
     for s in sequences:
         ids = (*s.prompt_ids, *s.rationale_ids, *s.answer_ids)
-        count += len(scored_places(ids, len(ids) - len(s.answer_ids), len(ids), unscored_behind))
+        count += len(scored_places(ids, len(ids) - len(s.answer_ids), len(ids), mask_loss_after_id))
     total = torch.tensor(count, dtype=torch.float64, device=runtime.device)
     return int(runtime.groups.sum_over_replicas(total).item())

@@ -20,10 +20,10 @@ from megatron_jq.files import reason, sync
 from megatron_jq.model.build import BuildOptions, kernels
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import StepMetrics
-from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.run_directory import METRICS, TENSORBOARD
 from megatron_jq.train.setup import DataSets
+from megatron_jq.train.start_point import StartPoint
 
 
 class Recorder:
@@ -151,7 +151,7 @@ class Recorder:
             self.say(f"warning: at the run's end {self.fault}")
 
 
-def open_recorder(t: TrainingConfig, beginning: Beginning) -> Recorder:
+def open_recorder(t: TrainingConfig, beginning: StartPoint) -> Recorder:
     """A run's, at its beginning, which it tells."""
     recorder = Recorder(
         Path(t.run_dir),

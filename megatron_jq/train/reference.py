@@ -19,8 +19,8 @@ from megatron_jq.errors import UserError
 from megatron_jq.model.build import BuildOptions, TrainingModel, build_policies
 from megatron_jq.model.policy import Policy
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.run_directory import save_folder
+from megatron_jq.train.start_point import StartPoint
 
 
 class Reference:
@@ -37,7 +37,7 @@ class Reference:
         self.model = TrainingModel(chunks)
         self._folder = save_folder(config) / REFERENCE
 
-    def begin(self, beginning: Beginning, policies: list[Policy]) -> None:
+    def begin(self, beginning: StartPoint, policies: list[Policy]) -> None:
         """Take the weights that the run began with: those of `policies`, which hold the beginning's, or the kept ones.
 
         UserError on every rank where a run that is taken up again has none.
@@ -57,7 +57,7 @@ class Reference:
         check_architecture(found, self._derived.architecture, self._options.vocab_size)
         load_weights(found, self.model.policies, self._runtime)
 
-    def keep(self, beginning: Beginning, deadline: timedelta, run: Run | None) -> None:
+    def keep(self, beginning: StartPoint, deadline: timedelta, run: Run | None) -> None:
         """Write the weights, unless the run was taken up again. RunFailure on every rank where that fails.
 
         run: rank 0's, which writes the manifest.
@@ -76,5 +76,5 @@ class Reference:
         CheckpointWriter(self._folder, self._runtime, deadline).save_weights(self.model.policies, manifest)
 
 
-def _taken_up(beginning: Beginning) -> bool:
+def _taken_up(beginning: StartPoint) -> bool:
     return beginning.resumed and beginning.found is not None

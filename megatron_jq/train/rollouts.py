@@ -8,14 +8,14 @@ from megatron_jq.evaluate import answer_matches
 from megatron_jq.evaluate.drawing import golds_of
 from megatron_jq.evaluate.reward import Reward
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
-from megatron_jq.records import Example, Rollout, Sequence
+from megatron_jq.records import Example, Rollout, TrainingSequence
 from megatron_jq.train.pretraining import Batch
 
 
-def sequences_of(rollouts: list[Rollout], prompts: Batch | list[Example], *, gold: bool) -> list[Sequence]:
+def sequences_of(rollouts: list[Rollout], prompts: Batch | list[Example], *, gold: bool) -> list[TrainingSequence]:
     """The valid rollouts with y* (gold), or each with the answer that was sampled behind it."""
     return [
-        Sequence(
+        TrainingSequence(
             rollout.prompt_slot,
             rollout.rationale_slot,
             example.prompt_ids,

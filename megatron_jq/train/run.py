@@ -9,11 +9,11 @@ from megatron_jq.config_validate import derive
 from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import on_all_ranks
-from megatron_jq.train.beginning import find_beginning
 from megatron_jq.train.failures import Phase, peers_must_answer
 from megatron_jq.train.run_directory import RunFolders
 from megatron_jq.train.saving import Saving
 from megatron_jq.train.setup import prepare_data
+from megatron_jq.train.start_point import find_start_point
 from megatron_jq.train.stopping import StopRequest
 from megatron_jq.train.trainer import Trainer
 from megatron_jq.train.watch import Watch
@@ -32,7 +32,7 @@ def run_training(config: Config) -> int:
         for note in on_all_ranks(runtime, folders.open, main_only=True) or ():
             print(note, flush=True)
         on_all_ranks(runtime, lambda: reward_of(config))  # the user's own module: before any work
-        beginning = find_beginning(config, runtime)
+        beginning = find_start_point(config, runtime)
         carried = None if beginning.found is None else beginning.found.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
         trainer = Trainer(config, derived, data, runtime, phase)

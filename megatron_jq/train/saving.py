@@ -26,12 +26,12 @@ from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.build import TrainingModel
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks, raise_on_all_ranks
 from megatron_jq.records import StepMetrics
-from megatron_jq.train.beginning import Beginning
 from megatron_jq.train.numerics import Numerics
 from megatron_jq.train.recorder import Recorder, finite_values
 from megatron_jq.train.resume_rules import Rule, changed
 from megatron_jq.train.run_directory import RunFolders
 from megatron_jq.train.setup import DataSets
+from megatron_jq.train.start_point import StartPoint
 from megatron_jq.train.stopping import StopRequest, signal_name
 
 
@@ -71,7 +71,7 @@ class Saving:
             tokenizer=data.tokenizer_path,
         )
 
-    def load(self, beginning: Beginning) -> None:
+    def load(self, beginning: StartPoint) -> None:
         """Take weights, and unless weights_only all else, from the checkpoint to begin from, if there is one.
 
         UserError on every rank where it does not fit this run.

@@ -21,13 +21,12 @@ from megatron_jq.model.build import build_options, build_policies, wrap_for_trai
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
-from megatron_jq.records import Coefficients, Rollout, Sequence, StepMetrics
+from megatron_jq.records import Coefficients, Rollout, StepMetrics, TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.seeds import evaluation_seed, rollout_seed
-from megatron_jq.train import step as passes
-from megatron_jq.train.beginning import Beginning
+from megatron_jq.train import passes
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, non_finite
 from megatron_jq.train.figures import Tables, step_metrics
@@ -40,6 +39,7 @@ from megatron_jq.train.reference import Reference
 from megatron_jq.train.rollouts import rewards, sequences_of
 from megatron_jq.train.saving import Saving
 from megatron_jq.train.setup import DataSets
+from megatron_jq.train.start_point import StartPoint
 from megatron_jq.train.stopping import StopRequest
 from megatron_jq.train.updates import Trained, Updates
 
@@ -79,8 +79,8 @@ class Trainer:
             top_p=1.0 if self.estimator.imitates else r.top_p,
             sequence_multiple=c.pad_sequences_to_multiple_of,
             share_prompts=c.share_prompts == "auto" and not pretrains,  # a row is a prompt of its own
-            unscored_behind=data.tokenizer.eos_id if config.data.eod_mask_loss else None,
-            cut_behind=data.tokenizer.eos_id if config.data.reset_attention_mask else None,
+            mask_loss_after_id=data.tokenizer.eos_id if config.data.eod_mask_loss else None,
+            document_end_id=data.tokenizer.eos_id if config.data.reset_attention_mask else None,
         )
         self.train_options = replace(self.score_options, tempered_answers=self.estimator.samples_answers)
         self.reference = Reference(config, derived, options, runtime) if o.grpo_kl_beta > 0 else None
@@ -88,7 +88,7 @@ class Trainer:
         self.pace = PaceMaker(runtime)
         self.recorder: Recorder | None = None  # rank 0's, while it runs
 
-    def run(self, beginning: Beginning, saving: Saving, stop: StopRequest) -> None:
+    def run(self, beginning: StartPoint, saving: Saving, stop: StopRequest) -> None:
         """Steps to --train-iters, or to the end of the step in which `stop` receives a signal, with checkpoints."""
         t = self.config.training
         self.recorder = on_all_ranks(self.runtime, lambda: open_recorder(t, beginning), main_only=True)
@@ -145,7 +145,7 @@ class Trainer:
 
         self.phase.enter(step, "train")
         estimator = self.estimator
-        if self.score_options.unscored_behind is not None:
+        if self.score_options.mask_loss_after_id is not None:
             estimator = replace(estimator, row_tokens=max(self._scored_tokens(gold), 1) / len(prompts))
         coefficients = estimator.coefficients(log_w_BM, reward_BM, valid_BM, q=q, step=step)
         self._check(step, prompts, gold, "coefficient of ln p(z|x)", coefficients.rationale_BM)
@@ -192,8 +192,8 @@ class Trainer:
         scores = passes.score(self.model, sequences, (len(rows), 1), self.runtime, self.score_options)
         return -scores.log_answer_BM.sum().item() / max(self._scored_tokens(sequences), 1)
 
-    def _scored_tokens(self, sequences: list[Sequence]) -> int:
-        return scored_tokens(sequences, self.score_options.unscored_behind, self.runtime)
+    def _scored_tokens(self, sequences: list[TrainingSequence]) -> int:
+        return scored_tokens(sequences, self.score_options.mask_loss_after_id, self.runtime)
 
     def evaluate(self, step: int) -> Evaluation:
         """Accuracy on the held-out examples with the current weights."""
@@ -219,7 +219,7 @@ class Trainer:
         )
 
     def _score(
-        self, step: int, rollouts: list[Rollout], gold: list[Sequence], shape: tuple[int, int]
+        self, step: int, rollouts: list[Rollout], gold: list[TrainingSequence], shape: tuple[int, int]
     ) -> tuple[passes.Scores, float | None]:
         """ln w by the trainer's own forward pass, or by the engine; with the engine, compared on some steps.
 
@@ -268,7 +268,7 @@ class Trainer:
         self,
         step: int,
         prompts: Batch,
-        sequences: list[Sequence],
+        sequences: list[TrainingSequence],
         coefficients: Coefficients,
         valid_BM: torch.Tensor,
     ) -> Trained:
@@ -292,7 +292,7 @@ class Trainer:
         update = lambda trained: self._update(step, prompts, sequences, trained)  # noqa: E731
         return updates.run(sequences, coefficients, kl_weight_BM, update)
 
-    def _update(self, step: int, prompts: Batch, sequences: list[Sequence], trained: passes.Scores) -> float:
+    def _update(self, step: int, prompts: Batch, sequences: list[TrainingSequence], trained: passes.Scores) -> float:
         """Check the loss's inputs and the gradient, then let the optimizer step. Returns the norm before clipping."""
         present_BM = trained.present_BM
         self._check(step, prompts, sequences, "ln p(z|x)", trained.log_rationale_BM[present_BM])
@@ -303,7 +303,7 @@ class Trainer:
                 self._check(step, prompts, sequences, self.numerics.nonfinite(), torch.tensor(norm))
             return self.numerics.apply(norm)
 
-    def _check(self, step, prompts, sequences: list[Sequence], what: str, values: torch.Tensor) -> None:
+    def _check(self, step, prompts, sequences: list[TrainingSequence], what: str, values: torch.Tensor) -> None:
         """Stop the run on every rank when `values` (alike on all ranks) are not finite; rank 0 keeps the batch."""
         if not torch.isfinite(values).all():
             run_dir = Path(self.config.training.run_dir)

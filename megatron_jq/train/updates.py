@@ -14,8 +14,8 @@ from megatron_jq.model.build import TrainingModel
 from megatron_jq.model.rows import ScoreHead
 from megatron_jq.objective.clipping import TokenFigures, TokenRule
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Coefficients, Sequence
-from megatron_jq.train.step import (
+from megatron_jq.records import Coefficients, TrainingSequence
+from megatron_jq.train.passes import (
     BatchOptions,
     Scores,
     begin_expert_balance,
@@ -54,7 +54,7 @@ class Updated:
 
 def train_by_token(
     model: TrainingModel,
-    batches: list[list[Sequence]],
+    batches: list[list[TrainingSequence]],
     coefficients: Coefficients,
     off_policy: OffPolicy,
     runtime: Runtime,
@@ -91,7 +91,7 @@ def train_by_token(
 
 
 def token_log_probs(
-    model: TrainingModel, batches: list[list[Sequence]], runtime: Runtime, options: BatchOptions
+    model: TrainingModel, batches: list[list[TrainingSequence]], runtime: Runtime, options: BatchOptions
 ) -> list[torch.Tensor]:
     """ln p of each micro-batch's scored tokens under another model, as OffPolicy takes them; bit for bit the trained
     model's where the weights are.
@@ -130,7 +130,7 @@ class Updates:
 
     def run(
         self,
-        sequences: list[Sequence],
+        sequences: list[TrainingSequence],
         coefficients: Coefficients,
         kl_weight_BM: torch.Tensor | None,
         update: Callable[[Scores], float],

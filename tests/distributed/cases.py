@@ -8,9 +8,9 @@ import torch
 from megatron_jq.architecture import Architecture
 from megatron_jq.model.build import BuildOptions, build_policies, wrap_for_training
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Coefficients, Sequence
+from megatron_jq.records import Coefficients, TrainingSequence
 from megatron_jq.rollout.engine import share_of_replica
-from megatron_jq.train import step
+from megatron_jq.train import passes
 from megatron_jq.train.estimators import Estimator
 from tests.distributed.shards import load_whole, named_tensors
 
@@ -39,7 +39,7 @@ def build(runtime: Runtime, architecture: Architecture, weights, options: BuildO
     return policy, wrap_for_training([policy], options, runtime)
 
 
-def batch(vocab_size: int = 70, seed: int = 3) -> list[Sequence]:
+def batch(vocab_size: int = 70, seed: int = 3) -> list[TrainingSequence]:
     """Three prompts with three ragged rationales each; some end in forced tokens, one is forced throughout."""
     rng = random.Random(seed)
     sequences = []
@@ -52,11 +52,11 @@ def batch(vocab_size: int = 70, seed: int = 3) -> list[Sequence]:
         for m in range(NUM_RATIONALES):
             rationale = ids(2, 8)
             forced = (0, 1, len(rationale))[2 if (b, m) == (2, 0) else rng.randint(0, 1)]
-            sequences.append(Sequence(b, m, prompt, rationale, len(rationale) - forced, answer))
+            sequences.append(TrainingSequence(b, m, prompt, rationale, len(rationale) - forced, answer))
     return sequences
 
 
-def share(sequences: list[Sequence], runtime: Runtime) -> list[Sequence]:
+def share(sequences: list[TrainingSequence], runtime: Runtime) -> list[TrainingSequence]:
     """This replica's sequences, cut as a run cuts them: the middle prompt lies on both of two replicas."""
     dp = runtime.groups.dp
     mine = {(b, m) for b, slots in share_of_replica(*TABLE, dp.rank(), dp.size()) for m in slots}
@@ -71,17 +71,23 @@ def estimator(name: str) -> Estimator:
 class Pass:
     """What one score-and-train pass left on one rank."""
 
-    scores: step.Scores
+    scores: passes.Scores
     coefficients: Coefficients
-    trained: step.Scores
+    trained: passes.Scores
     gradients: tuple  # named_tensors of the gradient buffers
 
 
 def score_and_train(
-    runtime: Runtime, policy, model, sequences: list[Sequence], options: step.BatchOptions, name: str, shape=TABLE
+    runtime: Runtime,
+    policy,
+    model,
+    sequences: list[TrainingSequence],
+    options: passes.BatchOptions,
+    name: str,
+    shape=TABLE,
 ) -> Pass:
     """Score, coefficients, forward-backward, as a training step does, for this replica's sequences."""
-    scores = step.score(model, sequences, shape, runtime, options, with_rationale=True)
+    scores = passes.score(model, sequences, shape, runtime, options, with_rationale=True)
     coefficients = estimator(name).coefficients(
         scores.log_answer_BM, torch.zeros(shape), scores.present_BM, q=Q, step=0
     )
@@ -90,7 +96,7 @@ def score_and_train(
 
 def train_with(runtime, policy, model, sequences, options, coefficients, scores=None) -> Pass:
     model.zero_grad_buffer()
-    trained = step.train(model, sequences, coefficients, runtime, options)
+    trained = passes.train(model, sequences, coefficients, runtime, options)
     gather_gradient_shards(model)
     return Pass(scores, coefficients, trained, named_tensors(policy, runtime, lambda p: p.main_grad.float()))
 

@@ -20,7 +20,7 @@ import torch
 
 # Imported here, before any fork, so that no rank pays for it again.
 import megatron_jq.model.build  # noqa: F401
-import megatron_jq.train.step  # noqa: F401
+import megatron_jq.train.passes  # noqa: F401
 from megatron_jq.parallel import runtime as runtime_module
 
 DEADLINE_SECONDS = 200

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_jq.architecture import Architecture
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 
 Weights = dict[str, Tensor]
 
@@ -163,7 +163,7 @@ def tempered_log_probs(logits_TV: Tensor, temperature: float = 1.0, top_p: float
 def score(
     weights: Weights,
     a: Architecture,
-    sequence: Sequence,
+    sequence: TrainingSequence,
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -210,7 +210,7 @@ def paft(log_w: list[list[float | None]], q: float, uniform_BK: Tensor) -> list:
 
 
 def surrogate_gradients(
-    weights: Weights, a: Architecture, sequences: list[Sequence], rationale, answer, **sampling: float
+    weights: Weights, a: Architecture, sequences: list[TrainingSequence], rationale, answer, **sampling: float
 ) -> tuple[float, Weights]:
     """Loss -sum(rationale · ln p(z|x) + answer · ln p(y|x,z)) and its gradient by every weight, in float64.
 

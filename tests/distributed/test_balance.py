@@ -2,20 +2,20 @@
 
 import random
 
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 from megatron_jq.train.batching import Unit, balance, units
 from tests.distributed.ranks import run_ranks
 
 HIDDEN = 64
 
 
-def _sequences() -> list[Sequence]:
+def _sequences() -> list[TrainingSequence]:
     rng = random.Random(4)
 
     def ids(low, high):
         return tuple(rng.randrange(50) for _ in range(rng.randint(low, high)))
 
-    return [Sequence(b, m, ids(1, 60), ids(1, 200), 1, ids(0, 5)) for b in range(6) for m in range(5)]
+    return [TrainingSequence(b, m, ids(1, 60), ids(1, 200), 1, ids(0, 5)) for b in range(6) for m in range(5)]
 
 
 def _shared(runtime, lopsided: bool):
@@ -39,11 +39,11 @@ def test_tensor_parallel_peers_agree_on_their_share():
     assert parts[0] == parts[1] and parts[2] == parts[3]
 
 
-def _trees() -> list[Sequence]:
+def _trees() -> list[TrainingSequence]:
     rng = random.Random(5)
     prompts = [tuple(rng.randrange(50) for _ in range(rng.randint(20, 60))) for _ in range(8)]
     return [
-        Sequence(b, m, prompt, tuple(range(rng.randint(1, 20))), 1, (7,))
+        TrainingSequence(b, m, prompt, tuple(range(rng.randint(1, 20))), 1, (7,))
         for b, prompt in enumerate(prompts)
         for m in range(12 if b else 100)
     ]

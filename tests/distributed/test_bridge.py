@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_jq.architecture import Architecture
-from megatron_jq.records import Example, Sequence
+from megatron_jq.records import Example, TrainingSequence
 from megatron_jq.rollout.engine import SamplingOptions, request_for, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.step import BatchOptions, score, scores_of_rollouts
+from megatron_jq.train.passes import BatchOptions, score, scores_of_rollouts
 from tests.distributed import generation, reference
 from tests.distributed.cases import SMALL, build, build_options
 from tests.distributed.ranks import run_apart, run_ranks
@@ -42,7 +42,7 @@ def _scores(runtime, examples: list[Example]):
     results = []
     for example in examples:
         rows = [
-            Sequence(0, m, example.prompt_ids, example.joined(z), num_sampled, example.answer_ids)
+            TrainingSequence(0, m, example.prompt_ids, example.joined(z), num_sampled, example.answer_ids)
             for m, (z, num_sampled) in enumerate(_rationales())
         ]
         shape = (1, len(rows))
@@ -145,7 +145,7 @@ def _both(runtime, answer_budget: int):
     for r in rollouts:
         e = EXAMPLES[r.prompt_slot]
         z = e.joined(r.rationale_ids)
-        rows.append(Sequence(r.prompt_slot, r.rationale_slot, e.prompt_ids, z, r.num_sampled, e.answer_ids))
+        rows.append(TrainingSequence(r.prompt_slot, r.rationale_slot, e.prompt_ids, z, r.num_sampled, e.answer_ids))
     shared, alone = (score(model, rows, TABLE, runtime, BatchOptions(8, share_prompts=s)) for s in (True, False))
     engine = scores_of_rollouts(rollouts, TABLE, runtime)
     lengths = [len(r.rationale_ids) for r in rollouts]

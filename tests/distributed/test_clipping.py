@@ -9,7 +9,7 @@ from megatron_jq.config import Config, OptimizerConfig
 from megatron_jq.model.build import TrainingModel, build_policies, wrap_for_training
 from megatron_jq.records import Coefficients
 from megatron_jq.train.optimizer import build_optimizer
-from megatron_jq.train.step import BatchOptions, train, training_batches
+from megatron_jq.train.passes import BatchOptions, train, training_batches
 from megatron_jq.train.updates import OffPolicy, Trained, Updates, token_log_probs, train_by_token
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, TABLE, batch, build_options, gather_gradient_shards, share

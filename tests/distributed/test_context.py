@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron_jq.model.context import head_of_rank, zigzag_positions
 from megatron_jq.model.head import score_rows
 from megatron_jq.model.rows import pack_sequences
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY, WIDTH = 46, 12
@@ -21,9 +21,9 @@ def test_zigzag_is_megatrons_order():
 def _problem():
     generator = torch.Generator().manual_seed(5)
     sequences = [
-        Sequence(0, 0, (1, 2, 3), (4, 5, 9), 2, (7, 8)),
-        Sequence(0, 1, (1, 2, 3), (9,), 1, (7, 8)),
-        Sequence(1, 0, (6,), (5, 4, 3, 2, 9), 5, (1, 0, 8)),
+        TrainingSequence(0, 0, (1, 2, 3), (4, 5, 9), 2, (7, 8)),
+        TrainingSequence(0, 1, (1, 2, 3), (9,), 1, (7, 8)),
+        TrainingSequence(1, 0, (6,), (5, 4, 3, 2, 9), 5, (1, 0, 8)),
     ]
     pairs = torch.randn(3, 2, generator=generator, dtype=torch.float64).tolist()
     rows = pack_sequences(

@@ -29,7 +29,7 @@ from megatron_jq.estimate.plan import Lengths, Plan, make_plan
 from megatron_jq.estimate.traffic import stage_traffic
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.model.rows import pack_sequences
-from megatron_jq.records import Example, Sequence
+from megatron_jq.records import Example, TrainingSequence
 from megatron_jq.train import rollouts
 from megatron_jq.train.setup import DataSets
 from megatron_jq.train.trainer import Trainer
@@ -148,7 +148,7 @@ def _build(runtime, plan):
 def _pass(runtime, plan, policy, model, kind):
     shared = kind == "trees"
     sequences = [
-        Sequence(0 if shared else i, i, (1,) * LENGTHS.prompt, (2,) * (n + 1), n, (3,) * 3)
+        TrainingSequence(0 if shared else i, i, (1,) * LENGTHS.prompt, (2,) * (n + 1), n, (3,) * 3)
         for i, n in enumerate(ROWS[kind])
     ]
     rows = pack_sequences(

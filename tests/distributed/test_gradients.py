@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_jq.seeds import stream
-from megatron_jq.train.step import BatchOptions
+from megatron_jq.train.passes import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import (
     NUM_PROMPTS,

@@ -20,7 +20,7 @@ from megatron_jq.model import build as building
 from megatron_jq.model.initialise import mark_partitions
 from megatron_jq.model.norm import LocalRMSNorm
 from megatron_jq.model.policy import RowsForward
-from megatron_jq.train import step
+from megatron_jq.train import passes
 from tests.distributed import reference
 from tests.distributed.cases import POLICIES, TABLE, batch, build, build_options, estimator, share
 from tests.distributed.ranks import run_ranks
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.skipif(
     reason="this Megatron-core has no HybridModel under that name (0.19 has)",
 )
 BATCHES = {
-    "packed": step.BatchOptions(micro_batch_size=4),
-    "trees": step.BatchOptions(micro_batch_size=4, share_prompts=True),
-    "padded": step.BatchOptions(micro_batch_size=4, sequence_multiple=16),
+    "packed": passes.BatchOptions(micro_batch_size=4),
+    "trees": passes.BatchOptions(micro_batch_size=4, share_prompts=True),
+    "padded": passes.BatchOptions(micro_batch_size=4, sequence_multiple=16),
 }
 
 
@@ -101,12 +101,12 @@ def gpt_name(name: str) -> str:
 def _pass(policy, model, runtime, options, names):
     """Log-likelihoods, and gradients by GPTModel's names, on this rank."""
     sequences = share(batch(), runtime)
-    scores = step.score(model, sequences, TABLE, runtime, options, with_rationale=True)
+    scores = passes.score(model, sequences, TABLE, runtime, options, with_rationale=True)
     coefficients = estimator("garl").coefficients(
         scores.log_answer_BM, torch.zeros(TABLE), scores.present_BM, q=0.75, step=0
     )
     model.zero_grad_buffer()
-    step.train(model, sequences, coefficients, runtime, options)
+    passes.train(model, sequences, coefficients, runtime, options)
     gradients = {names(name): p.main_grad.clone() for name, p in policy.named_parameters()}
     return scores, gradients
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_jq.model.build import build_policies, wrap_for_training
-from megatron_jq.train import step
-from megatron_jq.train.step import BatchOptions
+from megatron_jq.train import passes
+from megatron_jq.train.passes import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import (
     SMALL,
@@ -76,12 +76,12 @@ def _gradients(runtime, layout: Layout, dtype: torch.dtype):
         if layout.idle:  # replica 0 takes everything
             sequences = batch() if runtime.groups.dp.rank() == 0 else []
         for _ in range(2):  # the second pass finds what the first may have left behind
-            scores = step.score(model, sequences, TABLE, runtime, layout.batch)
+            scores = passes.score(model, sequences, TABLE, runtime, layout.batch)
             coefficients = estimator("garl").coefficients(
                 scores.log_answer_BM, torch.zeros(TABLE), scores.present_BM, q=0.75, step=0
             )
             model.zero_grad_buffer()
-            trained = step.train(model, sequences, coefficients, runtime, layout.batch)
+            trained = passes.train(model, sequences, coefficients, runtime, layout.batch)
         gather_gradient_shards(model)
         gradients = [named_tensors(policy, runtime, lambda p: p.main_grad) for policy in policies]
         results[name] = (coefficients.rationale_BM, trained.log_rationale_BM, scores.log_answer_BM, gradients)

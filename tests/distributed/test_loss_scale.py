@@ -12,8 +12,8 @@ from megatron_jq.errors import RunFailure
 from megatron_jq.records import Coefficients
 from megatron_jq.train.loss_scale import LossScale
 from megatron_jq.train.optimizer import build_optimizer, clip_and_step, gradient_norm, parts_of, rounded
+from megatron_jq.train.passes import BatchOptions, train, training_batches
 from megatron_jq.train.precision import PrecisionWatch, StepFacts
-from megatron_jq.train.step import BatchOptions, train, training_batches
 from megatron_jq.train.updates import OffPolicy, train_by_token
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, TABLE, batch, build, build_options, share

@@ -21,12 +21,12 @@ from megatron_jq.config_validate import derive
 from megatron_jq.model.build import build_policies, wrap_for_training
 from megatron_jq.model.initialise import expert_name
 from megatron_jq.model.moe import balance_losses
-from megatron_jq.records import Coefficients, Sequence
+from megatron_jq.records import Coefficients, TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.train.optimizer import build_optimizer
+from megatron_jq.train.passes import BatchOptions, score, train
 from megatron_jq.train.setup import prepare_data
-from megatron_jq.train.step import BatchOptions, score, train
 from megatron_jq.train.trainer import Trainer
 from tests.distributed import reference
 from tests.distributed.cases import (
@@ -407,7 +407,9 @@ def _rollouts(runtime):
         x = _prompts()
         batching = BatchOptions(8, temperature=SAMPLE.temperature)
         rows = [
-            Sequence(r.prompt_slot, r.rationale_slot, x[r.prompt_slot], r.rationale_ids, r.num_sampled, (5, 6, 4))
+            TrainingSequence(
+                r.prompt_slot, r.rationale_slot, x[r.prompt_slot], r.rationale_ids, r.num_sampled, (5, 6, 4)
+            )
             for r in rollouts
         ]
         scores = score(model, rows, (PROMPTS, RATIONALES), runtime, batching, with_rationale=True)

@@ -10,7 +10,7 @@ from megatron_jq.config import Config, ModelConfig, ObjectiveConfig, OptimizerCo
 from megatron_jq.config_validate import derive
 from megatron_jq.objective.schedule import QSchedule, q_at
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, clip_and_step, gradient_norm, learning_rate
-from megatron_jq.train.step import BatchOptions
+from megatron_jq.train.passes import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, batch, build, build_options, share, train_with
 from tests.distributed.ranks import run_apart, run_ranks

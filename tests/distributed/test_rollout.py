@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.step import BatchOptions, score, scores_of_rollouts
+from megatron_jq.train.passes import BatchOptions, score, scores_of_rollouts
 from tests.distributed import generation, reference
 from tests.distributed.cases import POLICIES, SMALL, build, build_options
 from tests.distributed.ranks import run_apart, run_ranks
@@ -124,7 +124,7 @@ def _sample(runtime):
     for options in (SAMPLE, TEMPERED):
         rollouts = MegatronEngine([policy], runtime).generate(requests, options)
         rows = [
-            Sequence(r.prompt_slot, r.rationale_slot, x[r.prompt_slot], r.rationale_ids, r.num_sampled, GOLD)
+            TrainingSequence(r.prompt_slot, r.rationale_slot, x[r.prompt_slot], r.rationale_ids, r.num_sampled, GOLD)
             for r in rollouts
         ]
         batch = BatchOptions(micro_batch_size=64, temperature=options.temperature, top_p=options.top_p)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from megatron_jq.model.build import build_policies, wrap_for_training
-from megatron_jq.records import Sequence
-from megatron_jq.train.step import BatchOptions, score
+from megatron_jq.records import TrainingSequence
+from megatron_jq.train.passes import BatchOptions, score
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, build_options
 from tests.distributed.ranks import run_ranks
@@ -29,7 +29,7 @@ ROWS = {
 }
 
 
-def _sequences(row: int) -> list[Sequence]:
+def _sequences(row: int) -> list[TrainingSequence]:
     """Lengths from a third of the row to the whole of it, so that rows hold one, two or three of them."""
     rng = random.Random(row)
 
@@ -37,7 +37,7 @@ def _sequences(row: int) -> list[Sequence]:
         return tuple(rng.randrange(70) for _ in range(count))
 
     lengths = [row, row // 2, row // 2, row // 3, row // 3 - 1, row // 3 - 1]
-    return [Sequence(0, m, ids(n - 4), ids(2), 2, ids(2)) for m, n in enumerate(lengths)]
+    return [TrainingSequence(0, m, ids(n - 4), ids(2), 2, ids(2)) for m, n in enumerate(lengths)]
 
 
 def _log_w(runtime, row: int):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_jq.model.build import build_policies, wrap_for_training
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.step import BatchOptions, score, scores_of_rollouts
+from megatron_jq.train.passes import BatchOptions, score, scores_of_rollouts
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, build_options
 from tests.distributed.ranks import run_ranks
@@ -55,7 +55,9 @@ def _both(runtime, sequence_parallel: bool, virtual_stages: int):
         )
         rollouts = MegatronEngine(policies, runtime, max_rows=max_rows).generate(requests, sampling)
         rows = [
-            Sequence(r.prompt_slot, r.rationale_slot, _prompt(r.prompt_slot), r.rationale_ids, 0, _gold(r.prompt_slot))
+            TrainingSequence(
+                r.prompt_slot, r.rationale_slot, _prompt(r.prompt_slot), r.rationale_ids, 0, _gold(r.prompt_slot)
+            )
             for r in rollouts
         ]
         trainer = score(model, rows, TABLE, runtime, BatchOptions(8))

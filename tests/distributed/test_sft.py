@@ -23,13 +23,13 @@ from megatron_jq.corpus.reading import CorpusOptions, open_corpus
 from megatron_jq.data.sampler import InOrder
 from megatron_jq.errors import UserError
 from megatron_jq.model.rows import pack_sequences
-from megatron_jq.records import Example, Sequence
+from megatron_jq.records import Example, TrainingSequence
 from megatron_jq.rollout.engine import SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
 from megatron_jq.train import rollouts
 from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.passes import BatchOptions
 from megatron_jq.train.pretraining import Batch, scored_tokens
-from megatron_jq.train.step import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import POLICIES, SMALL, build, build_options, train_with
 from tests.distributed.ranks import run_apart, run_ranks
@@ -55,7 +55,7 @@ def examples() -> list[Example]:
     ]
 
 
-def sequences_of(batch: list[Example], replica: int, num_replicas: int) -> list[Sequence]:
+def sequences_of(batch: list[Example], replica: int, num_replicas: int) -> list[TrainingSequence]:
     """A replica's sequences, by the trainer's own way."""
     requests = requests_of_replica(batch, 1, replica, num_replicas, score=False)
     return rollouts.sequences_of(GivenRationales().generate(requests, SAMPLING), batch, gold=True)
@@ -311,11 +311,11 @@ def test_documents_ends_are_masked_as_in_megatron(corpora, tmp_path):
     [found] = run_ranks(megatrons_masks, options)
     assert {bool((mask == 0).any()) for _, mask, _ in found} == {True, False}
     for row, loss_mask, attention_mask in found:
-        sequence = Sequence(0, 0, row[:1], (), 0, row[1:])
+        sequence = TrainingSequence(0, 0, row[:1], (), 0, row[1:])
         for multiple in (1, 8):
             packed = pack_sequences(
-                [sequence], device=cpu, with_rationale=True, sequence_multiple=multiple, unscored_behind=END,
-                cut_behind=END,
+                [sequence], device=cpu, with_rationale=True, sequence_multiple=multiple, mask_loss_after_id=END,
+                document_end_id=END,
             )  # fmt: skip
             scored = torch.zeros(SEQ_LENGTH)
             scored[packed.head.position_N] = 1
@@ -334,7 +334,7 @@ def _pretrain_apart(runtime, options: CorpusOptions):
     dp = runtime.groups.dp
     tokens = scored_tokens(sequences_of(rows, dp.rank(), dp.size()), END, runtime)
     estimator = Estimator("pretrain", 1, True, 5, row_tokens=tokens / len(rows))
-    how = replace(BATCHES[0], share_prompts=False, unscored_behind=END, cut_behind=END)
+    how = replace(BATCHES[0], share_prompts=False, mask_loss_after_id=END, document_end_id=END)
     results = [trained(runtime, rows, estimator, how, policy) for policy in POLICIES]
     return [(*e.prompt_ids, *e.answer_ids) for e in rows], results
 

@@ -15,9 +15,9 @@ from megatron_jq.checkpoint.slabs import Cut
 from megatron_jq.checkpoint.store import Found, load_weights
 from megatron_jq.model.build import build_policies, wrap_for_training
 from megatron_jq.model.hf import hugging_face_tensors
-from megatron_jq.records import Coefficients, Sequence
-from megatron_jq.train import step
-from megatron_jq.train.step import BatchOptions
+from megatron_jq.records import Coefficients, TrainingSequence
+from megatron_jq.train import passes
+from megatron_jq.train.passes import BatchOptions
 from tests.distributed import families, reference
 from tests.distributed.cases import SMALL, build_options, gather_gradient_shards
 from tests.distributed.ranks import run_apart, run_ranks
@@ -29,7 +29,7 @@ Case = namedtuple("Case", "groups options batch ranks")
 UNTIED = replace(SMALL, tie_embeddings=False, add_qkv_bias=True, qk_layernorm=False)
 
 
-def sequences_of(groups: list[Group]) -> list[Sequence]:
+def sequences_of(groups: list[Group]) -> list[TrainingSequence]:
     draw = torch.Generator().manual_seed(11)
 
     def ids(count):
@@ -38,7 +38,7 @@ def sequences_of(groups: list[Group]) -> list[Sequence]:
     found = []
     for b, group in enumerate(groups):
         prompt = ids(group.prompt)
-        found += [Sequence(b, m, prompt, ids(z), n, ids(y)) for m, (z, n, y) in enumerate(group.branches)]
+        found += [TrainingSequence(b, m, prompt, ids(z), n, ids(y)) for m, (z, n, y) in enumerate(group.branches)]
     return found
 
 
@@ -60,9 +60,9 @@ def _passes(runtime, architecture, groups, options, batches: list[BatchOptions])
     coefficients = Coefficients(*(torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2)))
     found = []
     for batch in batches:
-        scores = step.score(model, mine, shape, runtime, batch)
+        scores = passes.score(model, mine, shape, runtime, batch)
         model.zero_grad_buffer()
-        trained = step.train(model, mine, coefficients, runtime, batch)
+        trained = passes.train(model, mine, coefficients, runtime, batch)
         gather_gradient_shards(model)
         gradients = [named_tensors(policy, runtime, lambda p: p.main_grad.clone()) for policy in policies]
         found.append((scores.log_answer_BM, trained, gradients))
@@ -173,7 +173,7 @@ def _ours(runtime, folder, source, groups, coefficients):
     load_weights(Found(folder, read_manifest(folder)), policies, runtime)
     model = wrap_for_training(policies, options, runtime)
     model.zero_grad_buffer()
-    trained = step.train(model, sequences_of(groups), Coefficients(*coefficients), runtime, BatchOptions(100))
+    trained = passes.train(model, sequences_of(groups), Coefficients(*coefficients), runtime, BatchOptions(100))
     slabs = {}
     for name, parameter in policies[0].named_parameters():
         slabs[name.removeprefix("module.")] = parameter.main_grad

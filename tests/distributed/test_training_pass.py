@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_jq.records import Coefficients, Sequence
-from megatron_jq.train.step import BatchOptions, score
+from megatron_jq.records import Coefficients, TrainingSequence
+from megatron_jq.train.passes import BatchOptions, score
 from tests.distributed import reference
 from tests.distributed.cases import (
     NUM_RATIONALES,
@@ -34,11 +34,11 @@ CASES = ["failed", "one sequence", "idle replica", "temperature", "tempered", "t
 CASES += [f"overlap, {name}" for name in POLICIES]
 
 
-def failed_batch() -> list[Sequence]:
+def failed_batch() -> list[TrainingSequence]:
     return [s for s in batch() if (s.prompt_slot, s.rationale_slot) != FAILED]
 
 
-def plain_coefficients(sequences: list[Sequence]) -> Coefficients:
+def plain_coefficients(sequences: list[TrainingSequence]) -> Coefficients:
     """Constants of mixed sign and size, zero where the table holds no sequence."""
     generator = torch.Generator().manual_seed(11)
     rationale, answer = torch.randn(2, *TABLE, dtype=torch.float64, generator=generator)
@@ -55,7 +55,7 @@ def second_replica_idle() -> Coefficients:
     return Coefficients(full.rationale_BM * mask, full.answer_BM * mask)
 
 
-def sampled_batch() -> list[Sequence]:
+def sampled_batch() -> list[TrainingSequence]:
     """The batch with rationales and answers drawn from the tempered nucleus, whose edges rounding could not move."""
     weights = {name: w.double() for name, w in reference.noisy_weights(SMALL).items()}
     rng, sequences = random.Random(17), []
@@ -72,7 +72,7 @@ def sampled_batch() -> list[Sequence]:
     return sequences
 
 
-def other_forced_ids() -> list[Sequence]:
+def other_forced_ids() -> list[TrainingSequence]:
     """The batch with every forced token replaced by another one."""
     changed = []
     for s in batch():
@@ -82,12 +82,12 @@ def other_forced_ids() -> list[Sequence]:
     return changed
 
 
-def rows_to_pad() -> list[Sequence]:
+def rows_to_pad() -> list[TrainingSequence]:
     """Sequences of 16 tokens or so, and one of 460."""
     rng = random.Random(23)
     lengths = [(9, 4, 3), (8, 5, 4), (6, 6, 3), (10, 5, 2), (7, 6, 4), (9, 3, 3), (5, 8, 3), (8, 4, 4), (50, 400, 10)]
     cut = [tuple(tuple(rng.randrange(70) for _ in range(n)) for n in part) for part in lengths]
-    return [Sequence(i // 3, i % 3, x, z, len(z), y) for i, (x, z, y) in enumerate(cut)]
+    return [TrainingSequence(i // 3, i % 3, x, z, len(z), y) for i, (x, z, y) in enumerate(cut)]
 
 
 def _passes(runtime, sampled):

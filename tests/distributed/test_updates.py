@@ -9,7 +9,7 @@ import torch
 from megatron_jq.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_jq.model.build import build_policies
 from megatron_jq.train.optimizer import build_optimizer, build_schedule
-from megatron_jq.train.step import BatchOptions
+from megatron_jq.train.passes import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import (
     POLICIES,

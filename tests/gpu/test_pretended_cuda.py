@@ -12,7 +12,7 @@ import torch
 from megatron_jq.cli.main import main
 from megatron_jq.model.flash import flash, flash_backward
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.step import BatchOptions
+from megatron_jq.train.passes import BatchOptions
 from tests.distributed.ranks import run_apart, run_ranks
 from tests.gpu import pretend
 from tests.gpu.pretend import DeviceMismatch, pretended_cuda

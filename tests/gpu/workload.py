@@ -10,7 +10,7 @@ from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.step import BatchOptions
+from megatron_jq.train.passes import BatchOptions
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, batch, build_options, score_and_train, share
 from tests.distributed.shards import load_whole

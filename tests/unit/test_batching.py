@@ -6,18 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_jq.model.rows import pack_sequences, sharing_pays
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 from megatron_jq.train.batching import Unit, _decode, micro_batches, trained_tokens, units
 
 CPU = torch.device("cpu")
 
 
-def branch(prompt: int, slot: int, length: int, prompt_tokens: int) -> Sequence:
-    return Sequence(prompt, slot, (1,) * prompt_tokens, (2,) * length, length, (3, 4))
+def branch(prompt: int, slot: int, length: int, prompt_tokens: int) -> TrainingSequence:
+    return TrainingSequence(prompt, slot, (1,) * prompt_tokens, (2,) * length, length, (3, 4))
 
 
-def sequence(slot: int, length: int) -> Sequence:
-    return Sequence(slot, 0, (1,) * length, (2,), 1, (3, 4))
+def sequence(slot: int, length: int) -> TrainingSequence:
+    return TrainingSequence(slot, 0, (1,) * length, (2,), 1, (3, 4))
 
 
 lengths = st.lists(st.integers(1, 40), max_size=30)
@@ -59,7 +59,7 @@ def test_cost_grows_from_linear_to_quadratic():
 
 
 def test_sequences_survive_the_exchange_between_replicas():
-    sequences = [Sequence(3, 1, (5, 6), (), 0, (7,)), Sequence(0, 2, (), (8, 9, 1), 2, ())]
+    sequences = [TrainingSequence(3, 1, (5, 6), (), 0, (7,)), TrainingSequence(0, 2, (), (8, 9, 1), 2, ())]
     numbers = []
     for s in sequences:
         ids = (s.prompt_ids, s.rationale_ids, s.answer_ids)
@@ -123,7 +123,7 @@ def test_short_prompts_before_padded_branches_are_not_shared():
 def test_trained_tokens_count_a_shared_prompt_once_however_its_rationales_are_spread(share_prompts):
     """B = 3, M = 4, the last rationales of the second prompt and all of the third left out."""
     lengths = {(b, m): (5 + 10 * b, 3 + m) for b in range(3) for m in range(4)}
-    sequences = [Sequence(b, m, (1,) * p, (2,) * z, z, (3, 4)) for (b, m), (p, z) in lengths.items()]
+    sequences = [TrainingSequence(b, m, (1,) * p, (2,) * z, z, (3, 4)) for (b, m), (p, z) in lengths.items()]
     present = torch.tensor([[True] * 4, [False, True, True, False], [False] * 4])
     branches = sum(z + 2 for (b, m), (_, z) in lengths.items() if present[b, m])
     prompts = 5 + 15 if share_prompts else 4 * 5 + 2 * 15

@@ -23,10 +23,10 @@ from megatron_jq.estimate.report import GIB, estimate
 from megatron_jq.estimate.rows import Layout
 from megatron_jq.model import flash
 from megatron_jq.model.rows import pack_sequences
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 from megatron_jq.train import batching
 from megatron_jq.train.batching import micro_batches
-from megatron_jq.train.step import BatchOptions, row_tokens
+from megatron_jq.train.passes import BatchOptions, row_tokens
 from tools import estimate as tool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -135,11 +135,11 @@ def test_a_bridge_is_context_of_every_answer():
         assert joined.work[0].tokens == 4 * 10 + 32 * fed
 
 
-def sequences_of(slots, layout: Layout) -> list[Sequence]:
+def sequences_of(slots, layout: Layout) -> list[TrainingSequence]:
     answer = (3,) * 2
     rationale = (2,) * (layout.branch - len(answer))
     m = layout.num_rationales
-    return [Sequence(s // m, s % m, (1,) * layout.prompt, rationale, len(rationale) - 1, answer) for s in slots]
+    return [TrainingSequence(s // m, s % m, (1,) * layout.prompt, rationale, len(rationale) - 1, answer) for s in slots]
 
 
 LAYOUTS = st.builds(

@@ -205,15 +205,15 @@ def test_the_exceptions_stay_on_one_floor_and_form_no_circle():
         ("megatron_jq.objective.garl", "from megatron_jq import config"),
         ("megatron_jq.objective.garl", "from .. import train"),
         ("megatron_jq.objective.garl", "from ..train.step import step"),
-        ("megatron_jq.objective.garl", "def late():\n    import megatron_jq.train.step"),
+        ("megatron_jq.objective.garl", "def late():\n    import megatron_jq.train.passes"),
         ("megatron_jq.objective.garl", "import importlib\nimportlib.import_module('megatron_jq.parallel.groups')"),
         ("megatron_jq.errors", "from megatron_jq.objective import garl"),
         ("megatron_jq.data.jsonl", "from megatron_jq.parallel.runtime import Runtime"),
         ("megatron_jq.model.policy", "from megatron_jq.rollout.engine import RolloutRequest"),
         ("megatron_jq.evaluate", "from megatron_jq.train.run import run_training"),
-        ("megatron_jq.train.step", "from megatron_jq.cli.main import main"),
+        ("megatron_jq.train.passes", "from megatron_jq.cli.main import main"),
         ("megatron_jq", "from megatron_jq.config import Config"),
-        ("megatron_jq.train.step", "from megatron_jq.helpers.odds import ends"),
+        ("megatron_jq.train.passes", "from megatron_jq.helpers.odds import ends"),
     ),
 )
 def test_the_check_catches_an_import_that_goes_up(module, source):
@@ -247,8 +247,8 @@ def test_the_check_lets_an_import_pass_that_goes_down(module, is_package, source
     ),
 )
 def test_the_check_catches_every_way_to_the_global_parallel_state(source):
-    assert reads_parallel_state(source, "megatron_jq.train.step")
-    assert not reads_parallel_state("from megatron.core import tensor_parallel", "megatron_jq.train.step")
+    assert reads_parallel_state(source, "megatron_jq.train.passes")
+    assert not reads_parallel_state("from megatron.core import tensor_parallel", "megatron_jq.train.passes")
 
 
 def test_the_check_catches_a_foreign_package_in_the_objective():

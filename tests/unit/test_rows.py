@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megatron_jq.model.rows import pack_sequences
-from megatron_jq.records import Sequence
+from megatron_jq.records import TrainingSequence
 
 CPU = torch.device("cpu")
 
 
-def sequences(seed: int = 0, count: int = 7) -> list[Sequence]:
+def sequences(seed: int = 0, count: int = 7) -> list[TrainingSequence]:
     rng = random.Random(seed)
 
     def ids(low, high):
@@ -20,11 +20,11 @@ def sequences(seed: int = 0, count: int = 7) -> list[Sequence]:
     made = []
     for b in range(count):
         rationale = ids(1, 6)
-        made.append(Sequence(b, 0, ids(1, 5), rationale, rng.randint(0, len(rationale)), ids(0, 4)))
+        made.append(TrainingSequence(b, 0, ids(1, 5), rationale, rng.randint(0, len(rationale)), ids(0, 4)))
     return made
 
 
-def scored_by_hand(sequences: list[Sequence], *, with_rationale: bool) -> list[tuple[int, int, int, int]]:
+def scored_by_hand(sequences: list[TrainingSequence], *, with_rationale: bool) -> list[tuple[int, int, int, int]]:
     """(sequence, index of the token in it, token, column) of every token that must be scored."""
     expected = []
     for n, s in enumerate(sequences):
@@ -113,4 +113,4 @@ def test_a_token_carries_minus_its_sequences_coefficient_for_its_column():
 
 def test_a_scored_token_without_one_before_it_is_refused():
     with pytest.raises(AssertionError, match="prompts are never empty"):
-        pack_sequences([Sequence(0, 0, (), (5, 6), 2, (7,))], device=CPU, with_rationale=True)
+        pack_sequences([TrainingSequence(0, 0, (), (5, 6), 2, (7,))], device=CPU, with_rationale=True)

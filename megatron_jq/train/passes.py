@@ -14,7 +14,7 @@ from megatron_jq.model.build import TrainingModel
 from megatron_jq.model.moe import balances_experts, begin_balancing, mean_balance
 from megatron_jq.model.rows import Rows, ScoreHead, pack_sequences, padded, prompt_groups
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import Coefficients, Rollout, Sequence
+from megatron_jq.records import Coefficients, Rollout, TrainingSequence
 from megatron_jq.train.batching import Unit, balance, in_step_with_expert_peers, micro_batches
 
 
@@ -33,8 +33,8 @@ class BatchOptions:
     tempered_answers: bool = False  # the answers were sampled along with the rationales (GRPO, RLOO)
     sequence_multiple: int = 1
     share_prompts: bool = True  # compute a prompt once for all its rationales in a micro-batch
-    unscored_behind: int | None = None  # a token that follows this one is not scored (rows.py)
-    cut_behind: int | None = None  # nor does it attend to this one, or to what stands before; not with share_prompts
+    mask_loss_after_id: int | None = None  # a token that follows this one is not scored (rows.py)
+    document_end_id: int | None = None  # nor does it attend to this one or to any before; not with share_prompts
     loss_scale: float = 1.0  # of a training pass: its gradients are those of this times the loss
 
 
@@ -55,7 +55,7 @@ class Scores:
 
 def score(
     model: TrainingModel,
-    sequences: list[Sequence],
+    sequences: list[TrainingSequence],
     shape: tuple[int, int],
     runtime: Runtime,
     options: BatchOptions,
@@ -88,7 +88,7 @@ def scores_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime:
 
 def train(
     model: TrainingModel,
-    sequences: list[Sequence],
+    sequences: list[TrainingSequence],
     coefficients: Coefficients,
     runtime: Runtime,
     options: BatchOptions,
@@ -109,13 +109,13 @@ def train(
 
 def training_batches(
     model: TrainingModel,
-    sequences: list[Sequence],
+    sequences: list[TrainingSequence],
     coefficients: Coefficients,
     runtime: Runtime,
     options: BatchOptions,
     *,
     kl_weight_BM: torch.Tensor | None = None,
-) -> list[list[Sequence]]:
+) -> list[list[TrainingSequence]]:
     """This replica's micro-batches of a training pass; over all replicas the same sequences as came in.
 
     Sequences whose two coefficients are zero, and whose weight in the KL is, are left out: they have no gradient, but
@@ -130,12 +130,12 @@ def training_batches(
     return _cut(model, kept, runtime, options)
 
 
-def _weighs(kl_weight_BM: torch.Tensor | None, sequence: Sequence) -> bool:
+def _weighs(kl_weight_BM: torch.Tensor | None, sequence: TrainingSequence) -> bool:
     return kl_weight_BM is not None and kl_weight_BM[sequence.prompt_slot, sequence.rationale_slot].item() != 0.0
 
 
 def begin_expert_balance(
-    model: TrainingModel, batches: list[list[Sequence]], runtime: Runtime, options: BatchOptions
+    model: TrainingModel, batches: list[list[TrainingSequence]], runtime: Runtime, options: BatchOptions
 ) -> None:
     """Before a training pass over these micro-batches, where experts are balanced."""
     if balances_experts(model.config):
@@ -150,7 +150,7 @@ def with_expert_balance(model: TrainingModel, scores: Scores, runtime: Runtime) 
     return replace(scores, expert_balance=mean_balance(model, model.config, runtime.groups.world))
 
 
-def _pairs(coefficients: Coefficients, sequences: list[Sequence]) -> list[tuple[float, float]]:
+def _pairs(coefficients: Coefficients, sequences: list[TrainingSequence]) -> list[tuple[float, float]]:
     """(rationale, answer) coefficient of each sequence."""
     rationale_BM, answer_BM = coefficients.rationale_BM.tolist(), coefficients.answer_BM.tolist()
     return [
@@ -158,7 +158,7 @@ def _pairs(coefficients: Coefficients, sequences: list[Sequence]) -> list[tuple[
     ]
 
 
-def _cut(model, sequences, runtime, options) -> list[list[Sequence]]:
+def _cut(model, sequences, runtime, options) -> list[list[TrainingSequence]]:
     """A replica's sequences as the micro-batches of one pass."""
     batches = micro_batches(
         sequences,
@@ -175,7 +175,7 @@ def _cut(model, sequences, runtime, options) -> list[list[Sequence]]:
 
 def run_batches(
     model,
-    batches: list[list[Sequence]],
+    batches: list[list[TrainingSequence]],
     runtime: Runtime,
     options: BatchOptions,
     *,
@@ -204,8 +204,8 @@ def run_batches(
             row_multiple=_row_multiple(model.config),
             sequence_multiple=options.sequence_multiple,
             share_prompts=options.share_prompts,
-            unscored_behind=options.unscored_behind,
-            cut_behind=options.cut_behind,
+            mask_loss_after_id=options.mask_loss_after_id,
+            document_end_id=options.document_end_id,
         )
         # Only the last stage's head has tokens to ask about.
         return rows if head_of is None or not last_stage else replace(rows, head=head_of(number, rows.head))
@@ -246,7 +246,7 @@ def _row_multiple(config) -> int:
     return config.tensor_model_parallel_size if config.sequence_parallel else 1
 
 
-def row_tokens(batch: list[Sequence], options: BatchOptions, row_multiple: int, *, share_prompts: bool) -> int:
+def row_tokens(batch: list[TrainingSequence], options: BatchOptions, row_multiple: int, *, share_prompts: bool) -> int:
     """Tokens of a micro-batch's row, as pack_sequences lays it out."""
     groups = prompt_groups(batch, share_prompts=share_prompts, multiple=options.sequence_multiple)
     total = sum(Unit(tuple(batch[n] for n in group), options.sequence_multiple).tokens for group in groups)
@@ -254,7 +254,12 @@ def row_tokens(batch: list[Sequence], options: BatchOptions, row_multiple: int, 
 
 
 def complete_table(
-    model, tables: list[torch.Tensor], batches: list[list[Sequence]], shape, runtime: Runtime, options: BatchOptions
+    model,
+    tables: list[torch.Tensor],
+    batches: list[list[TrainingSequence]],
+    shape,
+    runtime: Runtime,
+    options: BatchOptions,
 ) -> Scores:
     """The whole [B, M] table on every rank: one broadcast over stages, one all-reduce over replicas."""
     row_multiple = _row_multiple(model.config)

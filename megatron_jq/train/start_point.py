@@ -16,7 +16,7 @@ from megatron_jq.train.run_directory import METRICS, check_settings, save_folder
 
 
 @dataclass(frozen=True)
-class Beginning:
+class StartPoint:
     """found: the checkpoint to load. resumed: it is this run's own; otherwise metrics begin anew. notes: what else the
     user should know.
     """
@@ -45,7 +45,7 @@ class Beginning:
         return done if self.step < train_iters else f"{done}, nothing is left to do (--train-iters {train_iters})"
 
 
-def find_beginning(config: Config, runtime: Runtime) -> Beginning:
+def find_start_point(config: Config, runtime: Runtime) -> StartPoint:
     """Look for the checkpoint to begin from; all ranks alike. UserError for a --load that holds none, or where the
     settings of the checkpoint to resume from differ from these.
 
@@ -57,12 +57,12 @@ def find_beginning(config: Config, runtime: Runtime) -> Beginning:
         if found is not None:
             on_all_ranks(runtime, lambda: check_settings(found.manifest, config), main_only=True)
             notes = on_all_ranks(runtime, lambda: _aside(found, folder), main_only=True) or ()
-            return Beginning(found, found.manifest.step, resumed=True, weights_only=False, notes=notes)
+            return StartPoint(found, found.manifest.step, resumed=True, weights_only=False, notes=notes)
         notes = on_all_ranks(runtime, lambda: _lost(config, folder), main_only=True) or ()
     folder_flag = _folder_with_weights(config, runtime)
     if folder_flag is not None:
         found = open_folder(*folder_flag, runtime)
-        return Beginning(found, 0, resumed=False, weights_only=True, notes=notes)
+        return StartPoint(found, 0, resumed=False, weights_only=True, notes=notes)
     if c.load is not None:
         found = find_checkpoint(Path(c.load), "--load", runtime, print)
         if found is None:
@@ -75,8 +75,8 @@ def find_beginning(config: Config, runtime: Runtime) -> Beginning:
                 "nothing would be trained: --finetune begins a new run at step 0 with its weights, a larger "
                 "--train-iters continues it"
             )
-        return Beginning(found, step, resumed=False, weights_only=weights_only, notes=notes)
-    return Beginning(None, 0, resumed=c.resume, weights_only=False, notes=notes)
+        return StartPoint(found, step, resumed=False, weights_only=weights_only, notes=notes)
+    return StartPoint(None, 0, resumed=c.resume, weights_only=False, notes=notes)
 
 
 def _folder_with_weights(config: Config, runtime: Runtime) -> tuple[Path, str] | None:
