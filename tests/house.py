@@ -1,4 +1,4 @@
-"""Counts of what makes the package easy or hard to read: `python -m tests.house`. The source is parsed, not imported."""
+"""Counts of what makes the package easy or hard to read: `python -m tests.house`. Source is parsed, not imported."""
 
 import ast
 

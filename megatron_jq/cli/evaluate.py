@@ -1,4 +1,4 @@
-"""F5: `megatron-jq evaluate`: its own flags; the others are train's, on top of the checkpoint's settings."""
+"""F5: `megatron-jq evaluate`: its flags; those of train count too, on top of the checkpoint's settings."""
 
 import argparse
 import os
@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     flags = CommandParser(
         prog=PROG,
         usage=f"{PROG} (--load DIR | --hf DIR | --rescore FILE) [--name value ...]",
-        description="Sample answers to held-out prompts and report pass@k, maj@k and ln P̂ with intervals. A killed "
-        "evaluation goes on with the same command.",
+        description="Sample answers to held-out prompts and report pass@k, maj@k and ln P̂ with intervals. Run a "
+        "killed evaluation's command again to continue it.",
         epilog="These flags of train (train --help) are taken too, on top of the checkpoint's own settings: "
         + ", ".join("--" + name.replace("_", "-") for name in sorted(READS["evaluate"]))
         + "; --config FILE.",
@@ -45,35 +45,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_evaluate(argv: list[str], before_imports: Callable[[], None]) -> int:
-    """Parse, evaluate, return the exit code. before_imports: called before Megatron-core is imported."""
-    own, rest = parser().parse_known_args(argv)
-    given = [name for name in ("load", "hf", "rescore") if getattr(own, name) is not None]
-    if len(given) != 1:
-        raise UserError(f"evaluate: give one of --load, --hf and --rescore, not {' and '.join(given) or 'none'}")
-    if own.rescore is not None:
-        return _rescore(own, rest, before_imports)
+    """Parse, evaluate and return the exit code. before_imports: called before Megatron-core is imported."""
+    args, rest = parser().parse_known_args(argv)
+    sources = [name for name in ("load", "hf", "rescore") if getattr(args, name) is not None]
+    if len(sources) != 1:
+        raise UserError(f"evaluate: give one of --load, --hf and --rescore, not {' and '.join(sources) or 'none'}")
+    if args.rescore is not None:
+        return _rescore(args, rest, before_imports)
     flags, shape = explicit_settings(rest), resolve_architecture(Config())
-    # Whatever the checkpoint's settings are: said before Megatron-core is imported.
+    # Refused whatever the checkpoint's settings are, and before Megatron-core is imported.
     refuse_unread("evaluate", Config(), shape, flags - READS["evaluate"])
     config = parse_args(rest, PROG)
     before_imports()
-    from megatron_jq.evaluate.run import Order, evaluate_policy
+    from megatron_jq.evaluate.run import EvaluateArgs, evaluate_policy
     from megatron_jq.train.failures import Phase, peers_must_answer
 
     phase, deadline = Phase(), timedelta(minutes=config.parallel.distributed_timeout_minutes)
 
-    def enter(what: str) -> None:
+    def enter_phase(what: str) -> None:
         phase.now = what
 
-    output = own.output or Path("runs/evaluation")
-    order = Order(own.load, own.hf, output, own.metrics, own.bootstrap_resamples, own.confidence, flags)
+    output = args.output or Path("runs/evaluation")
+    resamples, confidence = args.bootstrap_resamples, args.confidence
+    evaluation = EvaluateArgs(args.load, args.hf, output, args.metrics, resamples, confidence, flags)
     with peers_must_answer(phase, deadline):
-        evaluate_policy(order, partial(parse_args, rest, PROG), enter)
+        evaluate_policy(evaluation, partial(parse_args, rest, PROG), enter_phase)
     return 0
 
 
-def _rescore(own: argparse.Namespace, rest: list[str], before_imports: Callable[[], None]) -> int:
-    """Judge a file of samples by the judge that wrote it, but for what flags say."""
+def _rescore(args: argparse.Namespace, rest: list[str], before_imports: Callable[[], None]) -> int:
+    """Judge a file of samples by the judge that wrote it, changed by the flags."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("evaluate --rescore: runs in one process; start it without torchrun")
     command, flags, shape = "evaluate --rescore", explicit_settings(rest), resolve_architecture(Config())
@@ -82,21 +83,21 @@ def _rescore(own: argparse.Namespace, rest: list[str], before_imports: Callable[
     before_imports()
     from megatron_jq.evaluate.judging import Interval, judge_of
     from megatron_jq.evaluate.math_judge import check_installed
-    from megatron_jq.evaluate.report import conclude
+    from megatron_jq.evaluate.report import write_results
     from megatron_jq.evaluate.samples import read_samples
 
-    header, prompts = read_samples(own.rescore)
-    was = TrainingConfig(
+    header, prompts = read_samples(args.rescore)
+    written_by = TrainingConfig(
         match=header.match, normalise=header.rule, answer_extract=header.answer_extract, seed=header.seed
     )
-    config = parse_args(rest, PROG, Config(training=was))
+    config = parse_args(rest, PROG, Config(training=written_by))
     refuse_unread(command, config, shape, flags)
-    if (note := unread_note(command, config, shape, flags, Config(training=was))) is not None:
+    if (note := unread_note(command, config, shape, flags, Config(training=written_by))) is not None:
         print(note)
     t = config.training
     if t.match == "math":
         check_installed()
     judge = judge_of(t, header.data_format)
-    interval = Interval(own.bootstrap_resamples, own.confidence, t.seed)
-    conclude(header, prompts, judge, own.metrics, interval, own.output)
+    interval = Interval(args.bootstrap_resamples, args.confidence, t.seed)
+    write_results(header, prompts, judge, args.metrics, interval, args.output)
     return 0

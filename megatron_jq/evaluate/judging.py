@@ -89,15 +89,15 @@ def read_metrics(names: str | None, num_samples: int) -> tuple[Metric, ...]:
         return (Metric("pass", 1), *many)
     metrics = []
     for name in names.split(","):
-        found = re.fullmatch(r"(pass|maj)@(\d{1,9})", name.strip())
-        if found is None:
+        match = re.fullmatch(r"(pass|maj)@(\d{1,9})", name.strip())
+        if match is None:
             known = [f"{kind}@{k}" for kind in ("pass", "maj") for k in sorted({1, num_samples})]
             hint = did_you_mean(name.strip(), known, "there are pass@K and maj@K, with K a number")
             raise UserError(f"--metrics {name.strip()!r} is not known; {hint}")
-        metric = Metric(found[1], int(found[2]))
+        metric = Metric(match[1], int(match[2]))
         if not 1 <= metric.k <= num_samples:
             raise UserError(
-                f"--metrics {metric}: K must lie between 1 and the {num_samples} sample(s) a prompt (--eval-samples)"
+                f"--metrics {metric}: K must lie between 1 and the {num_samples} sample(s) per prompt (--eval-samples)"
             )
         metrics.append(metric)
     return tuple(dict.fromkeys(metrics))
@@ -137,7 +137,7 @@ def judge_prompt(answers: Sequence[Answer], golds: Sequence[str], judge: Judge) 
 
 @dataclass(frozen=True)
 class Interval:
-    """How sure the figures are: a percentile bootstrap over prompts, the same for the same seed."""
+    """A percentile bootstrap over prompts, the same for the same seed."""
 
     resamples: int = 2000
     confidence: float = 0.95

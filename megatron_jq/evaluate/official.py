@@ -21,20 +21,20 @@ FORMATS = ("hotpotqa", "musique")
 
 def scores(answer: str, golds: Sequence[str], data_format: str) -> tuple[float, float]:
     """(exact match, F1) of an answer, the best over the gold answers; data_format of FORMATS."""
-    said, wanted = _words(answer), [_words(gold) for gold in golds]
-    return float(said in wanted), max(_f1(said, gold, data_format) for gold in wanted)
+    answer_words, gold_words = _words(answer), [_words(gold) for gold in golds]
+    return float(answer_words in gold_words), max(_f1(answer_words, gold, data_format) for gold in gold_words)
 
 
 def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def _f1(said: list[str], gold: list[str], data_format: str) -> float:
-    closed = data_format == "hotpotqa" and (" ".join(said) in _CLOSED or " ".join(gold) in _CLOSED)
-    if closed or not said or not gold:
-        return float(said == gold and (bool(said) or data_format == "musique"))
-    shared = sum((Counter(said) & Counter(gold)).values())
+def _f1(answer_words: list[str], gold: list[str], data_format: str) -> float:
+    closed = data_format == "hotpotqa" and (" ".join(answer_words) in _CLOSED or " ".join(gold) in _CLOSED)
+    if closed or not answer_words or not gold:
+        return float(answer_words == gold and (bool(answer_words) or data_format == "musique"))
+    shared = sum((Counter(answer_words) & Counter(gold)).values())
     if shared == 0:
         return 0.0
-    precision, recall = shared / len(said), shared / len(gold)
+    precision, recall = shared / len(answer_words), shared / len(gold)
     return 2 * precision * recall / (precision + recall)

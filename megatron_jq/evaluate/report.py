@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def results_of(
     """The figures of all samples under a judge, which need not be the one that wrote them."""
     judged = [judge_prompt([sample.drawn for sample in samples], samples[0].golds, judge) for samples in prompts]
 
-    def mean(value) -> Figure:
+    def mean(value: Callable[[Sample], float]) -> Figure:
         return mean_over_prompts([sum(map(value, samples)) / len(samples) for samples in prompts], interval)
 
     figures = {str(m): mean_over_prompts([prompt.value(m) for prompt in judged], interval) for m in metrics}
@@ -116,7 +116,7 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def conclude(
+def write_results(
     header: Header,
     prompts: Sequence[Sequence[Sample]],
     judge: Judge,
@@ -124,8 +124,8 @@ def conclude(
     interval: Interval,
     output: Path | None,
 ) -> Results:
-    """Compute the results, print them, and write them to `output` where it is given. UserError: metrics, interval,
-    or a folder that cannot be written.
+    """Compute the results, print them, and write them to `output` unless it is None. UserError: metrics, interval, or
+    a folder that cannot be written.
     """
     interval.check()
     results = results_of(header, prompts, judge, read_metrics(metrics, header.num_samples), interval)
@@ -156,5 +156,5 @@ def make_folder(output: Path) -> None:
 def _writing(output: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as fault:
-        raise UserError(f"--output {output} cannot be written: {fault.strerror}; name a folder that can") from fault
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}; name a folder that can") from error

@@ -53,18 +53,18 @@ class Reward:
             "answer_ids": rollout.answer_ids,
             "ended": rollout.answer_ids[-1:] == (tokenizer.eos_id,),
         }
-        where = f"--reward {self.name}, prompt {rollout.prompt_slot}, sample {rollout.rationale_slot}"
+        location = f"--reward {self.name}, prompt {rollout.prompt_slot}, sample {rollout.rationale_slot}"
         try:
             value = self.function(**sample)
         except (Exception, SystemExit) as error:
-            raise RunFailure(f"{where}: {_last_line(error)}") from error
+            raise RunFailure(f"{location}: {_last_line(error)}") from error
         value = bool(value) if isinstance(value, numpy.bool_) else value
         if isinstance(value, numbers.Real) and _is_beyond_float(value):
-            raise RunFailure(f"{where}: it returned a number beyond a float's range; a finite number must come back")
+            raise RunFailure(f"{location}: it returned a number beyond a float's range; a finite number must come back")
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise RunFailure(f"{where}: it returned {value!r}; a finite number must come back")
+            raise RunFailure(f"{location}: it returned {value!r}; a finite number must come back")
         if self.binary is not None and value not in (0, 1):
-            raise RunFailure(f"{where}: it returned {value!r}; {self.binary} needs 0 or 1")
+            raise RunFailure(f"{location}: it returned {value!r}; {self.binary} needs 0 or 1")
         return float(value)
 
 

@@ -13,21 +13,21 @@ from megatron_jq.config_validate import validate
 from megatron_jq.data.prompts import fingerprint
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
-from megatron_jq.evaluate.judging import Interval, judge_of, read_metrics
-from megatron_jq.evaluate.loop import fill
-from megatron_jq.evaluate.report import conclude, make_folder
-from megatron_jq.evaluate.reward import Reward, reward_of
-from megatron_jq.evaluate.samples import Header, SampleFile, read_samples
-from megatron_jq.evaluate.subject import (
+from megatron_jq.evaluate.inputs import (
     HeldOut,
-    at_first_sight,
     checkpoint_to_evaluate,
     digest_of,
+    first_settings,
     heldout_examples,
+    reward_note,
     settings_of,
     tokenizer_of,
-    unasked_reward,
 )
+from megatron_jq.evaluate.judging import Interval, judge_of, read_metrics
+from megatron_jq.evaluate.loop import fill
+from megatron_jq.evaluate.report import make_folder, write_results
+from megatron_jq.evaluate.reward import Reward, reward_of
+from megatron_jq.evaluate.samples import Header, SampleFile, read_samples
 from megatron_jq.model.build import build_options, build_policies
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
@@ -41,7 +41,7 @@ COMMAND = "evaluate"
 
 
 @dataclass(frozen=True)
-class Order:
+class EvaluateArgs:
     """What the command's own flags say. metrics None: pass@1, pass@n, maj@n."""
 
     load: Path | None
@@ -54,7 +54,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationJob:
     """Everything of an evaluation that every rank knows before weights are loaded."""
 
     config: Config
@@ -65,56 +65,60 @@ class Subject:
     reward: Reward | None
 
 
-def evaluate_policy(order: Order, settle: Callable[[Config], Config], enter: Callable[[str], None]) -> None:
+def evaluate_policy(
+    args: EvaluateArgs, apply_flags: Callable[[Config], Config], enter_phase: Callable[[str], None]
+) -> None:
     """Evaluate a checkpoint or Hugging Face folder at this job's layout; all ranks call it.
 
-    settle: puts the flags on top of the checkpoint's settings. enter: told what this process does. UserError on every
-    rank for bad input.
+    apply_flags: puts the flags on top of the checkpoint's settings. enter_phase: called with what this process does
+    next. UserError on every rank for bad input.
     """
     # Before there is a process group, so that a layout that cannot be is refused by its flag.
-    base, architecture = at_first_sight(order.load, order.hf)
-    config = settle(base)
+    base, architecture = first_settings(args.load, args.hf)
+    config = apply_flags(base)
     validate(config, runtime_module.world_size_from_environment(), architecture)
-    refuse_unread(COMMAND, config, architecture, order.flags)
+    refuse_unread(COMMAND, config, architecture, args.flags)
     runtime = runtime_module.start_configured(config.parallel, config.training.seed)
-    on_all_ranks(runtime, lambda: make_folder(order.output), main_only=True)
-    found = checkpoint_to_evaluate(order.load, order.hf, runtime)
+    on_all_ranks(runtime, lambda: make_folder(args.output), main_only=True)
+    checkpoint = checkpoint_to_evaluate(args.load, args.hf, runtime)
     if runtime.is_main:
-        print(f"evaluates the weights of {found.description}", flush=True)
-    subject = on_all_ranks(runtime, lambda: _subject(order, found, settle, runtime))
+        print(f"evaluates the weights of {checkpoint.description}", flush=True)
+    job = on_all_ranks(runtime, lambda: _job(args, checkpoint, apply_flags, runtime))
     # Before the weights: a folder that holds another evaluation is refused in a second.
-    file = on_all_ranks(runtime, lambda: _open(order.output / SAMPLES, subject), main_only=True)
-    enter("loading weights")
-    engine = _engine(subject, found, runtime)
-    _generate(file, engine, subject, runtime, enter)
-    enter("results")
-    on_all_ranks(runtime, lambda: _conclude(order, subject), main_only=True)
+    file = on_all_ranks(runtime, lambda: _open(args.output / SAMPLES, job), main_only=True)
+    enter_phase("loading weights")
+    engine = _engine(job, checkpoint, runtime)
+    _generate(file, engine, job, runtime, enter_phase)
+    enter_phase("results")
+    on_all_ranks(runtime, lambda: _write_results(args, job), main_only=True)
     runtime_module.stop()
 
 
-def _subject(order: Order, found: Found, settle: Callable[[Config], Config], runtime: Runtime) -> Subject:
-    config, architecture = settle(settings_of(found)), architecture_of(found.manifest)
+def _job(
+    args: EvaluateArgs, checkpoint: Found, apply_flags: Callable[[Config], Config], runtime: Runtime
+) -> EvaluationJob:
+    config, architecture = apply_flags(settings_of(checkpoint)), architecture_of(checkpoint.manifest)
     validate(config, runtime.world_size, architecture)
-    read_metrics(order.metrics, config.training.eval_samples)
-    Interval(order.resamples, order.confidence, config.training.seed).check()
-    note = unread_note(COMMAND, config, architecture, order.flags, settings_of(found))
+    read_metrics(args.metrics, config.training.eval_samples)
+    Interval(args.resamples, args.confidence, config.training.seed).check()
+    note = unread_note(COMMAND, config, architecture, args.flags, settings_of(checkpoint))
     if note is not None and runtime.is_main:
         print(note, flush=True)
     reward = reward_of(config)
-    if (unasked := unasked_reward(config, found)) is not None and runtime.is_main:
-        print(unasked, flush=True)
-    tokenizer = tokenizer_of(config, found, architecture)
-    heldout = heldout_examples(config, found, tokenizer, architecture)
+    if (note := reward_note(config, checkpoint)) is not None and runtime.is_main:
+        print(note, flush=True)
+    tokenizer = tokenizer_of(config, checkpoint, architecture)
+    heldout = heldout_examples(config, checkpoint, tokenizer, architecture)
     if heldout.warning and runtime.is_main:
         print(heldout.warning, flush=True)
     t, judge = config.training, judge_of(config.training, heldout.data_format)
     header = Header(
-        source=str(order.hf or found.folder),
+        source=str(args.hf or checkpoint.folder),
         data_source=heldout.source,
         data_format=heldout.data_format,
-        weights=digest_of(found.manifest),
+        weights=digest_of(checkpoint.manifest),
         data=fingerprint(heldout.examples),
-        checkpoint_step=found.manifest.step,
+        checkpoint_step=checkpoint.manifest.step,
         dtype=config.model.params_dtype,
         num_prompts=len(heldout.examples),
         num_samples=t.eval_samples,
@@ -129,34 +133,34 @@ def _subject(order: Order, found: Found, settle: Callable[[Config], Config], run
         reward=t.reward,
         num_available=heldout.total,
     )
-    return Subject(config, architecture, tokenizer, heldout, header, reward)
+    return EvaluationJob(config, architecture, tokenizer, heldout, header, reward)
 
 
-def _open(path: Path, subject: Subject) -> SampleFile:
+def _open(path: Path, job: EvaluationJob) -> SampleFile:
     try:
-        return SampleFile(path, subject.header)
-    except OSError as fault:
-        raise UserError(f"--output: {path} cannot be written: {fault.strerror}; name another folder") from fault
+        return SampleFile(path, job.header)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error.strerror}; name another folder") from error
 
 
-def _engine(subject: Subject, found: Found, runtime: Runtime) -> MegatronEngine:
-    config, bf16 = subject.config, subject.config.model.bf16
-    options = build_options(config, subject.architecture.vocab_size)
-    policies = build_policies(subject.architecture, options, runtime)
+def _engine(job: EvaluationJob, checkpoint: Found, runtime: Runtime) -> MegatronEngine:
+    config, bf16 = job.config, job.config.model.bf16
+    options = build_options(config, job.architecture.vocab_size)
+    policies = build_policies(job.architecture, options, runtime)
     if bf16:
         policies = [policy.bfloat16() for policy in policies]  # as Megatron-core's mixed-precision wrapper does
-    load_weights(found, policies, runtime)
+    load_weights(checkpoint, policies, runtime)
     return MegatronEngine(policies, runtime, max_rows=config.rollout.rollout_batch_size)
 
 
 def _generate(
     file: SampleFile | None,
     engine: MegatronEngine,
-    subject: Subject,
+    job: EvaluationJob,
     runtime: Runtime,
-    enter: Callable[[str], None],
+    enter_phase: Callable[[str], None],
 ) -> None:
-    config, header, tokenizer = subject.config, subject.header, subject.tokenizer
+    config, header, tokenizer = job.config, job.header, job.tokenizer
     options = SamplingOptions(
         rationale_budget=header.rationale_budget,
         answer_budget=header.answer_budget,
@@ -171,22 +175,22 @@ def _generate(
     fill(
         file,
         engine,
-        subject.heldout.examples,
+        job.heldout.examples,
         tokenizer,
         runtime,
         options,
         num_samples=header.num_samples,
         judge=header.judge,
-        reward=subject.reward,
+        reward=job.reward,
         rows=config.rollout.rollout_batch_size,
-        enter=enter,
+        enter=enter_phase,
     )
     if file is not None:
         file.close()
 
 
-def _conclude(order: Order, subject: Subject) -> None:
-    interval = Interval(order.resamples, order.confidence, subject.header.seed)
-    header, prompts = read_samples(order.output / SAMPLES)
-    conclude(header, prompts, header.judge, order.metrics, interval, order.output)
-    print(f"samples and results: {order.output}")
+def _write_results(args: EvaluateArgs, job: EvaluationJob) -> None:
+    interval = Interval(args.resamples, args.confidence, job.header.seed)
+    header, prompts = read_samples(args.output / SAMPLES)
+    write_results(header, prompts, header.judge, args.metrics, interval, args.output)
+    print(f"samples and results: {args.output}")

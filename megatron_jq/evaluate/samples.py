@@ -1,7 +1,7 @@
 """F4: the file of an evaluation's samples: JSON lines, written as they come, judged again without a model.
 
 The first line says what was evaluated (Header), every other is one sample, prompt by prompt. A killed evaluation leaves
-whole prompts and at most a cut one behind them, which is dropped when it goes on. Rank 0 alone writes.
+whole prompts and at most one incomplete prompt after them, which is dropped on resuming. Rank 0 alone writes.
 """
 
 import json
@@ -41,7 +41,7 @@ class Header:
     answer_extract: str = "none"
     reward: str | None = None  # the user's function, MODULE:FUNCTION
     num_available: int | None = None  # good examples of the source; None: not written down
-    top_p: float = 1.0  # older files do not say it
+    top_p: float = 1.0  # older files lack it
 
     @property
     def judge(self) -> Judge:
@@ -49,8 +49,8 @@ class Header:
 
     def differences(self, other: "Header") -> list[str]:
         """Names of the fields that make another evaluation of it."""
-        named = (f.name for f in fields(self) if f.name not in ("source", "data_source", "num_available"))
-        return [name for name in named if getattr(self, name) != getattr(other, name)]
+        compared = (f.name for f in fields(self) if f.name not in ("source", "data_source", "num_available"))
+        return [name for name in compared if getattr(self, name) != getattr(other, name)]
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,20 @@ class SampleFile:
     """A file that is being written. `done`: whole prompts in it. OSError where the disk refuses."""
 
     def __init__(self, path: Path, header: Header):
-        """Make it, or take it up where it ends. UserError where it holds another evaluation's samples."""
+        """Create it, or continue where it ends. UserError where it holds another evaluation's samples."""
         self._path = path
         if not path.exists():
             # By renaming: a file with this name has a whole header.
             partial = path.with_name(f".{path.name}")
             partial.write_bytes(_line({"evaluation": asdict(header)}))
             partial.replace(path)
-        found = read_header(path)
-        if differing := header.differences(found):
+        header_on_disk = read_header(path)
+        if differing := header.differences(header_on_disk):
             raise UserError(
                 f"--output: {path} holds another evaluation (it differs in {', '.join(differing)}); name another "
-                "folder, or judge those samples anew with --rescore"
+                "folder, or judge those samples again with --rescore"
             )
-        ends = [len(_first_line(path)), *(end for _, end in _whole_prompts(path, found))]
+        ends = [len(_first_line(path)), *(end for _, end in _whole_prompts(path, header_on_disk))]
         self.done, end = len(ends) - 1, ends[-1]
         self._file = open(path, "r+b")
         self._file.truncate(end)
@@ -120,13 +120,13 @@ class SampleFile:
 
 
 def read_samples(path: Path) -> tuple[Header, list[list[Sample]]]:
-    """All samples by prompt. UserError: not such a file, a line that is none of its samples, prompts missing."""
+    """Return all samples by prompt. UserError: not such a file, a line that is none of its samples, prompts missing."""
     header = read_header(path)
     prompts = [samples for samples, _ in _whole_prompts(path, header)]
     if len(prompts) < header.num_prompts:
         raise UserError(
-            f"{path} holds {len(prompts)} of {header.num_prompts} prompts: its evaluation was stopped; start it again "
-            "with the same command, and it goes on"
+            f"{path} holds {len(prompts)} of {header.num_prompts} prompts: its evaluation was stopped; run the same "
+            "command again to continue"
         )
     if not prompts:
         raise UserError(f"{path} holds no samples")
@@ -134,18 +134,18 @@ def read_samples(path: Path) -> tuple[Header, list[list[Sample]]]:
 
 
 def read_header(path: Path) -> Header:
-    """UserError where the file cannot be read, or begins otherwise."""
+    """Return the first line's header. UserError where the file cannot be read, or begins otherwise."""
     try:
         table = json.loads(_first_line(path))["evaluation"]
         if table["format"] > _FORMAT:
             raise UserError(f"{path} was written by a later version of megatron-jq; update the package")
         return Header(**table)
-    except OSError as fault:
-        raise UserError(f"{path}: {fault.strerror}; name a samples.jsonl that can be read") from fault
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a samples.jsonl that can be read") from error
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError) as fault:
-        raise UserError(f"{path} is no file of samples: its first line does not say what was evaluated") from fault
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no file of samples: its first line does not describe an evaluation") from error
 
 
 def _first_line(path: Path) -> bytes:
@@ -154,7 +154,7 @@ def _first_line(path: Path) -> bytes:
 
 
 def _whole_prompts(path: Path, header: Header) -> Iterator[tuple[list[Sample], int]]:
-    """(samples, offset behind them) of every whole prompt in order."""
+    """Yield (samples, offset after them) of every whole prompt in order."""
     expected = ((b, m) for b in range(header.num_prompts) for m in range(header.num_samples))
     with open(path, "rb") as file:
         end, samples = len(file.readline()), []
@@ -171,14 +171,16 @@ def _whole_prompts(path: Path, header: Header) -> Iterator[tuple[list[Sample], i
                 samples = []
 
 
-def _sample(line: bytes, where: str) -> Sample:
+def _sample(line: bytes, location: str) -> Sample:
     try:
         table = json.loads(line)
         for name in ("rationale_ids", "answer_ids", "golds"):
             table[name] = tuple(table[name])
         return Sample(**table)
-    except (ValueError, TypeError, KeyError) as fault:
-        raise UserError(f"{where} is not a sample; restore the file, or evaluate anew into another folder") from fault
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{location} is not a sample; restore the file, or evaluate again into another folder"
+        ) from error
 
 
 def _line(table: dict[str, Any]) -> bytes:

@@ -12,8 +12,8 @@ import pytest
 from megatron_jq.checkpoint.folder import read_manifest
 from megatron_jq.checkpoint.store import Found
 from megatron_jq.evaluate import loop
+from megatron_jq.evaluate.inputs import settings_of
 from megatron_jq.evaluate.samples import Sample, SampleFile, read_samples
-from megatron_jq.evaluate.subject import settings_of
 from tests.e2e.launch import run
 
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]

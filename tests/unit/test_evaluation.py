@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.drawing import answer_of
 from megatron_jq.evaluate.judging import Answer, Interval, Judge, Metric, judge_prompt, read_metrics
-from megatron_jq.evaluate.report import conclude, results_of, table
+from megatron_jq.evaluate.report import results_of, table, write_results
 from megatron_jq.evaluate.samples import Header, Sample, SampleFile, read_header, read_samples
 
 HEADER = Header(
@@ -164,7 +164,7 @@ def test_metrics_by_name():
     assert read_metrics(None, 1) == (Metric("pass", 1),)
     assert read_metrics("maj@3, pass@2,maj@3", 4) == (Metric("maj", 3), Metric("pass", 2))
     for names, message in (
-        ("pass@5", r"--metrics pass@5: K must lie between 1 and the 4 sample\(s\) a prompt"),
+        ("pass@5", r"--metrics pass@5: K must lie between 1 and the 4 sample\(s\) per prompt"),
         ("maj@0", "--metrics maj@0: K must"),
         ("pas@4", "'pas@4' is not known; did you mean pass@4"),
         ("", "--metrics '' is not known; there are pass@K and maj@K"),
@@ -202,13 +202,13 @@ def test_the_file_gives_back_what_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("cut", (0, 1, 5, 150, 600, 900))
-def test_a_cut_file_goes_on_behind_its_last_whole_prompt(cut, tmp_path):
+def test_a_cut_file_continues_after_its_last_whole_prompt(cut, tmp_path):
     path = tmp_path / "s.jsonl"
     written(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut])
     if cut:
-        with pytest.raises(UserError, match=r"holds \d of 3 prompts: its evaluation was stopped; start it again"):
+        with pytest.raises(UserError, match=r"holds \d of 3 prompts: its evaluation was stopped; run the same command"):
             read_samples(path)
     file = SampleFile(path, replace(HEADER, source="moved"))
     assert file.done == (3 if not cut else 2 if cut < 700 else 1)
@@ -248,18 +248,18 @@ def test_a_damaged_file_is_refused_by_its_line(line, text, message, tmp_path):
 
 
 def test_results_are_written_whole_and_refused_where_there_is_no_room_for_them(tmp_path):
-    conclude(HEADER, PROMPTS, Judge(), "pass@1", Interval(10), tmp_path / "new" / "out")
+    write_results(HEADER, PROMPTS, Judge(), "pass@1", Interval(10), tmp_path / "new" / "out")
     found = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert found["metrics"]["pass@1"]["value"] == pytest.approx(1 / 6)
     assert found["evaluation"]["checkpoint_step"] == 7
     assert found["judge"] == {"match": "exact", "rule": "none", "extract": "none", "ratios": False}
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output .*file/out cannot be written: Not a directory"):
-        conclude(HEADER, PROMPTS, Judge(), None, Interval(10), tmp_path / "file" / "out")
+        write_results(HEADER, PROMPTS, Judge(), None, Interval(10), tmp_path / "file" / "out")
     with pytest.raises(UserError, match="--bootstrap-resamples must be at least 1, not 0"):
-        conclude(HEADER, PROMPTS, Judge(), None, Interval(0), None)
+        write_results(HEADER, PROMPTS, Judge(), None, Interval(0), None)
     with pytest.raises(UserError, match="--confidence must lie between 0 and 1, not 95"):
-        conclude(HEADER, PROMPTS, Judge(), None, Interval(10, 95.0), None)
+        write_results(HEADER, PROMPTS, Judge(), None, Interval(10, 95.0), None)
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):

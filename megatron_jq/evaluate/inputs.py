@@ -1,4 +1,4 @@
-"""F4: what is evaluated: a checkpoint's weights, settings and tokenizer, and the held-out examples."""
+"""F4: the inputs of an evaluation: a checkpoint's weights, settings and tokenizer, and the held-out examples."""
 
 import hashlib
 import json
@@ -28,12 +28,12 @@ from megatron_jq.errors import UserError
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example
 
-#: Where neither flag nor file says: the paper's number of samples a prompt.
+#: Where neither flag nor file names them: the paper's number of samples per prompt.
 _SAMPLING = {"eval_samples": 16, "eval_temperature": 1.0}
 
 
-def at_first_sight(load: Path | None, hf: Path | None) -> tuple[Config, Architecture]:
-    """Settings and architecture by the newest manifest, or config.json, that can be read; no weights are verified.
+def first_settings(load: Path | None, hf: Path | None) -> tuple[Config, Architecture]:
+    """Read settings and architecture from the newest readable manifest, or config.json; no weights are verified.
 
     UserError where there is none.
     """
@@ -48,43 +48,43 @@ def at_first_sight(load: Path | None, hf: Path | None) -> tuple[Config, Architec
         try:
             manifest = read_manifest(folder)
             return settings_of(Found(folder, manifest)), architecture_of(manifest)
-        except DamagedCheckpoint as fault:
-            damage.append(str(fault))
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
     raise none_found(load, damage, "--load")
 
 
 def checkpoint_to_evaluate(load: Path | None, hf: Path | None, runtime: Runtime) -> Found:
-    """The newest whole checkpoint in (or at) `load`, or the Hugging Face folder `hf`. All ranks.
+    """Open the newest whole checkpoint in (or at) `load`, or the Hugging Face folder `hf`. All ranks.
 
     UserError on every rank where there is none.
     """
     if hf is not None:
-        found = open_folder(hf, "--hf", runtime)
-        return replace(found, manifest=replace(found.manifest, files=digests(found.weights, runtime)))
-    found = find_checkpoint(load, "--load", runtime, print)
-    if found is None:
+        checkpoint = open_folder(hf, "--hf", runtime)
+        return replace(checkpoint, manifest=replace(checkpoint.manifest, files=digests(checkpoint.weights, runtime)))
+    checkpoint = find_checkpoint(load, "--load", runtime, print)
+    if checkpoint is None:
         raise none_found(load, [], "--load")
-    return found
+    return checkpoint
 
 
-def _settings_of_run(found: Found) -> Config | None:
-    """The settings of the run that wrote the checkpoint. None where nothing in them says how to evaluate: a conversion
-    has none, and pretraining knows neither prompts nor rationales.
+def _settings_of_run(checkpoint: Found) -> Config | None:
+    """Return the settings of the run that wrote the checkpoint. None where they do not determine an evaluation: a
+    conversion has none, and pretraining knows neither prompts nor rationales.
     """
-    if found.manifest.config is None:
+    if checkpoint.manifest.config is None:
         return None
-    saved = settings_of_text(found.manifest.config, f"{found.folder}: its settings")
+    saved = settings_of_text(checkpoint.manifest.config, f"{checkpoint.folder}: its settings")
     return None if saved.objective.estimator == "pretrain" else saved
 
 
-def settings_of(found: Found) -> Config:
-    """The checkpoint's own settings as far as an evaluation has them: data, budgets, sampling, seed.
+def settings_of(checkpoint: Found) -> Config:
+    """Return the checkpoint's settings as far as an evaluation has them: data, budgets, sampling, seed.
 
-    The layout is the job's, the tokenizer the checkpoint's, and the held-out data all there is. Samples are 16 a
-    prompt, at the run's evaluation temperature, or that of its rollouts where the run evaluated greedily.
+    The layout is the job's, the tokenizer the checkpoint's, and the held-out data all there is. There are 16
+    samples per prompt, at the run's evaluation temperature, or that of its rollouts where the run evaluated greedily.
     """
-    manifest, default = found.manifest, Config()
-    saved = _settings_of_run(found) or default
+    manifest, default = checkpoint.manifest, Config()
+    saved = _settings_of_run(checkpoint) or default
     t = saved.training
     return replace(
         default,
@@ -112,11 +112,11 @@ def settings_of(found: Found) -> Config:
     )
 
 
-def unasked_reward(config: Config, found: Found) -> str | None:
-    """A note where the run had a reward of the user's own and the evaluation has none: code that a checkpoint names is
-    not run by itself.
+def reward_note(config: Config, checkpoint: Found) -> str | None:
+    """Return a note where the run had a reward of the user's and the evaluation has none: code that a checkpoint names
+    is not run by itself.
     """
-    saved = _settings_of_run(found)
+    saved = _settings_of_run(checkpoint)
     if saved is None or saved.training.reward is None or config.training.reward is not None:
         return None
     name = saved.training.reward
@@ -124,20 +124,20 @@ def unasked_reward(config: Config, found: Found) -> str | None:
 
 
 def digest_of(manifest: Manifest) -> str:
-    """Of the checkpoint's tensor files."""
+    """Return a digest of the checkpoint's tensor files."""
     kinds = (".distcp", ".safetensors")
     files = {name: entry["sha256"] for name, entry in manifest.files.items() if name.endswith(kinds)}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_of(config: Config, found: Found, architecture: Architecture) -> Tokenizer:
-    """--tokenizer-model's, or else the checkpoint's own. UserError where it is missing, or too large for the model."""
+def tokenizer_of(config: Config, checkpoint: Found, architecture: Architecture) -> Tokenizer:
+    """Load --tokenizer-model's tokenizer, or else the checkpoint's. UserError: missing, or too large for the model."""
     if config.data.tokenizer_model is not None:
         tokenizer = load_tokenizer(*kind_of(config.data.tokenizer_type, config.data.tokenizer_model))
-    elif (carried := tokenizer_in(found.tokenizer)) is not None:
+    elif (carried := tokenizer_in(checkpoint.tokenizer)) is not None:
         tokenizer = load_tokenizer(*carried)
     else:
-        raise UserError(f"{found.folder} holds no tokenizer; give --tokenizer-model")
+        raise UserError(f"{checkpoint.folder} holds no tokenizer; give --tokenizer-model")
     if tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, more than the model's vocabulary of "
@@ -160,19 +160,19 @@ class HeldOut:
     warning: str
 
 
-def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, architecture: Architecture) -> HeldOut:
-    """UserError: no source, one that cannot be read or holds nothing that fits."""
+def heldout_examples(config: Config, checkpoint: Found, tokenizer: Tokenizer, architecture: Architecture) -> HeldOut:
+    """Read, encode and select the held-out examples. UserError: no source, or one without readable, fitting ones."""
     d, r = config.data, config.rollout
     # Without such settings the default is a task that the policy never saw.
-    source = d.eval_data if _settings_of_run(found) is None else heldout_source(config)
+    source = d.eval_data if _settings_of_run(checkpoint) is None else heldout_source(config)
     if source is None:
         raise UserError("--eval-data is missing: name the prompts and answers to evaluate on")
     count = d.eval_examples
     if is_builtin(source):  # it has no end: as many as the run's own evaluation had
-        count = count or (_settings_of_run(found) or Config()).data.eval_examples
+        count = count or (_settings_of_run(checkpoint) or Config()).data.eval_examples
     reading = read_source(config, source, "heldout", "--eval-data", count=count)
     encoded = encode_reading(config, reading, tokenizer)
-    answer_budget = r.answer_budget or max(len(one.example.answer_ids) for one in encoded.placed)
+    answer_budget = r.answer_budget or max(len(placed.example.answer_ids) for placed in encoded.placed)
     context = architecture.max_position_embeddings
     room = context - r.rationale_budget - 1 - longest_bridge(encoded.placed) - answer_budget
     if room < 1:
@@ -187,7 +187,7 @@ def heldout_examples(config: Config, found: Found, tokenizer: Tokenizer, archite
         overlong=d.overlong_prompts,
     )
     changed = describe_changed(tuple(map(Placed, fitting.examples, fitting.where)), tokenizer)
-    left_out = [told for told in (*encoded.remarks, str(fitting.overlong), changed, _first_ones(reading)) if told]
+    left_out = [remark for remark in (*encoded.remarks, str(fitting.overlong), changed, _first_ones(reading)) if remark]
     warning = f"warning: {reading.named}: {'; '.join(left_out)}" if left_out else ""
     return HeldOut(source, reading.data_format, fitting.examples, reading.total, answer_budget, warning)
 
