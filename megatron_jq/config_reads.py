@@ -112,10 +112,7 @@ NEEDS = (
         ("min_lr", "lr_decay_iters"), lambda c, a: c.optimizer.lr_decay_style != "constant",
         "--lr-decay-style linear or cosine",
     ),
-    Need(
-        ("score_check_interval", "score_mismatch_alarm"), lambda c, a: c.rollout.score_with == "rollout",
-        "--score-with rollout",
-    ),
+    Need(("score_check_interval",), lambda c, a: c.rollout.score_with == "rollout", "--score-with rollout"),
     Need(
         ("grpo_clamp_eps_lower", "grpo_clamp_eps_upper"), lambda c, a: c.objective.grpo_iterations > 1,
         "--grpo-iterations above 1: the first update has nothing to clip",

@@ -48,7 +48,8 @@ class Rollout:
     rationale_ids: tuple[int, ...]
     num_sampled: int
     answer_ids: tuple[int, ...] = ()  # sampled, terminator included when it was sampled; empty when none was asked for
-    log_prob: float = 0.0  # ln of the sampling distribution over the num_sampled rationale tokens, in nats
+    # ln of the sampling distribution over the num_sampled rationale tokens, in nats; None: the engine does not know it
+    log_prob: float | None = None
     log_w: float | None = None  # ln p(y*|x,z) in nats, where the engine was given y* to score
     valid: bool = True
 

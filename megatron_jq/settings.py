@@ -91,7 +91,7 @@ class RolloutConfig:
     top_p: float = 1.0  # nucleus mass, of sampling and of ln p(z|x) alike
     score_with: Literal["trainer", "rollout"] = "trainer"  # rollout: from the engine's cache, |y*| tokens a rationale
     score_check_interval: int = 10  # steps between comparisons of the two under rollout; 0: never
-    score_mismatch_alarm: float = 0.01  # nats; a warning when max |ln w rollout - trainer| exceeds it
+    score_mismatch_alarm: float = 0.01  # nats; a warning when |ln w| or |ln p(z|x)| of engine - trainer exceeds it
     rollout_batch_size: int | None = None  # most rationales decoded at once on a replica; None: all
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_jq.objective.metrics import effective_sample_size
 from megatron_jq.objective.tsallis import log_mean_weight
@@ -49,14 +48,15 @@ def step_metrics(
     sequences: list[TrainingSequence],
     runtime: Runtime,
     *,
+    log_prob_mismatch: float | None,
     log_w_mismatch: float | None,
     grad_norm: float,
     lr: float,
     pace: Pace,
     share_prompts: bool,
 ) -> StepMetrics:
-    """rollouts and sequences are this replica's; share_prompts: as the training pass had it. Two small
-    collectives over replicas; all ranks get one result.
+    """rollouts and sequences are this replica's; share_prompts: as the training pass had it. One small
+    collective over replicas; all ranks get one result.
     """
     valid_BM = tables.valid_BM
     kept_B = valid_BM.sum(dim=1) >= estimator.minimum_rationales
@@ -85,7 +85,7 @@ def step_metrics(
         seconds_score_slowest=pace.slowest[1],
         seconds_train_slowest=pace.slowest[2],
         peak_memory_bytes=peak_memory_bytes(runtime),
-        log_prob_mismatch_max=None if estimator.imitates else _log_prob_mismatch(rollouts, tables.trained, runtime),
+        log_prob_mismatch_max=log_prob_mismatch,
         log_w_mismatch_max=log_w_mismatch,
         reward_mean=None if tables.reward_BM is None else tables.reward_BM[valid_BM].mean().item(),
         kl_reference_mean=tables.updates.kl_reference_mean,
@@ -100,15 +100,3 @@ def _totals(rollouts, sequences, trained: Scores, runtime: Runtime, share_prompt
     passed = trained_tokens(sequences, trained.present_BM, share_prompts=share_prompts)
     totals = [len(valid), sum(len(r.rationale_ids) for r in valid), sum(r.forced for r in valid), passed]
     return runtime.groups.sum_over_replicas(torch.tensor(totals, dtype=torch.float64, device=runtime.device)).tolist()
-
-
-def _log_prob_mismatch(rollouts: list[Rollout], trained: Scores, runtime: Runtime) -> float | None:
-    """Largest |ln p(z|x) of the rollout - of the trainer| in nats; None when nothing was trained on."""
-    if not trained.present_BM.any():
-        return None
-    drawn_BM = torch.full(trained.present_BM.shape, float("nan"), dtype=torch.float64)
-    for r in rollouts:
-        drawn_BM[r.prompt_slot, r.rationale_slot] = r.log_prob
-    largest = (drawn_BM - trained.log_rationale_BM).abs().nan_to_num(0.0).max().to(runtime.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=runtime.groups.dp)
-    return largest.item()

@@ -30,6 +30,7 @@ from megatron_jq.train import passes
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, non_finite
 from megatron_jq.train.figures import Tables, step_metrics
+from megatron_jq.train.mismatch import MismatchWatch
 from megatron_jq.train.numerics import Numerics
 from megatron_jq.train.optimizer import build_optimizer, build_schedule, learning_rate
 from megatron_jq.train.pace import PaceMaker
@@ -86,6 +87,7 @@ class Trainer:
         self.reference = Reference(config, derived, options, runtime) if o.grpo_kl_beta > 0 else None
         self.reward = on_all_ranks(runtime, lambda: reward_of(config))
         self.pace = PaceMaker(runtime)
+        self.mismatch = MismatchWatch(config, runtime, self._say)
         self.recorder: Recorder | None = None  # rank 0's, while it runs
 
     def run(self, beginning: StartPoint, saving: Saving, stop: StopRequest) -> None:
@@ -166,9 +168,14 @@ class Trainer:
             self._show_sample(step, prompts, rollouts, log_w_BM)
         sampled = reward_BM if self.estimator.samples_answers else None
         tables = Tables(log_w_BM, valid_BM, sampled, coefficients, scores, updates)
+        log_prob_mismatch = None
+        if not self.estimator.imitates:
+            trained = updates.scores
+            log_prob_mismatch = self.mismatch.log_prob(step, rollouts, trained.log_rationale_BM, trained.present_BM)
         return step_metrics(
             step, q, self.estimator, tables, rollouts, sequences, self.runtime,
-            log_w_mismatch=mismatch, grad_norm=updates.grad_norm, lr=learning_rate(self.optimizer),
+            log_prob_mismatch=log_prob_mismatch, log_w_mismatch=mismatch, grad_norm=updates.grad_norm,
+            lr=learning_rate(self.optimizer),
             pace=pace, share_prompts=self.train_options.share_prompts,
         )  # fmt: skip
 
@@ -235,14 +242,7 @@ class Trainer:
         if r.score_check_interval == 0 or step % r.score_check_interval:
             return scores, None
         trainers = passes.score(self.model, gold, shape, self.runtime, self.score_options)
-        gap_BM = (scores.log_answer_BM - trainers.log_answer_BM).abs()[scores.present_BM]
-        mismatch = gap_BM.max().item() if len(gap_BM) else 0.0
-        if not mismatch <= r.score_mismatch_alarm and self.recorder is not None:
-            self.recorder.say(
-                f"warning: step {step}: ln w of rollout and trainer differ by up to {mismatch:.3g} nats "
-                f"(--score-mismatch-alarm {r.score_mismatch_alarm}); --score-with trainer is exact"
-            )
-        return scores, mismatch
+        return scores, self.mismatch.log_w(step, scores.log_answer_BM, trainers.log_answer_BM, scores.present_BM)
 
     def _requests(self, prompts: Batch) -> list[RolloutRequest]:
         r, dp = self.config.rollout, self.runtime.groups.dp

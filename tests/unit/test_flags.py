@@ -188,7 +188,7 @@ FILE = ["--train-data", "x.jsonl"]
 UNCOUNTED = {
     "sgd_momentum": [], "adam_beta1": ["--optimizer", "sgd"], "adam_beta2": ["--optimizer", "sgd"],
     "adam_eps": ["--optimizer", "sgd"], "min_lr": ["--lr", "1"], "lr_decay_iters": [], "score_check_interval": [],
-    "score_mismatch_alarm": [], "grpo_clamp_eps_lower": ["--estimator", "grpo"],
+    "grpo_clamp_eps_lower": ["--estimator", "grpo"],
     "grpo_clamp_eps_upper": ["--estimator", "grpo"], "train_examples": FILE, "data_format": [], "bad_records": [],
     "prompt_field": [*FILE, "--data-format", "gsm8k"], "answer_field": [],
     "id_field": [*FILE, "--data-format", "finqa"],
