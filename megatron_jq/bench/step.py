@@ -24,6 +24,7 @@ from megatron_jq.bench.meters import Meter, gemm_rate
 from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
+from megatron_jq.objective.table import StepTable
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout, TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
@@ -43,7 +44,7 @@ class StepBench:
 
     def __init__(self, config: Config, derived: Derived, load: Load, runtime: Runtime):
         self.config, self.derived, self.load, self.runtime = config, derived, load, runtime
-        o, r, t = config.objective, config.rollout, config.training
+        r, t = config.rollout, config.training
         tp = config.parallel.tensor_model_parallel_size
         self.vocab_rows = padded_vocab_size(load.vocab_size, config.model.make_vocab_size_divisible_by, tp)
         # Where the vocabulary fills all rows, its last token is made a padding row.
@@ -56,7 +57,7 @@ class StepBench:
         self.schedule = build_schedule(self.optimizer, config)
         engine = CopyingEngine if load.copied_prompts else MegatronEngine
         self.engine = engine(policies, runtime, max_rows=r.rollout_batch_size)
-        self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, t.seed)
+        self.estimator = Estimator.of(config, derived)
         self.score_with_rollout = r.score_with == "rollout"
         self.batch_options = passes.BatchOptions(
             micro_batch_size=t.micro_batch_size,
@@ -113,10 +114,8 @@ class StepBench:
 
     def _train(self, step: int, sequences: list[TrainingSequence], scores: passes.Scores) -> None:
         """Coefficients, forward and backward pass, update."""
-        log_w_BM = scores.log_answer_BM
-        coefficients = self.estimator.coefficients(
-            log_w_BM, torch.zeros_like(log_w_BM), scores.present_BM, q=self.config.objective.q, step=step
-        )
+        table = StepTable(scores.log_answer_BM, scores.present_BM)
+        coefficients = self.estimator.coefficients(table, q=self.config.objective.q, step=step)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         passes.train(self.model, sequences, coefficients, self.runtime, self.batch_options)

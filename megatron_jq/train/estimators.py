@@ -1,30 +1,23 @@
-"""F4: from the step's [B, M] tables to the coefficients of the surrogate loss, for every estimator by name."""
+"""F4: from the step's table to the coefficients of the surrogate loss, for every row of megatron_jq/estimators.py."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
-from megatron_jq.config import GIVEN_RATIONALES
-from megatron_jq.config_estimators import LEAVE_ONE_OUT, SAMPLES_ANSWERS
-from megatron_jq.objective.baselines import (
-    grpo_coefficients,
-    maxrl_coefficients,
-    rloo_coefficients,
-    sft_coefficients,
-    star_coefficients,
-)
-from megatron_jq.objective.garl import effective_reward_max, garl_coefficients
-from megatron_jq.objective.paft import paft_coefficients
+from megatron_jq.config import Config
+from megatron_jq.config_validate import Derived
+from megatron_jq.errors import UserError
+from megatron_jq.estimators import GENERATOR, EstimatorRow, resolve, row_of
+from megatron_jq.objective.knobs import Knobs
+from megatron_jq.objective.table import StepTable
 from megatron_jq.objective.tsallis import prompt_mean_scale
 from megatron_jq.records import Coefficients
 from megatron_jq.seeds import stream
 
-_BASELINES = {
-    "grpo": grpo_coefficients,
-    "rloo": rloo_coefficients,
-    "maxrl": maxrl_coefficients,
-    "star": star_coefficients,
-}
+#: Of the step's table, what only some estimators may read.
+_DECLARED = frozenset(f.name for f in fields(StepTable)) - {"valid_BM"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,8 @@ class Estimator:
     """An estimator and its constants.
 
     num_resamples: PAFT's K. normalize: the factor 1/M^q of GARL and PAFT. row_tokens: scored tokens of a row of
-    pretraining (mean of a step's rows), whose loss is a mean over tokens; 1 elsewhere.
+    pretraining (mean of a step's rows), whose loss is a mean over tokens; 1 elsewhere. settings: further ones of
+    [objective] that the estimator's row declares.
     """
 
     name: str
@@ -40,64 +34,89 @@ class Estimator:
     normalize: bool
     seed: int
     row_tokens: float = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, derived: Derived, row_tokens: float = 1) -> "Estimator":
+        """Return the estimator of a run's settings."""
+        o = config.objective
+        settings = {f.name: getattr(o, f.name) for f in fields(o)}
+        return cls(o.estimator, derived.num_resamples, o.normalize, config.training.seed, row_tokens, settings)
+
+    @property
+    def row(self) -> EstimatorRow:
+        return row_of(self.name)
 
     @property
     def samples_answers(self) -> bool:
-        """Whether the trained answer is a sampled one with a reward (GRPO, RLOO, MaxRL, STaR), not the gold one."""
-        return self.name in SAMPLES_ANSWERS
+        """Whether the trained answer is a sampled one with a reward, not the gold one."""
+        return self.row.samples_answers
 
     @property
     def imitates(self) -> bool:
         """Whether the rationale is given (SFT) or empty (pretraining): none is drawn, and coefficients need no ln w."""
-        return self.name in GIVEN_RATIONALES
+        return self.row.imitates
 
     @property
     def uses_q(self) -> bool:
-        return not (self.samples_answers or self.imitates)
+        return self.row.uses_q
 
     @property
     def minimum_rationales(self) -> int:
         """Fewest valid rationales with which a prompt stays: leave-one-out and group baselines need two."""
-        return 2 if self.name in LEAVE_ONE_OUT else 1
+        return self.row.minimum_rationales
 
-    def coefficients(
-        self, log_w_BM: torch.Tensor, reward_BM: torch.Tensor, valid_BM: torch.Tensor, *, q: float, step: int
-    ) -> Coefficients:
-        """Constants divided by B and M_b (or K), a pure function of its arguments, so alike on every rank.
+    def coefficients(self, table: StepTable, *, q: float, step: int) -> Coefficients:
+        """Return the constants divided by B and M_b (or K): a pure function of its arguments, so alike on every rank.
 
-        log_w_BM: ln p(y*|x,z), [B, M], nats, the whole step's table. reward_BM: 1 where the sampled answer matches;
-        read by GRPO, RLOO, MaxRL and STaR alone. PAFT draws from a stream keyed by (seed, step). SFT and
-        pretraining read valid_BM alone.
+        table: the whole step's. Random numbers come from a stream keyed by (seed, step). UserError where the table
+        lacks what the estimator's row needs.
         """
-        resamples = self.num_resamples if self.name == "paft" else None
-        scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
-        if self.name == "paft":
-            generator = stream("PAFT's draws", self.seed, step)
-            joint_BM = paft_coefficients(
-                log_w_BM, q, self.num_resamples, generator=generator, normalize=self.normalize, valid_BM=valid_BM
-            )
-            return Coefficients(joint_BM * scale_B1, joint_BM * scale_B1)
-        if self.imitates:
-            rationale_BM, answer_BM = sft_coefficients(valid_BM, rationale_given=True)
-            scale_B1 = scale_B1 / self.row_tokens
-        elif self.name == "garl":
-            rationale_BM, answer_BM = garl_coefficients(log_w_BM, q, normalize=self.normalize, valid_BM=valid_BM)
-        else:
-            rationale_BM, answer_BM = _BASELINES[self.name](reward_BM, valid_BM)
+        resamples = self.num_resamples if self.row.mean_over == "resamples" else None
+        scale_B1 = prompt_mean_scale(table.valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
+        scale_B1 = scale_B1 / self.row_tokens
+        rationale_BM, answer_BM = self._call(self.row.function, table, q, step)
         return Coefficients(rationale_BM * scale_B1, answer_BM * scale_B1)
 
     def kl_weights(self, valid_BM: torch.Tensor, beta: float) -> torch.Tensor:
         """beta/(B·M_b) for each token of a sequence that is in the batch, float64 [B, M], 0 elsewhere."""
         return beta * prompt_mean_scale(valid_BM, self.minimum_rationales)[:, None] * valid_BM
 
-    def effective_reward_max(
-        self, log_w_BM: torch.Tensor, coefficients: Coefficients, valid_BM: torch.Tensor, q: float
-    ) -> float:
+    def effective_reward_max(self, table: StepTable, coefficients: Coefficients, *, q: float) -> float:
         """The largest factor on a rationale's score: max c_m / M^q for GARL (Figure 3), its like for the others."""
+        valid_BM = table.valid_BM
         if not valid_BM.any():
             return 0.0
-        if self.name == "garl":
-            return effective_reward_max(log_w_BM, q, valid_BM).max().item()
+        if self.row.effective_reward is not None:
+            return self._call(self.row.effective_reward, table, q, step=0).max().item()
         scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales)[:, None]
         factor_BM = (coefficients.rationale_BM / scale_B1).nan_to_num(0.0)  # 0 / 0: a prompt that left the batch
         return factor_BM.max().item()
+
+    def _call(self, function: str, table: StepTable, q: float, step: int) -> Any:
+        values = {**self.settings, "q": q, "normalize": self.normalize, "num_resamples": self.num_resamples}
+        if GENERATOR in self.row.reads:
+            values[GENERATOR] = stream(f"{self.name.upper()}'s draws", self.seed, step)
+        knobs = Knobs(self.name, {name: values[name] for name in self.row.reads})
+        return resolve(self.row, function)(_declared(table, self.row), knobs)
+
+
+class _DeclaredTable(StepTable):
+    """A step's table as an estimator's function sees it: what its row does not declare is refused, not None."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _DECLARED and name not in object.__getattribute__(self, "row").fields:
+            row = object.__getattribute__(self, "row")
+            raise UserError(
+                f"--estimator {row.name}: its function reads table.{name}, which its row does not declare; change "
+                "needs in megatron_jq/estimators.py"
+            )
+        return object.__getattribute__(self, name)
+
+
+def _declared(table: StepTable, row: EstimatorRow) -> StepTable:
+    if lacking := [name for name in row.fields if getattr(table, name) is None]:
+        raise UserError(f"--estimator {row.name} needs {', '.join(lacking)}, which this step's table does not have")
+    declared = _DeclaredTable(**{f.name: getattr(table, f.name) for f in fields(StepTable)})
+    object.__setattr__(declared, "row", row)
+    return declared

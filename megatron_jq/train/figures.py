@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_jq.objective.metrics import effective_sample_size
+from megatron_jq.objective.table import StepTable
 from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
 from megatron_jq.records import Coefficients, Rollout, StepMetrics, TrainingSequence
@@ -68,7 +69,9 @@ def step_metrics(
         loss=tables.loss,
         log_p_mean=log_p_B.mean().item(),
         p_mean=log_p_B.exp().mean().item(),
-        effective_reward_max=estimator.effective_reward_max(tables.log_w_BM, tables.coefficients, valid_BM, q),
+        effective_reward_max=estimator.effective_reward_max(
+            StepTable(tables.log_w_BM, valid_BM, reward_BM=tables.reward_BM), tables.coefficients, q=q
+        ),
         ess_mean=effective_sample_size(tables.log_w_BM, valid_BM)[kept_B].mean().item(),
         grad_norm=grad_norm,
         lr=lr,

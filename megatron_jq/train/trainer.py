@@ -19,6 +19,7 @@ from megatron_jq.evaluate.judging import judge_of
 from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.model.build import build_options, build_policies, wrap_for_training
 from megatron_jq.objective.schedule import QSchedule, q_at
+from megatron_jq.objective.table import StepTable
 from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Coefficients, Rollout, StepMetrics, TrainingSequence
@@ -67,7 +68,7 @@ class Trainer:
         self.numerics = Numerics(config, self.model, self.optimizer, runtime, self._say)
         self.engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
         row_tokens = len(data.train[0].answer_ids) if pretrains else 1
-        self.estimator = Estimator(o.estimator, derived.num_resamples, o.normalize, c.seed, row_tokens)
+        self.estimator = Estimator.of(config, derived, row_tokens)
         self.rationales = GivenRationales() if self.estimator.imitates else self.engine
         constant = o.q_schedule == "constant"
         self.q_schedule = QSchedule(
@@ -149,7 +150,8 @@ class Trainer:
         estimator = self.estimator
         if self.score_options.mask_loss_after_id is not None:
             estimator = replace(estimator, row_tokens=max(self._scored_tokens(gold), 1) / len(prompts))
-        coefficients = estimator.coefficients(log_w_BM, reward_BM, valid_BM, q=q, step=step)
+        table = StepTable(log_w_BM, valid_BM, reward_BM=reward_BM)
+        coefficients = estimator.coefficients(table, q=q, step=step)
         self._check(step, prompts, gold, "coefficient of ln p(z|x)", coefficients.rationale_BM)
         self._check(step, prompts, gold, "coefficient of ln p(y|x,z)", coefficients.answer_BM)
         sequences = gold

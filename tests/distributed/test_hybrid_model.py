@@ -20,6 +20,7 @@ from megatron_jq.model import build as building
 from megatron_jq.model.initialise import mark_partitions
 from megatron_jq.model.norm import LocalRMSNorm
 from megatron_jq.model.policy import RowsForward
+from megatron_jq.objective.table import StepTable
 from megatron_jq.train import passes
 from tests.distributed import reference
 from tests.distributed.cases import POLICIES, TABLE, batch, build, build_options, estimator, share
@@ -102,9 +103,8 @@ def _pass(policy, model, runtime, options, names):
     """Log-likelihoods, and gradients by GPTModel's names, on this rank."""
     sequences = share(batch(), runtime)
     scores = passes.score(model, sequences, TABLE, runtime, options, with_rationale=True)
-    coefficients = estimator("garl").coefficients(
-        scores.log_answer_BM, torch.zeros(TABLE), scores.present_BM, q=0.75, step=0
-    )
+    table = StepTable(scores.log_answer_BM, scores.present_BM)
+    coefficients = estimator("garl").coefficients(table, q=0.75, step=0)
     model.zero_grad_buffer()
     passes.train(model, sequences, coefficients, runtime, options)
     gradients = {names(name): p.main_grad.clone() for name, p in policy.named_parameters()}

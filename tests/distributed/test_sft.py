@@ -23,6 +23,7 @@ from megatron_jq.corpus.reading import CorpusOptions, open_corpus
 from megatron_jq.data.sampler import InOrder
 from megatron_jq.errors import UserError
 from megatron_jq.model.rows import pack_sequences
+from megatron_jq.objective.table import StepTable
 from megatron_jq.records import Example, TrainingSequence
 from megatron_jq.rollout.engine import SamplingOptions, requests_of_replica
 from megatron_jq.rollout.given import GivenRationales
@@ -97,7 +98,8 @@ def trained(runtime, batch: list[Example], estimator: Estimator, options: BatchO
     model = build(runtime, architecture, reference.noisy_weights(architecture), wide)
     shape, dp = (len(batch), 1), runtime.groups.dp
     unknown, everything = torch.full(shape, math.nan), torch.ones(shape, dtype=torch.bool)
-    coefficients = estimator.coefficients(unknown, unknown, everything, q=0.5, step=0)
+    table = StepTable(unknown, everything, reward_BM=unknown)
+    coefficients = estimator.coefficients(table, q=0.5, step=0)
     done = train_with(runtime, *model, sequences_of(batch, dp.rank(), dp.size()), options, coefficients)
     table = coefficients.rationale_BM * done.trained.log_rationale_BM
     loss = -(table + coefficients.answer_BM * done.trained.log_answer_BM).sum().item()

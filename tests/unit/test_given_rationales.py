@@ -15,6 +15,7 @@ from megatron_jq.data.tokenizers import train_sentencepiece
 from megatron_jq.errors import UserError
 from megatron_jq.objective.garl import garl_coefficients, garl_plug_in_coefficients
 from megatron_jq.objective.paft import paft_coefficients
+from megatron_jq.objective.table import StepTable
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
 from megatron_jq.rollout.given import GivenRationales
@@ -191,7 +192,7 @@ def test_sft_is_paft_at_q_1_with_the_given_rationale_as_its_one_draw(log_w):
     log_w_B1 = torch.tensor(log_w, dtype=torch.float64)[:, None]
     valid_B1 = torch.ones_like(log_w_B1, dtype=torch.bool)
     sft, paft = (
-        Estimator(name, 1, True, 5).coefficients(log_w_B1, torch.zeros_like(log_w_B1), valid_B1, q=1.0, step=0)
+        Estimator(name, 1, True, 5).coefficients(StepTable(log_w_B1, valid_B1), q=1.0, step=0)
         for name in ("sft", "paft")
     )
     assert torch.equal(sft.rationale_BM, paft.rationale_BM) and torch.equal(sft.answer_BM, paft.answer_BM)
@@ -208,9 +209,10 @@ def test_below_q_1_sft_and_paft_part():
 
 
 def test_pretraining_is_sft_a_token():
-    valid_B1, unread = torch.ones(4, 1, dtype=torch.bool), torch.full((4, 1), torch.nan)
-    sft = Estimator("sft", 1, True, 5).coefficients(unread, unread, valid_B1, q=0.3, step=1)
-    rows = Estimator("pretrain", 1, True, 5, row_tokens=8).coefficients(unread, unread, valid_B1, q=0.3, step=1)
+    unread = torch.full((4, 1), torch.nan)
+    table = StepTable(unread, torch.ones(4, 1, dtype=torch.bool), reward_BM=unread)
+    sft = Estimator("sft", 1, True, 5).coefficients(table, q=0.3, step=1)
+    rows = Estimator("pretrain", 1, True, 5, row_tokens=8).coefficients(table, q=0.3, step=1)
     assert torch.equal(sft.answer_BM, rows.answer_BM * 8) and rows.answer_BM.sum() == 1 / 8
 
 

@@ -23,11 +23,12 @@ STEPS = [0, 1, 2, 4095, 4096, (1 << 20) - 1, 1 << 20, (1 << 20) + 1]
 
 def paft_draws(seed: int, step: int) -> tuple[float, ...]:
     """How often each of 64 equal rationales is drawn by the estimator itself."""
+    from megatron_jq.objective.table import StepTable
     from megatron_jq.train.estimators import Estimator
 
     paft = Estimator("paft", 512, True, seed)
     table = torch.full((1, 64), -3.0, dtype=torch.float64)
-    return tuple(paft.coefficients(table, table, table < 0, q=0.5, step=step).answer_BM[0].tolist())
+    return tuple(paft.coefficients(StepTable(table, table < 0), q=0.5, step=step).answer_BM[0].tolist())
 
 
 def rollout_draws(seed: int, step: int) -> tuple[float, ...]:
