@@ -35,8 +35,10 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.parallel import runtime as runtime_module
-from megatron_jq.parallel.logprob import default_chunk_tokens, linear_log_probs, weighted_log_probs
+from megatron_jq.parallel.logprob import linear_log_probs
 from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.parallel.vocabulary import default_chunk_tokens
+from megatron_jq.parallel.weighted_logprob import weighted_log_probs
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 410_000_000, 520_000_000, 1_500
 #: (docs/estimate.md). Larger blocks go back to the system at once, and all do under MALLOC_MMAP_THRESHOLD_=65536.
 HEAP_BLOCK, HEAP_OF_ONE, HEAP_OF_SEVERAL = 32 << 20, 1.4, 1.9
 
-#: Elements of a chunk of logits (parallel/logprob.py) and of the sampler's float64 rows (rollout/sampling.py).
+#: Elements of a chunk of logits (parallel/vocabulary.py) and of the sampler's float64 rows (rollout/sampling.py).
 CHUNK_ELEMENTS = {"cpu": 3 << 24, "cuda": 1 << 27}
 SAMPLING_ELEMENTS = 16_000_000
 
-#: Bytes an element of logits while a nucleus is sought (parallel/logprob.py: nucleus_threshold), logits included.
+#: Bytes an element of logits while a nucleus is sought (parallel/nucleus.py: nucleus_threshold), logits included.
 NUCLEUS_BYTES = 41
 
 #: The cache grows by so many tokens at a time (rollout/cache.py).
@@ -212,7 +212,7 @@ def _score(plan: Plan, stage: int) -> Phase:
 
 
 def chunk_tokens(plan: Plan) -> int:
-    """Head rows whose logits exist at one time (parallel/logprob.py: default_chunk_tokens)."""
+    """Head rows whose logits exist at one time (parallel/vocabulary.py: default_chunk_tokens)."""
     return max(32, CHUNK_ELEMENTS["cuda" if plan.on_cuda else "cpu"] // plan.vocab_rows // 32 * 32)
 
 

@@ -273,7 +273,7 @@ def wrap_for_training(policies: list[Policy], options: BuildOptions, runtime: Ru
             chunk.broadcast_params()
             chunks.append(chunk)
             if options.overlap_grad_reduce and policy.post_process:
-                policy.head_weight.needs_gradient_arrival = True  # parallel/logprob.py fills main_grad by itself
+                policy.head_weight.needs_gradient_arrival = True  # weighted_logprob.py fills main_grad by itself
     no_sync = [chunk.no_sync for chunk in chunks]
     start_sync = [chunk.start_grad_sync for chunk in chunks]
     config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jq.model.rows import ScoreHead
-from megatron_jq.parallel.logprob import linear_log_probs, log_probs_as_trained, weighted_log_probs
+from megatron_jq.parallel.logprob import linear_log_probs
+from megatron_jq.parallel.weighted_logprob import log_probs_as_trained, weighted_log_probs
 
 
 def score_rows(

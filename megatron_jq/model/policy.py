@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_jq.model.head import score_rows
 from megatron_jq.model.moe import balances_experts
 from megatron_jq.model.rows import LogitsHead, Rows
-from megatron_jq.parallel.logprob import mask_vocabulary_padding
+from megatron_jq.parallel.vocabulary import mask_vocabulary_padding
 
 
 class RowsForward:

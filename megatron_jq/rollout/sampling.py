@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_jq.parallel.logprob import nucleus_threshold
+from megatron_jq.parallel.nucleus import nucleus_threshold
 
 #: Rows whose float64 distribution exists at one time, in elements: bounds the workspace at some 0.25 GB.
 _WORKSPACE_ELEMENTS = 16_000_000

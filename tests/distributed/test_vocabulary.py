@@ -6,12 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_jq.parallel.logprob import (
-    linear_log_probs,
-    nucleus_threshold,
-    vocab_parallel_log_probs,
-    weighted_log_probs,
-)
+from megatron_jq.parallel.logprob import linear_log_probs, vocab_parallel_log_probs
+from megatron_jq.parallel.nucleus import nucleus_threshold
+from megatron_jq.parallel.weighted_logprob import weighted_log_probs
 from megatron_jq.rollout.sampling import sample_tokens
 from tests.distributed.ranks import run_apart, run_ranks
 

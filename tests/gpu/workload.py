@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_jq.model.build import build_policies, wrap_for_training
-from megatron_jq.parallel.logprob import linear_log_probs, weighted_log_probs
+from megatron_jq.parallel.logprob import linear_log_probs
 from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.parallel.weighted_logprob import weighted_log_probs
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
 from megatron_jq.rollout.megatron import MegatronEngine

@@ -17,7 +17,7 @@ from megatron_jq.objective.clipping import (
     reference_kl,
     reference_kl_coefficients,
 )
-from megatron_jq.parallel.logprob import log_probs_as_trained, weighted_log_probs
+from megatron_jq.parallel.weighted_logprob import log_probs_as_trained, weighted_log_probs
 from megatron_jq.train.estimators import Estimator
 
 BOUNDS = (0.2, 0.3)

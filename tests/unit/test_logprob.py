@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_jq.parallel import logprob
-from megatron_jq.parallel.logprob import (
-    linear_log_probs,
-    mask_vocabulary_padding,
-    nucleus_threshold,
-    vocab_parallel_log_probs,
-    weighted_log_probs,
-)
+from megatron_jq.parallel import nucleus
+from megatron_jq.parallel.logprob import linear_log_probs, vocab_parallel_log_probs
+from megatron_jq.parallel.nucleus import nucleus_threshold
+from megatron_jq.parallel.vocabulary import mask_vocabulary_padding
+from megatron_jq.parallel.weighted_logprob import weighted_log_probs
 
 T, H, V, PADDED = 11, 6, 37, 48
 
@@ -193,7 +190,7 @@ def test_only_tokens_that_have_a_nucleus_are_searched_and_nothing_else_changes(l
     def scored(h, w):
         return linear_log_probs(h, w, targets, None, chunk_tokens=chunk, vocab_size=V, top_p_T=top_p)
 
-    monkeypatch.setattr(logprob, "nucleus_threshold", counting)
+    monkeypatch.setattr(nucleus, "nucleus_threshold", counting)
     found = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     values = scored(*found)
     gradients = torch.autograd.grad(values, found, upstream)
