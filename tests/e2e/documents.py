@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted(
-    str(path.relative_to(REPOSITORY))
-    for pattern in ("README.md", "docs/*.md", "docs/study/*.md", "examples/*/*.md", "launch/**/*.md")
-    for path in REPOSITORY.glob(pattern)
-)
+PATTERNS = ("*.md", "docs/*.md", "docs/study/*.md", "docs/measurements/*.md", "examples/*/*.md", "launch/**/*.md")
+DOCUMENTS = sorted(str(path.relative_to(REPOSITORY)) for pattern in PATTERNS for path in REPOSITORY.glob(pattern))
 _PROGRAM = (
     r"(?:[A-Z_]+=\S+ +)*"
     r"(?:megatron-jq(?! \d)|python3?|torchrun|sbatch|srun|scancel|pip|git|\.venv/bin/\S+|\./[\w/.]+|"

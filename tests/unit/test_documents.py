@@ -13,10 +13,8 @@ from torch.distributed.run import get_args_parser as torchrun
 from megatron_jq.config import SETTINGS, settings_of_text
 from megatron_jq.data.template import template_of
 from megatron_jq.toml_files import tomllib
+from tests.e2e.documents import DOCUMENTS, REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATTERNS = ("README.md", "docs/*.md", "docs/study/*.md", "examples/*/*.md", "launch/**/*.md")
-DOCUMENTS = sorted(str(p.relative_to(REPOSITORY)) for pattern in PATTERNS for p in REPOSITORY.glob(pattern))
 SOURCES = ("tools/*.py", "megatron_jq/cli/*.py", "examples/**/*.py", "launch/**/*.py")
 
 #: Flags of other programs that documents name, and whose they are.

@@ -12,6 +12,7 @@ WRONG = {
     "bench_head": "--no-such-flag",
     "bench_sharing": "--num-rationales many",
     "bench_step": "--steps many",
+    "draw_step": "--no-such-flag",
     "draw_tree_row": "--no-such-flag",
     "estimate": "--gpus many",
     "plot_run": "--no-such-flag",
