@@ -135,18 +135,18 @@ class DataConfig:
 class OptimizerConfig:
     """Megatron-core's optimizer and the learning rate over time."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd"] = "adam"  # Megatron-core's
     lr: float = 1e-3  # largest learning rate
     min_lr: float = 0.0  # where the decay ends: the rate from step lr-decay-iters on
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"  # the way from lr to min-lr
     lr_warmup_iters: int = 0  # steps of linear warm-up from 0
     # lr is min-lr from this step on, counted from 0. None: train-iters, so no step of the run trains at min-lr
     lr_decay_iters: int | None = None
     weight_decay: float = 0.0  # decoupled, for adam and sgd alike; not of norms and biases
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    sgd_momentum: float = 0.9
+    adam_beta1: float = 0.9  # decay of the first moment
+    adam_beta2: float = 0.95  # decay of the second moment
+    adam_eps: float = 1e-8  # added to the root of the second moment
+    sgd_momentum: float = 0.9  # decay of the velocity
     clip_grad: float = 1.0  # largest gradient norm, of the loss before loss-scale; 0: no clipping
     # Factor on the loss while its gradient is formed; norm and clipping do without it, adam-eps does not. Auto: set at
     # the first step so that the largest coefficient is 1 to 2, for cold starts with small q (docs/loss-scaling.md)

@@ -14,6 +14,7 @@ from megatron_jq.config import SETTINGS, settings_of_text
 from megatron_jq.data.template import template_of
 from megatron_jq.toml_files import tomllib
 from tests.e2e.documents import DOCUMENTS, REPOSITORY
+from tools.reference_pages import PAGES
 
 SOURCES = ("tools/*.py", "megatron_jq/cli/*.py", "examples/**/*.py", "launch/**/*.py")
 
@@ -203,3 +204,9 @@ def test_every_toml_fragment_is_read(document, tmp_path):
             template_of("finqa", str(tmp_path / "template.toml"))
         else:
             settings_of_text(fragment, document)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_generated_pages_are_complete_and_current(page):
+    """Every setting and every metric has its line, with what the code says today."""
+    assert text_of(f"docs/{page}") == PAGES[page](), f"run python tools/reference_pages.py: docs/{page} is not current"

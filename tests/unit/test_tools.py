@@ -18,6 +18,7 @@ WRONG = {
     "plot_run": "--no-such-flag",
     "prepare_data": "--test-data",
     "preprocess_data": "--no-such-flag",
+    "reference_pages": "--no-such-flag",
     "soak_checkpoints": "--kills many",
 }
 
