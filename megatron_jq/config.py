@@ -57,7 +57,7 @@ __all__ = [
     "without_aliases",
 ]
 
-#: Published methods that are GARL or PAFT at one q (PAPER.md's poles): --estimator's name → (estimator, q).
+#: Published methods that are GARL or PAFT at one q (docs/baselines.md): --estimator's name → (estimator, q).
 ALIASES = {"rb-rloo": ("garl", 0.0), "verifree": ("garl", 0.0), "iwae": ("garl", 1.0), "trice": ("paft", 1.0)}
 
 

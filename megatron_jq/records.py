@@ -14,7 +14,7 @@ class Example:
     """One supervised pair (x, y*) as token ids.
 
     prompt_ids end where the rationale begins; answer_ids hold y* tokenised on its own, its terminator included,
-    because a string's probability needs its end (PAPER.md, consequence 2). aliases: texts that count as right beside
+    because a string's probability needs its end. aliases: texts that count as right beside
     answer_text when a sampled answer is judged; P is that of answer_ids alone. bridge_ids: what the prompt's template
     puts between the close token and the answer. Nobody samples them, and they carry no weight. rationale_ids: a given
     z, its close token included, for the estimators that imitate one; None where there is none.
@@ -111,7 +111,7 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl. Names are fixed in DESIGN.md; None is written as null."""
+    """One line of metrics.jsonl. Users read these names, so they stay; None is written as null."""
 
     step: int
     q: float | None  # None for estimators without one

@@ -3,7 +3,7 @@
 Here are its fixed parts: prompt_ids end with `<think>` (and what the template puts after it), answer_ids end with the
 end of text. The rationale and its `</think>`, sampled or forced, come between them later, and behind them bridge_ids:
 what the template puts after `</think>`, which is given like the prompt. y* is tokenised on its own and joined on ids,
-so that its tokens depend neither on the rationale nor on the bridge (PAPER.md, consequence 6).
+so that its tokens depend neither on the rationale nor on the bridge.
 """
 
 import hashlib

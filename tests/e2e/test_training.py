@@ -13,7 +13,7 @@ from megatron_jq.data.tokenizers import SentencePieceTokenizer
 from megatron_jq.records import StepMetrics
 from tests.e2e.launch import SMALL, finish, run, start_torchrun
 
-#: DESIGN.md's list for metrics.jsonl: numbers in every line of a GARL run.
+#: Keys of metrics.jsonl that users read: numbers in every line of a GARL run.
 DOCUMENTED = (
     "step q loss log_p_mean p_mean effective_reward_max ess_mean grad_norm lr num_rationales_valid "
     "rationale_tokens_mean forced_fraction tokens_trained seconds_rollout seconds_score seconds_train peak_memory_bytes"

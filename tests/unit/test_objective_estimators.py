@@ -163,7 +163,7 @@ def test_the_plug_in_is_the_gradient_of_the_loss_of_the_importance_weighted_mean
 
 @pytest.mark.parametrize("q", (0.0, 0.5, 1.0))
 def test_with_a_proposal_the_ratio_multiplies_w_and_q_0_stays_unbiased(q):
-    """PAPER.md, consequence 7: z ~ mu, ln w := ln p(y*|z) + ln p(z) - ln mu(z)."""
+    """z ~ mu, ln w := ln p(y*|z) + ln p(z) - ln mu(z)."""
     toy = Toy()
     log_mu = torch.log_softmax(torch.tensor([0.0, 1.0, -1.0, 0.5], dtype=torch.float64), 0)
     pool, _ = toy.pools(3)
