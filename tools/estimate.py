@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say what a step will take before it is queued: memory of every stage, FLOPs, messages, tokens.
+"""Estimate what a step takes before it is queued: memory of every stage, FLOPs, messages, tokens.
 
     python tools/estimate.py --model qwen3-0.6b --bf16 --device cuda --tensor-model-parallel-size 2 \\
         --use-distributed-optimizer --prompt-tokens 512 --answer-tokens 16 --rationale-budget 1024 \\
@@ -21,18 +21,19 @@ from megatron_jq.cli.parser import as_path, json_output_problems, run_tool, tool
 from megatron_jq.config import Config, parse_args
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.errors import UserError
+from megatron_jq.estimate.figures import Estimate, estimate
 from megatron_jq.estimate.plan import Lengths, make_plan, smallest_world_size
-from megatron_jq.estimate.report import GIB, Estimate, estimate, sweep_table, text, verdict
+from megatron_jq.estimate.report import GIB, sweep_table, text, verdict
 
 DEFAULT_VOCABULARY = 1024
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Own flags, and a Config whose budgets are the lengths. UserError on bad input."""
+    """Return the tool's flags, and a Config whose budgets are the lengths. UserError on bad input."""
     parser = tool_parser(__file__, __doc__)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--world-size", "--gpus", type=int, metavar="N", help="processes (one replica's)")
-    sizes.add_argument("--sweep", type=int, nargs="+", metavar="N", help="several sizes, a line each")
+    sizes.add_argument("--sweep", type=int, nargs="+", metavar="N", help="several sizes, one per line")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of the longest prompt (--max-prompt-tokens)")
     parser.add_argument("--rationale-tokens", type=int, metavar="N", help="sampled or given ones (--rationale-budget)")
     parser.add_argument("--joint-tokens", type=int, default=0, metavar="N", help="of a template, before the answer (0)")
@@ -45,8 +46,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     args, rest = parser.parse_known_args(argv)
     config = parse_args(rest, prog="estimate")
     r, d = config.rollout, config.data
-    given = resolve_architecture(config).vocab_size or d.tokenizer_vocab_size or DEFAULT_VOCABULARY
-    args.vocab_size = given if args.vocab_size is None else args.vocab_size
+    default_vocabulary = resolve_architecture(config).vocab_size or d.tokenizer_vocab_size or DEFAULT_VOCABULARY
+    args.vocab_size = default_vocabulary if args.vocab_size is None else args.vocab_size
     if args.world_size is None:
         args.world_size = smallest_world_size(config)
     data = replace(d, tokenizer_vocab_size=None)
@@ -64,11 +65,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def _take_rows(args: argparse.Namespace, config: Config) -> None:
-    """The lengths of pretraining: a row is a first token, and those that it predicts."""
+    """Set the lengths of pretraining: a row is a first token, and those that it predicts."""
     names = ("prompt_tokens", "rationale_tokens", "joint_tokens", "answer_tokens")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
-    if given:
-        raise UserError(f"{', '.join(given)}: rows of --estimator pretrain are as long as --seq-length says; leave out")
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    if flags:
+        raise UserError(f"{', '.join(flags)}: rows of --estimator pretrain are as long as --seq-length says; leave out")
     args.prompt_tokens, args.rationale_tokens = 1, 0
     args.answer_tokens = config.data.seq_length or resolve_architecture(config).max_position_embeddings
 
@@ -104,27 +105,27 @@ def _check(args: argparse.Namespace, problems: list[str]) -> None:
 
 
 def estimates(args: argparse.Namespace, config: Config) -> list[Estimate]:
-    """One for each size asked for. UserError, as training raises it, where a layout is not possible."""
+    """Return an estimate for each size asked for. UserError, as training raises it, where a layout is not possible."""
     lengths = Lengths(args.prompt_tokens, args.rationale_tokens, args.answer_tokens, args.joint_tokens)
     sizes = args.sweep or [args.world_size]
     return [estimate(make_plan(config, size, lengths, args.vocab_size)) for size in sizes]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the tool and return the exit code."""
     return run_tool(__file__, lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> int:
     args, config = parse(argv)
-    found = estimates(args, config)
+    figures = estimates(args, config)
     limit = None if args.memory_limit is None else args.memory_limit * GIB
-    print(sweep_table(found, limit) if args.sweep else text(found[0]))
-    verdicts = [] if limit is None else [verdict(one, limit) for one in found]
+    print(sweep_table(figures, limit) if args.sweep else text(figures[0]))
+    verdicts = [] if limit is None else [verdict(figure, limit) for figure in figures]
     if verdicts and not args.sweep:
         print(f"\n{verdicts[0][1]}")
     if args.json is not None:
-        args.json.write_text(json.dumps([one.as_json() for one in found], indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps([figure.as_json() for figure in figures], indent=1) + "\n", encoding="utf-8")
     return 0 if not verdicts or any(fits for fits, _ in verdicts) else 1
 
 

@@ -1,8 +1,8 @@
 """F4: bytes of activations on one process: what autograd keeps of a forward pass, and what comes and goes.
 
 Derived from the tensors that autograd saves in Megatron-core 0.16's layers with our norm and attention; a test counts
-them. H hidden, h query heads, g key/value groups, d channels a head, F width of the SwiGLU block, each divided by the
-tensor-parallel size where it is split; e bytes an element. The local layers on CPU are exact; CUDA's and Transformer
+them. H hidden, h query heads, g key/value groups, d channels per head, F width of the SwiGLU block, each divided by the
+tensor-parallel size where it is split; e bytes per element. The local layers on CPU are exact; CUDA's and Transformer
 Engine's follow from their sources and are untested.
 """
 
@@ -20,7 +20,7 @@ SCORE_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True)
 class Widths:
-    """Elements a token in one process's layers."""
+    """Elements per token in one process's layers."""
 
     hidden: float  # H over the parts of sequence parallelism
     query: int  # h·d
@@ -49,7 +49,7 @@ def widths(plan: Plan) -> Widths:
 
 
 def norm_saved(plan: Plan, width: float) -> float:
-    """Bytes a token of RMSNorm over `width` channels: its input, the input over its norm, the norm.
+    """Return the bytes per token of RMSNorm over `width` channels: its input, the input over its norm, the norm.
 
     torch's CPU kernel is made of single operations, in float32; CUDA's and Transformer Engine's keep input and norm.
     """
@@ -59,8 +59,8 @@ def norm_saved(plan: Plan, width: float) -> float:
 
 
 def layer_saved(plan: Plan, *, padded: float | None = None) -> float:
-    """Bytes a token and layer that autograd keeps. padded: where sequences differ in length and none share a prompt,
-    tokens of the attention's padded buckets for a token of the row (model/attention.py); None: otherwise.
+    """Return the bytes per token and layer that autograd keeps. padded: where sequences differ in length and none share
+    a prompt, tokens of the attention's padded buckets per token of the row (model/attention.py); None: otherwise.
     """
     w, e = widths(plan), plan.element
     attention_norm = norm_saved(plan, w.hidden) + STATISTIC / plan.split + e * w.hidden
@@ -86,8 +86,8 @@ def attention_saved(plan: Plan, w: Widths, padded: float | None) -> float:
     statistics = 0 if recomputed else STATISTIC * w.heads
     if padded is None:
         return total + e * (2 * w.query + w.key) + statistics  # queries, keys, output: over trees of any lengths too
-    kept = e * (2 * w.query + 2 * w.key) + STATISTIC * w.heads  # copies by bucket
-    return total + padded * kept + e * w.query
+    copies = e * (2 * w.query + 2 * w.key) + STATISTIC * w.heads  # copies by bucket
+    return total + padded * copies + e * w.query
 
 
 def block_saved(plan: Plan, w: Widths) -> float:
@@ -104,7 +104,7 @@ def block_saved(plan: Plan, w: Widths) -> float:
 
 
 def embedding_saved(plan: Plan) -> float:
-    """Bytes a token: its id, and whether it lies on another process."""
+    """Return the bytes per token: its id, and whether it lies on another process."""
     return INDEX + (plan.tp > 1)
 
 
@@ -119,16 +119,17 @@ def chunk_saved(plan: Plan, chunk: Chunk, tokens: int) -> float:
 
 
 def layers_saved(plan: Plan, layers: int) -> float:
-    """Bytes a token of so many layers, after recomputation has taken its share."""
+    """Return the bytes per token of so many layers, after recomputation has taken its share."""
     p = plan.config.parallel
     if p.recompute_granularity != "full":
         return layers * layer_saved(plan)
     w = widths(plan)
-    kept, angles = plan.element * w.hidden, 4 * w.channels  # a checkpoint's first input; rotary angles, once for all
+    checkpoint_input = plan.element * w.hidden
+    angles = 4 * w.channels  # rotary ones, once for all layers
     if p.recompute_method == "uniform":
-        return -(-layers // p.recompute_num_layers) * kept + angles
+        return -(-layers // p.recompute_num_layers) * checkpoint_input + angles
     again = min(layers, p.recompute_num_layers)
-    return again * kept + angles + (layers - again) * layer_saved(plan)
+    return again * checkpoint_input + angles + (layers - again) * layer_saved(plan)
 
 
 def recomputed_layers(plan: Plan, layers: int) -> int:

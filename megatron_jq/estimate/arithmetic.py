@@ -2,8 +2,8 @@
 
 A matrix product of a token with a parameter is 2 FLOPs forward and 4 backward. Attention of a token to n keys is
 4·n·(query channels): a prompt's tokens attend causally, a branch's to the prompt and causally to the branch; backward
-twice that, and half of it again because flash kernels make the scores anew. Norms, activations and the optimizer are
-left out.
+twice that, and half of it again because flash kernels compute the scores twice. Norms, activations and the optimizer
+are left out.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Work:
     tokens_unshared: int  # the same if every rationale brought a prompt of its own
     head_rows: int  # that meet the vocabulary
     keys: int  # pairs of a token and a key it attends to
-    passes: int  # of the busiest replica: forward passes, one behind the other
+    passes: int  # of the busiest replica: forward passes, one after the other
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def transformer_engine(self) -> bool:
-        """Assumed present on CUDA unless --transformer-impl local says otherwise."""
+        """Assumed present on CUDA unless --transformer-impl local names others."""
         return self.on_cuda and self.config.parallel.transformer_impl != "local"
 
     @property
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def updates(self) -> int:
-        """Training passes a step."""
+        """Training passes per step."""
         return self.config.objective.grpo_iterations
 
     @property
@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def drawn_tokens(self) -> int:
-        """Of a rationale, and of a sampled answer behind it."""
+        """Drawn tokens of a rationale, and of a sampled answer after it."""
         if self.imitates:
             return 0
         return self.lengths.rationale + (self.lengths.answer if self.derived.samples_answers else 0)
@@ -178,7 +178,7 @@ class Plan:
 
     @property
     def rationales(self) -> int:
-        """Of the step, B·M."""
+        """Number of rationales per step, B·M."""
         return self.derived.rationales_per_step
 
     def replica_share(self, replica: int) -> range:
@@ -187,7 +187,7 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        """How the trainer lays sequences out."""
+        """The lengths and rules by which the trainer lays sequences out."""
         t, lengths = self.config.training, self.lengths
         return Layout(
             prompt=lengths.prompt,
@@ -204,15 +204,15 @@ class Plan:
         t, layout = self.config.training, self.layout
         if t.max_tokens_per_micro_batch is None:
             shares = [list(self.replica_share(replica)) for replica in range(self.dp)]
-            found = [layout.rows_by_count(share, t.micro_batch_size) for share in shares]
+            rows_of_replicas = [layout.rows_by_count(share, t.micro_batch_size) for share in shares]
         else:
             shares = [list(range(self.rationales))]
             if self.dp > 1:
                 shares = layout.balanced(self.rationales, self.dp, self.architecture.hidden_size)
-            found = [layout.rows_by_tokens(share, t.max_tokens_per_micro_batch) for share in shares]
+            rows_of_replicas = [layout.rows_by_tokens(share, t.max_tokens_per_micro_batch) for share in shares]
         if self.config.parallel.num_virtual_stages_per_pipeline_rank > 1:  # rounds of as many as there are stages
-            found = [[*rows, *[layout.row([])] * (-len(rows) % self.pp)] for rows in found]
-        return tuple(map(tuple, found))
+            rows_of_replicas = [[*rows, *[layout.row([])] * (-len(rows) % self.pp)] for rows in rows_of_replicas]
+        return tuple(map(tuple, rows_of_replicas))
 
     @property
     def busiest_rows(self) -> tuple[Row, ...]:
@@ -260,8 +260,8 @@ class Plan:
 
 
 def make_plan(config: Config, world_size: int, lengths: Lengths, vocab_size: int) -> Plan:
-    """UserError, as training raises it, where the configuration is not a valid one for this many processes, or where
-    the lengths do not fit.
+    """Return the plan. UserError, as training raises it, where the configuration is not a valid one for this many
+    processes, or where the lengths do not fit.
     """
     plan = Plan(config, derive(config, world_size), lengths, vocab_size)
     room = min(plan.architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch or math.inf)
@@ -277,7 +277,7 @@ def make_plan(config: Config, world_size: int, lengths: Lengths, vocab_size: int
 
 
 def smallest_world_size(config: Config) -> int:
-    """Processes of one replica, or of as many as it takes to hold one copy of all experts."""
+    """Return the processes of one replica, or of as many replicas as hold one copy of all experts."""
     p = config.parallel
     replica = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
     etp = p.expert_tensor_parallel_size or p.tensor_model_parallel_size

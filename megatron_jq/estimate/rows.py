@@ -1,4 +1,4 @@
-"""F4: how a step's sequences come to lie in rows: shares of replicas, micro-batches, prompts that are computed once.
+"""F4: how a step's sequences are laid out in rows: shares of replicas, micro-batches, prompts that are computed once.
 
 The arithmetic of train/batching.py and model/rows.py for sequences of equal lengths, without torch; tests compare the
 two. A sequence is its slot in the step's flat [B, M] table; one prompt's are neighbours.
@@ -84,8 +84,9 @@ class Layout:
         """An empty row is padding that belongs to nothing."""
         counts = tuple(unit.sequences for unit in units)
         tokens, alone = sum(map(self.unit_tokens, counts)), sum(counts) * self.unit_tokens(1)
-        whole, unshared = (-(-n // self.row_multiple) * self.row_multiple or self.row_multiple for n in (tokens, alone))
-        return Row(counts, whole, unshared, sum(map(self.unit_pairs, counts)) + causal(whole - tokens))
+        multiple = self.row_multiple
+        padded, unshared = (-(-n // multiple) * multiple or multiple for n in (tokens, alone))
+        return Row(counts, padded, unshared, sum(map(self.unit_pairs, counts)) + causal(padded - tokens))
 
     def rows_by_count(self, slots: list[int], micro_batch_size: int) -> list[Row]:
         """micro_batch_size sequences at a time; never none."""
@@ -103,12 +104,12 @@ class Layout:
             tokens = self.unit_tokens(unit.sequences)
             while first < len(rows) and room[first] < smallest:
                 first += 1
-            here = next((i for i in range(first, len(rows)) if room[i] >= tokens), len(rows))
-            if here == len(rows):
+            position = next((i for i in range(first, len(rows)) if room[i] >= tokens), len(rows))
+            if position == len(rows):
                 rows.append([])
                 room.append(max_tokens)
-            rows[here].append(unit)
-            room[here] -= tokens
+            rows[position].append(unit)
+            room[position] -= tokens
         return [self.row(units) for units in rows or [[]]]
 
     def _within(self, unit: Unit, max_tokens: int) -> list[Unit]:
@@ -121,11 +122,11 @@ class Layout:
         return [Unit(unit.slot + start, min(size, unit.sequences - start)) for start in starts]
 
     def balanced(self, total: int, replicas: int, hidden_size: int) -> list[list[int]]:
-        """Slots of each replica once the step's `total` sequences are shared out anew by cost (balance)."""
-        whole = self.units(range(total))
-        fair = sum(self.unit_cost(unit.sequences, hidden_size) for unit in whole) / replicas
+        """Return the slots of each replica once the step's `total` sequences are shared out again by cost (balance)."""
+        units = self.units(range(total))
+        fair = sum(self.unit_cost(unit.sequences, hidden_size) for unit in units) / replicas
         moved = []
-        for unit in whole:
+        for unit in units:
             parts = math.ceil(self.unit_cost(unit.sequences, hidden_size) / max(fair, 1.0))
             moved += self._cut(unit, -(-unit.sequences // max(parts, 1)))
         shares: list[list[int]] = [[] for _ in range(replicas)]

@@ -17,9 +17,11 @@ from megatron_jq.config import parse_args
 from megatron_jq.config_validate import derive
 from megatron_jq.errors import UserError
 from megatron_jq.estimate import activations
-from megatron_jq.estimate.memory import in_flight, stage_memory
+from megatron_jq.estimate.figures import estimate
+from megatron_jq.estimate.memory import stage_memory
+from megatron_jq.estimate.phases import in_flight
 from megatron_jq.estimate.plan import Lengths, make_plan
-from megatron_jq.estimate.report import GIB, estimate
+from megatron_jq.estimate.report import GIB
 from megatron_jq.estimate.rows import Layout
 from megatron_jq.model import flash
 from megatron_jq.model.rows import pack_sequences
