@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from megatron_jq.architecture import Architecture, has_weights
+from megatron_jq.architecture import Architecture
+from megatron_jq.architecture_files import has_weights
 from megatron_jq.config import GIVEN_RATIONALES, SETTINGS, Config
 
 #: Estimators that need another rationale of the same prompt, for a baseline or a group mean.

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_jq.architecture import Architecture, has_weights
+from megatron_jq.architecture import Architecture
+from megatron_jq.architecture_files import has_weights
 from megatron_jq.config import SETTINGS, Config
 from megatron_jq.config_estimators import READ_BY, SAMPLES_ANSWERS
 from megatron_jq.errors import UserError

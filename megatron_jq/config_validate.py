@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from megatron_jq.architecture import Architecture, architecture_problems, load_architecture, with_overrides
+from megatron_jq.architecture import Architecture, architecture_problems, with_overrides
+from megatron_jq.architecture_files import load_architecture
 from megatron_jq.config import Config, ParallelConfig
 from megatron_jq.config_estimators import SAMPLES_ANSWERS, estimator_problems, unread_problems
 from megatron_jq.errors import UserError

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_jq.architecture import Architecture, RopeScaling, read_hugging_face_config
+from megatron_jq.architecture import Architecture, RopeScaling
+from megatron_jq.architecture_files import read_hugging_face_config
 from megatron_jq.checkpoint import contents
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import DamagedCheckpoint, Manifest

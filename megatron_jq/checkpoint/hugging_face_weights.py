@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_jq.architecture import Architecture, has_weights, read_hugging_face_config
+from megatron_jq.architecture import Architecture
+from megatron_jq.architecture_files import has_weights, read_hugging_face_config
 from megatron_jq.checkpoint.contents import checksums
 from megatron_jq.checkpoint.folder import Manifest
 from megatron_jq.checkpoint.huggingface import CONFIG, HuggingFaceReader, Signature, check_tensors

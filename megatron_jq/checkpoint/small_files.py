@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_jq.architecture import Architecture, read_hugging_face_config
+from megatron_jq.architecture import Architecture
+from megatron_jq.architecture_files import read_hugging_face_config
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import TOKENIZER, Manifest
 from megatron_jq.checkpoint.huggingface import CONFIG, read_json

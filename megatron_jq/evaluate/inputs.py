@@ -5,7 +5,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_jq.architecture import Architecture, read_hugging_face_config
+from megatron_jq.architecture import Architecture
+from megatron_jq.architecture_files import read_hugging_face_config
 from megatron_jq.checkpoint.convert import architecture_of
 from megatron_jq.checkpoint.folder import (
     DamagedCheckpoint,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_jq.architecture import Architecture, has_weights
+from megatron_jq.architecture import Architecture
+from megatron_jq.architecture_files import has_weights
 from megatron_jq.checkpoint.contents import TOKENIZER_FILES
 from megatron_jq.config import Config, DataConfig
 from megatron_jq.config_validate import resolve_architecture

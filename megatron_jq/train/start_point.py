@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_jq.architecture import has_weights
+from megatron_jq.architecture_files import has_weights
 from megatron_jq.checkpoint.folder import TRACKER, left_aside, none_found, saved_steps
 from megatron_jq.checkpoint.hugging_face_weights import is_hugging_face_folder, open_folder
 from megatron_jq.checkpoint.store import Found, find_checkpoint

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_jq.architecture import padded_vocab_size, read_hugging_face_config
+from megatron_jq.architecture import padded_vocab_size
+from megatron_jq.architecture_files import read_hugging_face_config
 from megatron_jq.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_jq.checkpoint.export import export_hf_tensors
 from megatron_jq.checkpoint.folder import read_manifest

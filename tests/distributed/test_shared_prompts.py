@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_jq.architecture import load_architecture
+from megatron_jq.architecture_files import load_architecture
 from megatron_jq.checkpoint.convert import hf_to_megatron
 from megatron_jq.checkpoint.folder import read_manifest
 from megatron_jq.checkpoint.slabs import Cut

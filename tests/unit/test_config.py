@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_jq.architecture import PRESETS, architecture_to_toml
+from megatron_jq.architecture import PRESETS
+from megatron_jq.architecture_files import architecture_to_toml
 from megatron_jq.cli.main import main
 from megatron_jq.config import ALIASES, SETTINGS, Config, load_toml, parse_args, to_argv, to_toml, with_one_rationale
 from megatron_jq.config_estimators import READ_BY, schedule_notes

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_jq.architecture import PRESETS, Architecture, RopeScaling, read_hugging_face_config
+from megatron_jq.architecture import PRESETS, Architecture, RopeScaling
+from megatron_jq.architecture_files import read_hugging_face_config
 from megatron_jq.errors import UserError
 from megatron_jq.model.hf import hugging_face_tensors, megatron_tensors, rows_of_slabs
 from megatron_jq.model.hf_config import family, hugging_face_config

@@ -11,7 +11,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_jq.architecture import PRESETS, has_weights, load_architecture
+from megatron_jq.architecture import PRESETS
+from megatron_jq.architecture_files import has_weights, load_architecture
 from megatron_jq.cli.parser import as_path
 from megatron_jq.config import PATHS, SETTINGS, Config, parse_args, with_home
 from megatron_jq.data.dataset import train_tokenizer

@@ -5,16 +5,8 @@ import json
 
 import pytest
 
-from megatron_jq.architecture import (
-    PRESETS,
-    Architecture,
-    RopeScaling,
-    architecture_problems,
-    architecture_to_toml,
-    load_architecture,
-    padded_vocab_size,
-    read_architecture_toml,
-)
+from megatron_jq.architecture import PRESETS, Architecture, RopeScaling, architecture_problems, padded_vocab_size
+from megatron_jq.architecture_files import architecture_to_toml, load_architecture, read_architecture_toml
 from megatron_jq.errors import UserError
 
 # config.json as published with Qwen/Qwen3-0.6B
