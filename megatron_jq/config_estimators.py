@@ -20,7 +20,10 @@ READ_BY = {
     **dict.fromkeys(("q", "q_schedule", "q_final", "q_schedule_iters", "normalize"), _POWERS),
     "num_resamples": ("paft",),
     **dict.fromkeys(("grpo_iterations", "grpo_clamp_eps_lower", "grpo_clamp_eps_upper", "grpo_kl_beta"), ("grpo",)),
-    **dict.fromkeys(("temperature", "top_p", "score_with", "score_check_interval", "score_mismatch_alarm"), _DRAWING),
+    **dict.fromkeys(
+        ("rollout_engine", "temperature", "top_p", "score_with", "score_check_interval", "score_mismatch_alarm"),
+        _DRAWING,
+    ),
     "rationale_field": ("sft",),
     **dict.fromkeys(
         ("data_path", "split", "seq_length", "eod_mask_loss", "reset_attention_mask", "data_cache_path"), ("pretrain",)

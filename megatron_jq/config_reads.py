@@ -52,7 +52,7 @@ READS: dict[str, frozenset[str]] = {
          | {name for name, (group, _) in SETTINGS.items() if group == "rollout"}
          | {"estimator", "q", "normalize", "max_prompt_tokens", "train_iters", "micro_batch_size", "seed",
             "max_tokens_per_micro_batch", "share_prompts", "pad_sequences_to_multiple_of"})
-        - {"score_check_interval", "score_mismatch_alarm"}
+        - {"rollout_engine", "score_check_interval", "score_mismatch_alarm"}
     ),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ _TOGETHER = (
 
 _UPDATES = ("grpo_iterations", "grpo_clamp_eps_lower", "grpo_clamp_eps_upper", "grpo_kl_beta")
 _CORPUS = ("data_path", "split", "seq_length", "eod_mask_loss", "reset_attention_mask", "data_cache_path")
-_DRAWN = ("temperature", "top_p", "score_with", "score_check_interval", "score_mismatch_alarm")
+_DRAWN = ("rollout_engine", "temperature", "top_p", "score_with", "score_check_interval", "score_mismatch_alarm")
 _PROMPTED = (
     "rationale_budget", "answer_budget", "max_prompt_tokens", "overlong_prompts", "prompt_field", "answer_field",
     "id_field", "data_format", "finqa_answer", "bad_records", "prompt_style", "prompt_template", "train_examples",

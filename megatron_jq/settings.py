@@ -87,6 +87,7 @@ class RolloutConfig:
     prompts_per_step: int = 16  # prompts a step, B, over all data-parallel replicas
     rationale_budget: int = 64  # most tokens sampled for a rationale; then its close token is forced
     answer_budget: int | None = None  # most tokens of a sampled answer; None: the longest gold answer
+    rollout_engine: str = "megatron"  # what draws: a row of rollout/engines.py (docs/extending.md)
     temperature: float = 1.0  # of sampling and of ln p(z|x) alike
     top_p: float = 1.0  # nucleus mass, of sampling and of ln p(z|x) alike
     score_with: Literal["trainer", "rollout"] = "trainer"  # rollout: from the engine's cache, |y*| tokens a rationale

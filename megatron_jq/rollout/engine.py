@@ -1,17 +1,30 @@
-"""F3: what a rollout engine is asked for, and the protocol that every engine meets."""
+"""F3: what a rollout engine is asked for, and the protocol that every engine meets.
 
-from collections.abc import Sequence
+An engine draws rationales: in this process with the weights that train, or somewhere else. docs/extending.md shows how
+to add one. rollout/engines.py lists them; rollout/checked.py calls them and checks what they return.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
+from megatron_jq.config import Config
+from megatron_jq.model.policy import Policy
+from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example, Rollout
+
+#: Every tensor of the policy by its Hugging Face name, unsharded, one after another. An iterator is read once, to its
+#: end: the ranks gather each tensor together.
+NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class RolloutRequest:
     """Draw rationales for one prompt: one for each slot of the step's [B, M] table that this replica serves.
 
-    gold_ids: y* with its terminator; where given, each Rollout brings log_w = ln p(y*|x,z). bridge_ids: fed behind the
+    gold_ids: y* with its terminator; where given, each Rollout brings log_w = ln p(y*|x,z). bridge_ids: fed after the
     close token, before the answer; they are context, not part of the Rollout. given_ids: the rationale to return, for
     the engine that draws none.
     """
@@ -49,13 +62,60 @@ class SamplingOptions:
     step: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What an engine can do. Its row in rollout/engines.py declares it, so that a run is refused before anything is
+    built, and what the engine returns is held to it.
+    """
+
+    draws: bool  # samples rationales; False: hands out those of the data
+    scores_gold: bool  # brings log_w of every request that has gold_ids
+    samples_answers: bool  # samples an answer after each rationale where options.answer_budget is above 0
+    gives_log_prob: bool  # knows ln p(z|x) of what it drew; False: log_prob may be None, and nothing checks the draws
+    shares_weights: bool  # draws with the very tensors that train: no weights are sent to it
+    every_rank: bool  # generate is called on every rank of a model-parallel group; False: on its first rank alone
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is built with, once per run. policies: this pipeline rank's model chunks, in order."""
+
+    config: Config
+    runtime: Runtime
+    policies: list[Policy]
+    vocab_size: int  # the tokenizer's ids lie below; the policy's padding is not counted
+
+
 class RolloutEngine(Protocol):
+    """An engine that draws rationales. rollout/checked.py calls it as its row declares.
+
+    With every_rank, each method is called on all ranks at the same time, and ranks of one model-parallel group return
+    the same; it raises on all of them or on none. Without, each method is called on the first rank of each
+    model-parallel group, in a thread with a deadline, and may raise whatever it likes: every rank then stops with it.
+    """
+
+    #: Of the weights that `generate` draws with, as update_weights was last told; None before the first time.
+    version: int | None
+
+    def update_weights(self, version: int, named_weights: NamedWeights) -> None:
+        """Take the weights of `version`, the number of training steps that made them, and note it as `version`.
+
+        named_weights(): (name, tensor) of every tensor of the Hugging Face checkpoint, unsharded, in the policy's dtype
+        and on its device. Call it once and read it to its end, or do not call it where shares_weights says that you
+        need not. A tensor is yours to keep.
+        """
+        ...
+
     def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
-        """One Rollout a slot, in the order of requests and slots, alike on every rank of a model-parallel group.
+        """Return one Rollout a slot, in the order of requests and slots.
 
         What a slot draws depends on the weights and (seed, step, prompt slot, rationale slot) alone, not on the layout,
         on the replica, or on what else is in the batch. A slot that failed comes back with valid=False.
         """
+        ...
+
+    def close(self) -> None:
+        """Let go of connections and processes. Called once, after the last step or a failure."""
         ...
 
 

@@ -1,7 +1,7 @@
 """F3: the engine that draws nothing: it hands out the rationales that the data brings, for imitation."""
 
 from megatron_jq.records import Rollout
-from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
+from megatron_jq.rollout.engine import EngineSetup, NamedWeights, RolloutRequest, SamplingOptions
 
 
 class GivenRationales:
@@ -11,6 +11,13 @@ class GivenRationales:
     the policy to learn. An empty one (pretraining) has no close token.
     """
 
+    def __init__(self, setup: EngineSetup | None = None):
+        self.version: int | None = None
+
+    def update_weights(self, version: int, named_weights: NamedWeights) -> None:
+        """Note the version: no rationale depends on the weights."""
+        self.version = version
+
     def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
         """Every slot of a prompt gets the one rationale that there is. Options do not matter."""
         rollouts = []
@@ -19,3 +26,6 @@ class GivenRationales:
             ids = request.given_ids
             rollouts.extend(Rollout(request.prompt_slot, m, ids, len(ids)) for m in request.rationale_slots)
         return rollouts
+
+    def close(self) -> None:
+        """There is nothing to close."""

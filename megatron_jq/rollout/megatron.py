@@ -18,7 +18,7 @@ from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.parallel.transfers import to_device
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, TailPlan, WaveCache
-from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions
+from megatron_jq.rollout.engine import EngineSetup, NamedWeights, RolloutRequest, SamplingOptions
 from megatron_jq.rollout.sampling import UniformStream, sample_tokens
 
 
@@ -106,6 +106,11 @@ class MegatronEngine:
         self.config = policies[0].config
         self.tokens_computed = 0  # token positions that went through the layers, padding included; for benchmarks
         self.cache_bytes_peak = 0  # most bytes of keys and values at a time, on this rank; for benchmarks
+        self.version: int | None = None
+
+    def update_weights(self, version: int, named_weights: NamedWeights) -> None:
+        """Note the version: the policies are those that train."""
+        self.version = version
 
     @torch.no_grad()
     def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
@@ -114,6 +119,9 @@ class MegatronEngine:
             while self._expert_peers_at_work(False):
                 self._idle_pass()
             return rollouts
+
+    def close(self) -> None:
+        """There is nothing to close: the policies are the trainer's."""
 
     def _waves(self, requests: list[RolloutRequest]) -> list[list[RolloutRequest]]:
         waves: list[list[RolloutRequest]] = [[]]
@@ -271,3 +279,8 @@ class MegatronEngine:
         ids, log_probs = groups.from_last_stage(drawn).tolist()
         for i, token, log_prob in zip(drawing, ids, log_probs, strict=True):
             rows[i].accept(int(token), log_prob, options)
+
+
+def megatron_engine(setup: EngineSetup) -> MegatronEngine:
+    """Return the engine of a run's settings."""
+    return MegatronEngine(setup.policies, setup.runtime, max_rows=setup.config.rollout.rollout_batch_size)

@@ -36,7 +36,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
     (Rule.FREE, "deadlines", ("distributed_timeout_minutes", "phase_timeout_minutes")),
     (Rule.FREE, "how a step is cut: results within rounding", (
         "micro_batch_size", "max_tokens_per_micro_batch", "share_prompts", "pad_sequences_to_multiple_of",
-        "rollout_batch_size", "score_with",
+        "rollout_batch_size", "score_with", "rollout_engine",
     )),
     (Rule.FREE, "the run's length; a schedule that ends with it is checked by its own setting", ("train_iters",)),
     (Rule.FREE, "what is shown", (

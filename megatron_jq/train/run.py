@@ -9,6 +9,7 @@ from megatron_jq.config_validate import derive
 from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import on_all_ranks
+from megatron_jq.rollout.engines import engine_row
 from megatron_jq.train.failures import Phase, peers_must_answer
 from megatron_jq.train.run_directory import RunFolders
 from megatron_jq.train.saving import Saving
@@ -31,6 +32,7 @@ def run_training(config: Config) -> int:
     with watch, peers_must_answer(phase, deadline, watch.missing_peers), contextlib.closing(folders):
         for note in on_all_ranks(runtime, folders.open, main_only=True) or ():
             print(note, flush=True)
+        on_all_ranks(runtime, lambda: engine_row(config))
         on_all_ranks(runtime, lambda: reward_of(config))  # the user's own module: before any work
         beginning = find_start_point(config, runtime)
         carried = None if beginning.found is None else beginning.found.tokenizer

@@ -3,11 +3,13 @@
 import gc
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from megatron_jq.checkpoint.export import export_hf_tensors
 from megatron_jq.config import Config
 from megatron_jq.config_estimators import schedule_notes
 from megatron_jq.config_reads import unread_note
@@ -23,8 +25,9 @@ from megatron_jq.objective.table import StepTable
 from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Coefficients, Rollout, StepMetrics, TrainingSequence
-from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, requests_of_replica
-from megatron_jq.rollout.given import GivenRationales
+from megatron_jq.rollout.checked import CheckedEngine
+from megatron_jq.rollout.engine import EngineSetup, RolloutRequest, SamplingOptions, requests_of_replica
+from megatron_jq.rollout.engines import engine_row
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.seeds import evaluation_seed, rollout_seed
 from megatron_jq.train import passes
@@ -66,10 +69,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config, runtime)
         self.schedule = build_schedule(self.optimizer, config)
         self.numerics = Numerics(config, self.model, self.optimizer, runtime, self._say)
-        self.engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
+        self.evaluation_engine = MegatronEngine(policies, runtime, max_rows=r.rollout_batch_size)
         row_tokens = len(data.train[0].answer_ids) if pretrains else 1
         self.estimator = Estimator.of(config, derived, row_tokens)
-        self.rationales = GivenRationales() if self.estimator.imitates else self.engine
+        self.engine = CheckedEngine(engine_row(config), EngineSetup(config, runtime, policies, vocab_size))
         constant = o.q_schedule == "constant"
         self.q_schedule = QSchedule(
             o.q_schedule, o.q, None if constant else o.q_final, None if constant else derived.q_schedule_iters
@@ -121,6 +124,7 @@ class Trainer:
             saving.end(self.recorder)
             raise
         finally:
+            self.engine.close()
             if self.recorder is not None:
                 self.recorder.close()  # TensorBoard's last events would be lost with a run that stops
 
@@ -130,7 +134,8 @@ class Trainer:
         began = time.monotonic()
         q = q_at(step, self.q_schedule)
         prompts = Batch(self.data.train, self.sampler.batch(step))
-        rollouts = self.rationales.generate(self._requests(prompts), self._sampling(step))
+        self.engine.update_weights(step, self._named_weights)
+        rollouts = self.engine.generate(self._requests(prompts), self._sampling(step))
         rolled = time.monotonic()
 
         self.phase.enter(step, "score")
@@ -196,7 +201,7 @@ class Trainer:
         """Cross-entropy of the corpus's held-out rows with the current weights, nats a token."""
         self.phase.enter(step, "evaluation")
         rows = Batch(self.data.heldout, range(len(self.data.heldout)))
-        rollouts = self.rationales.generate(self._requests(rows), self._sampling(step))
+        rollouts = self.engine.generate(self._requests(rows), self._sampling(step))
         sequences = sequences_of(rollouts, rows, gold=True)
         scores = passes.score(self.model, sequences, (len(rows), 1), self.runtime, self.score_options)
         return -scores.log_answer_BM.sum().item() / max(self._scored_tokens(sequences), 1)
@@ -217,7 +222,7 @@ class Trainer:
         )
         judge = judge_of(t, self.data.heldout_format)
         return evaluate(
-            self.engine,
+            self.evaluation_engine,
             self.data.heldout,
             self.data.tokenizer,
             self.runtime,
@@ -245,6 +250,9 @@ class Trainer:
             return scores, None
         trainers = passes.score(self.model, gold, shape, self.runtime, self.score_options)
         return scores, self.mismatch.log_w(step, scores.log_answer_BM, trainers.log_answer_BM, scores.present_BM)
+
+    def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return export_hf_tensors(self.model.policies, self.runtime, self.derived.architecture, everywhere=True)
 
     def _requests(self, prompts: Batch) -> list[RolloutRequest]:
         r, dp = self.config.rollout, self.runtime.groups.dp

@@ -367,7 +367,8 @@ def _counted_in_training(runtime, plan):
         head_rows[now[0]] += len(arguments[0].head.position_N)
 
     trainer.step(0)
-    trainer.rationales.generate = watched("rollout", trainer.rationales.generate)
+    engine = trainer.engine.engine  # what its ranks tell each other of errors is not in the estimate
+    engine.generate = watched("rollout", engine.generate)
     trainer._score = watched("score", trainer._score)
     trainer._updates = watched("train", trainer._updates)
     models = [trainer.model, *([trainer.reference.model] if trainer.reference else [])]

@@ -1,0 +1,189 @@
+"""F3: an engine as the trainer sees it: called as its row declares, alike on all ranks, and checked."""
+
+import contextlib
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_jq.errors import RunFailure, UserError
+from megatron_jq.parallel.runtime import on_all_ranks
+from megatron_jq.records import Rollout
+from megatron_jq.rollout.contract import broken_promise
+from megatron_jq.rollout.engine import EngineSetup, NamedWeights, RolloutRequest, SamplingOptions
+from megatron_jq.rollout.engines import EngineRow
+
+T = TypeVar("T")
+
+#: Of the collectives' deadline: a call that takes longer is given up, while the other ranks still wait for its result.
+_SHARE_OF_DEADLINE = 0.9
+
+
+class CheckedEngine:
+    """One engine of a run. Every method is called on all ranks at the same time; a failure is raised on all of them.
+
+    RunFailure names the engine, and the slot where a rollout breaks the contract (contract.py) or ranks differ. An
+    engine without every_rank exists on the first rank of each model-parallel group alone; the others are sent what it
+    returns. A call of it that exceeds 90 % of --distributed-timeout-minutes is given up.
+    """
+
+    def __init__(self, row: EngineRow, setup: EngineSetup):
+        self.row, self.setup, self.version = row, setup, None
+        self._runtime, self._capabilities = setup.runtime, row.capabilities
+        self._group = self._runtime.groups.collection.mp  # the ranks that hold one replica of the policy between them
+        self._calls = self._capabilities.every_rank or self._group.rank() == 0
+        layout = setup.config.parallel
+        self._deadline = _SHARE_OF_DEADLINE * timedelta(minutes=layout.distributed_timeout_minutes).total_seconds()
+        self._step = "set-up"
+        build = lambda: self._call(lambda: row.load(setup), "building it")  # noqa: E731
+        self.engine = on_all_ranks(self._runtime, build if self._calls else lambda: None)
+
+    def update_weights(self, version: int, named_weights: NamedWeights) -> None:
+        """Hand over the weights of `version`. named_weights: iterated on every rank, since ranks gather each tensor
+        together; not called for an engine that shares them. RunFailure where an engine leaves some untaken.
+        """
+        self.version, self._step = version, f"step {version}"
+        if self._capabilities.shares_weights:
+            self.engine.update_weights(version, named_weights)
+            return
+        handover = Handover(named_weights())
+        update = lambda: self.engine.update_weights(version, handover.once)  # noqa: E731
+        failure = None
+        if self._calls:
+            try:
+                self._call(update, "update_weights")
+            except (UserError, RunFailure) as error:
+                failure = error
+        taken = handover.finish(needed=self._calls and failure is None)
+        on_all_ranks(self._runtime, lambda: self._raise(failure, taken))
+
+    def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
+        """Return the engine's rollouts of this replica, alike on all ranks of its model-parallel group, checked.
+
+        One gather of an error and a hash over all ranks; without every_rank, a broadcast of the rollouts besides.
+        """
+        self._step = f"step {options.step}"
+        rollouts, failure = [], None
+        try:
+            if self._calls:
+                rollouts = self._call(lambda: self.engine.generate(requests, options), "generate")
+                self._check(rollouts, requests, options)
+        except (UserError, RunFailure) as error:
+            rollouts, failure = [], error
+        self._compare(rollouts, failure)
+        if not self._capabilities.every_rank and self._group.size() > 1:
+            message = [rollouts]
+            dist.broadcast_object_list(message, src=dist.get_global_rank(self._group, 0), group=self._group)
+            [rollouts] = message
+        return rollouts
+
+    def close(self) -> None:
+        """Close the engine. What it meets is not worth a run that is over."""
+        if self.engine is not None:
+            with contextlib.suppress(Exception):
+                self._call(self.engine.close, "close")
+
+    @property
+    def _label(self) -> str:
+        return f"{self._step}: rollout engine {self.row.name}"
+
+    def _call(self, work: Callable[[], T], what: str) -> T:
+        """work(), for an engine of one rank in a thread with a deadline, and with its own failures as RunFailure.
+
+        What an engine of every rank raises passes as it is: a collective that failed has an error of its own.
+        """
+        if self._capabilities.every_rank:
+            return work()
+        outcome: list[tuple[T | None, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                if self._runtime.device.type == "cuda":
+                    torch.cuda.set_device(self._runtime.device)
+                outcome.append((work(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+
+        thread = threading.Thread(target=run, name=f"rollout engine {self.row.name}", daemon=True)
+        thread.start()
+        thread.join(self._deadline)
+        if not outcome:
+            raise RunFailure(
+                f"{self._label}: {what} did not return within {self._deadline:g} s (90 % of "
+                "--distributed-timeout-minutes)"
+            )
+        [(result, error)] = outcome
+        if error is None:
+            return result
+        if isinstance(error, UserError | RunFailure):
+            raise error
+        raise RunFailure(f"{self._label}: {what} failed: {_last_line(error)}") from error
+
+    def _check(self, rollouts: list[Rollout], requests: list[RolloutRequest], options: SamplingOptions) -> None:
+        if self.version is None or self.engine.version != self.version:
+            raise RunFailure(
+                f"{self._label} draws with weights of version {self.engine.version}, and the trainer's are of version "
+                f"{self.version}: update_weights must note the version whose weights it has taken"
+            )
+        problem = broken_promise(rollouts, requests, options, self.setup.vocab_size, self._capabilities)
+        if problem is not None:
+            raise RunFailure(f"{self._label}: {problem}")
+
+    def _compare(self, rollouts: list[Rollout], failure: UserError | RunFailure | None) -> None:
+        """Raise on all ranks what one of them met, or that ranks of one model-parallel group drew other rollouts."""
+        drawn = tuple((r.prompt_slot, r.rationale_slot, r.rationale_ids, r.answer_ids, r.valid) for r in rollouts)
+        outcome = (failure, self._runtime.groups.dp.rank(), hash(drawn) if self._calls else None)
+        outcomes: list[tuple] = [()] * self._runtime.world_size
+        dist.all_gather_object(outcomes, outcome)
+        for error, _, _ in outcomes:
+            if error is not None:
+                raise type(error)(str(error))
+        first: dict[int, tuple[int, int]] = {}
+        for rank, (_, replica, digest) in enumerate(outcomes):
+            if digest is not None and digest != first.setdefault(replica, (rank, digest))[1]:
+                raise RunFailure(
+                    f"{self._label}: rank {rank} and rank {first[replica][0]} hold one replica and drew different "
+                    "rollouts; declare every_rank=False in its row, and one rank draws for both"
+                )
+
+    def _raise(self, failure: UserError | RunFailure | None, taken: str | None) -> None:
+        if failure is not None:
+            raise failure
+        if taken is not None:
+            raise RunFailure(f"{self._label}: update_weights {taken}")
+
+
+class Handover:
+    """The policy's tensors on their way to an engine: given out once, counted, and gathered to the end in any case."""
+
+    def __init__(self, weights: Iterator[tuple[str, Tensor]]):
+        self._weights, self._calls, self._taken = weights, 0, 0
+
+    def once(self) -> Iterator[tuple[str, Tensor]]:
+        self._calls += 1
+        for item in self._weights:
+            self._taken += 1
+            yield item
+
+    def finish(self, *, needed: bool) -> str | None:
+        """Gather what is left; every rank does, so that none waits. needed: say what the engine left untaken."""
+        left = sum(1 for _ in self._weights)
+        if not needed or (self._calls == 1 and not left):
+            return None
+        if self._calls > 1:
+            return "called named_weights twice; the tensors are handed over once"
+        total = self._taken + left
+        return f"took {self._taken} of the policy's {total} tensors; it must read named_weights() to its end"
+
+
+def _last_line(error: BaseException) -> str:
+    """ "ValueError: no (my_engine.py:12)"."""
+    line = traceback.format_exception_only(error)[-1].strip()
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    return f"{line} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else line
