@@ -49,7 +49,7 @@ Each line is a flag of `megatron-jq train` and, with underscores, a key of a `--
 `config.toml` holds them all. You turn a switch off by `--no-…`. A flag that a command would not read is refused, with
 the reason. In a file it is noted and ignored.
 
-    megatron-jq train --estimator paft --q 0.5 --train-iters 20 --run-dir runs/mine
+    megatron-jq train --estimator paft --q 0.5 --train-iters 20 --run-dir runs/paft
 
 *Training reads it with* names the estimators, *also read by* the other commands: *bench* is `tools/bench_step.py`,
 *prepare* is `tools/prepare_data.py`, *rescore* is `evaluate` with `--rescore`. `tools/estimate.py` takes training's

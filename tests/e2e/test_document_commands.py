@@ -328,6 +328,10 @@ def script(argv: list[str], size: int, call: Call, place: Path) -> None:
     done(place, argv, 1, work)
 
 
+def minimal_loop(argv: list[str], size: int, call: Call, place: Path) -> None:
+    script(with_flags(argv, steps=1), size, call, place)
+
+
 def batch_script(argv: list[str], size: int, call: Call, place: Path) -> None:
     """Job, folder and flags; tests/slurm submits the scripts."""
     at = next((i for i, word in enumerate(argv) if word.endswith(".sbatch")), None)
@@ -372,6 +376,7 @@ DOING = {
     "tools/bench_head.py": read_alone(bench_head),
     "tools/soak_checkpoints.py": read_alone(soak_checkpoints),
     "examples/study/run.py": study,
+    "examples/minimal_loop.py": minimal_loop,
     "examples/stages/make_data.py": script,
     "launch/nemo_run/train.py": nemo_run_script,
     "launch/nemo_run/sweep.py": nemo_run_script,
