@@ -12,8 +12,8 @@ The policy, the engine that samples from it and the functions of megatron_jq/obj
 - torch's Adam stands for Megatron-core's optimizer.
 
 What is left out: parallel layouts, micro-batches, shared prompts, rationales that fail (the mask valid_BM), schedules
-of q, the experts' loss, --loss-scale, checks for what is not finite, evaluation, checkpoints and metrics. Use it to learn
-or to try a loss; use `megatron-jq train` to train.
+of q, the experts' loss, --loss-scale, checks for what is not finite, evaluation, checkpoints and metrics. Use it to
+learn or to try a loss; use `megatron-jq train` to train.
 """
 
 import argparse
