@@ -118,8 +118,8 @@ def log_softmax(x: Inputs) -> None:
         total = dist.nn.functional.all_reduce(total, group=x.group)
     log_probs = logits - (largest + total.log())[:, None]
     column = x.target - x.group.rank() * logits.shape[1]
-    here = (column >= 0) & (column < logits.shape[1])
-    picked = log_probs.gather(-1, column.where(here, 0)[:, None])[:, 0] * here
+    on_this_shard = (column >= 0) & (column < logits.shape[1])
+    picked = log_probs.gather(-1, column.where(on_this_shard, 0)[:, None])[:, 0] * on_this_shard
     (x.coefficient.float() * picked[x.rows]).sum().backward()
 
 

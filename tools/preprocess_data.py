@@ -62,11 +62,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def first_characters(texts: Iterable[Text], limit: int) -> Iterator[str]:
     """The texts until there are `limit` characters."""
     for text in texts:
-        for one in text.texts:
+        for part in text.texts:
             if limit <= 0:
                 return
-            limit -= len(one)
-            yield one
+            limit -= len(part)
+            yield part
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
         log_interval=args.log_interval,
         say=lambda progress: print(progress, file=sys.stderr, flush=True),
     )
-    for one in written:
-        empty = f", {one.empty} without text left out" if one.empty else ""
-        print(f"{one.prefix}: {one.documents} documents, {one.tokens} tokens{empty}")
+    for files in written:
+        empty = f", {files.empty} without text left out" if files.empty else ""
+        print(f"{files.prefix}: {files.documents} documents, {files.tokens} tokens{empty}")
     if bad.faults:
         print(f"warning: --input {args.input}: {summary_of(bad.faults)}")
     print(progress)

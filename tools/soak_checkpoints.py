@@ -114,16 +114,16 @@ def last_files(folder: Path) -> dict[str, bytes]:
 def soak(layout: str, kills: int, iterations: int, dice: random.Random, bar: tqdm) -> Outcome:
     flags = [*LAYOUTS[layout], "--train-iters", str(iterations), "--save-interval", "4"]
     with tempfile.TemporaryDirectory() as scratch:
-        whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
-        whole.mkdir(), killed.mkdir()
-        finish(whole, flags)
+        uninterrupted, killed = Path(scratch) / "whole", Path(scratch) / "killed"
+        uninterrupted.mkdir(), killed.mkdir()
+        finish(uninterrupted, flags)
         inside = lost = 0
         for number in range(kills):
             hit, gone = kill_once(killed, flags, number % 2 == 1, dice)
             inside, lost = inside + hit, lost + gone
             bar.update(1)
         finish(killed, flags)
-        equal = figures(whole) == figures(killed) and last_files(whole) == last_files(killed)
+        equal = figures(uninterrupted) == figures(killed) and last_files(uninterrupted) == last_files(killed)
     return Outcome(layout, kills, inside, lost, equal)
 
 

@@ -37,7 +37,7 @@ def problem(name: str, thing: str, first: int, second: int) -> dict[str, str]:
 
 def document(problems: list[tuple]) -> dict[str, str]:
     """Some problems and their solutions as running text."""
-    return {"text": " ".join(f"{question(*one)} {solution(*one[2:])}." for one in problems)}
+    return {"text": " ".join(f"{question(*fields)} {solution(*fields[2:])}." for fields in problems)}
 
 
 def main(folder: str) -> None:
@@ -47,8 +47,8 @@ def main(folder: str) -> None:
     test, train = problems[:NUM_TEST], problems[NUM_TEST:]
     rows = {
         "corpus.jsonl": [document(draw.sample(train, 4)) for _ in range(NUM_DOCUMENTS)],
-        "train.jsonl": [problem(*one) for one in train],
-        "test.jsonl": [problem(*one) for one in test],
+        "train.jsonl": [problem(*fields) for fields in train],
+        "test.jsonl": [problem(*fields) for fields in test],
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, items in rows.items():

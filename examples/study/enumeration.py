@@ -144,9 +144,9 @@ def bias_table(qs: Sequence[float] = QS, powers: Sequence[float] = POWERS) -> di
         slope = fitted_slope([powers[i] for i in last], [math.log10(scaled[i]) for i in last])
         exponents.append({"family": family, "q": q, "powers": list(powers), "scaled": scaled, "exponent": slope})
         num = [2, 4, 8, 16, 32, 64, 128] if family == "hard" else [2**n for n in range(1, 18)]
-        found = [moments(model_of(family, 1e-3), q, m) for m in num]
-        slope = fitted_slope([math.log(m) for m in num[-3:]], [math.log(one.bias) for one in found[-3:]])
-        relative = [one.bias / one.exact for one in found]
+        results = [moments(model_of(family, 1e-3), q, m) for m in num]
+        slope = fitted_slope([math.log(m) for m in num[-3:]], [math.log(result.bias) for result in results[-3:]])
+        relative = [result.bias / result.exact for result in results]
         scaling.append({"family": family, "q": q, "num_rationales": num, "relative_bias": relative, "exponent": slope})
     return {"exponents": exponents, "scaling": scaling}
 
@@ -157,14 +157,14 @@ def variance_table(
     """Variance of PAFT over GARL's at M = K = num, for P of both families."""
     rows = []
     for family, q in itertools.product(FAMILIES, qs):
-        found = [moments(model_of(family, success), q, num) for success in successes]
+        results = [moments(model_of(family, success), q, num) for success in successes]
         rows.append(
             {
                 "family": family,
                 "q": q,
                 "successes": list(successes),
-                "ratio": [one.variance_paft / one.variance_garl for one in found],
-                "garl_noise": [math.sqrt(one.variance_garl) / one.exact for one in found],
+                "ratio": [result.variance_paft / result.variance_garl for result in results],
+                "garl_noise": [math.sqrt(result.variance_garl) / result.exact for result in results],
             }
         )
     return {"rows": rows, "num_rationales": num}

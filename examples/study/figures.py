@@ -58,7 +58,7 @@ def interval_over_seeds(values: Sequence[Sequence[float]], *, resamples: int = 2
 
 def share_of_answer(answers: Sequence[Sequence[str]], wanted: Sequence[str]) -> list[float]:
     """Per prompt, the share of its samples that are the wanted text."""
-    return [sum(a.strip() == w for a in some) / len(some) for some, w in zip(answers, wanted, strict=True)]
+    return [sum(a.strip() == w for a in samples) / len(samples) for samples, w in zip(answers, wanted, strict=True)]
 
 
 def median_step(steps: Sequence[int | None]) -> float:

@@ -106,9 +106,9 @@ def evaluate(work: Path, split: str) -> dict[str, list]:
     return {
         "answers": [[sample.answer for sample in samples] for samples in prompts],
         "golds": [samples[0].golds[0] for samples in prompts],
-        "pass_at_1": [one.value(Metric("pass", 1)) for one in judged],
-        "pass_at_16": [one.value(Metric("pass", NUM_SAMPLES)) for one in judged],
-        "maj_at_16": [one.value(Metric("maj", NUM_SAMPLES)) for one in judged],
+        "pass_at_1": [prompt.value(Metric("pass", 1)) for prompt in judged],
+        "pass_at_16": [prompt.value(Metric("pass", NUM_SAMPLES)) for prompt in judged],
+        "maj_at_16": [prompt.value(Metric("maj", NUM_SAMPLES)) for prompt in judged],
         "log_p": log_p_of_prompts([[sample.log_w for sample in samples] for samples in prompts]),
     }
 

@@ -68,8 +68,8 @@ def _head(results: dict[str, dict[str, Result | None]], command: str) -> list[st
     done = [result for part in results.values() for result in part.values() if result is not None]
     commits = ", ".join(sorted({result.commit for result in done}))
     per_part = ", ".join(
-        f"{part} {sum(r.cpu_seconds for r in some.values() if r is not None) / 60:.1f}"
-        for part, some in results.items()
+        f"{part} {sum(r.cpu_seconds for r in jobs.values() if r is not None) / 60:.1f}"
+        for part, jobs in results.items()
     )
     cpu, wall = sum(r.cpu_seconds for r in done) / 60, sum(r.wall_seconds for r in done) / 60
     return [
@@ -84,7 +84,7 @@ def _head(results: dict[str, dict[str, Result | None]], command: str) -> list[st
 
 def _processor() -> str:
     try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()

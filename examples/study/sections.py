@@ -216,8 +216,8 @@ def optimizers(values: Values, folder: Path) -> list[str]:
         prefix = "" if name == "adam-1e-8" else f"{name}-"
         grids[name] = {m: {s: values[f"{prefix}{m}-seed{s}"] for s in SEEDS} for m in METHODS}
     titles = {"sgd": "SGD with momentum 0.9, rate 0.5", "adam-1e-30-slow": "Adam, epsilon 1e-30, rate 1e-3"}
-    named = {titles.get(name, f"Adam, epsilon {name.removeprefix('adam-')}"): runs for name, runs in grids.items()}
-    plots.plot_optimizers(named, folder / "optimizers.png")
+    by_title = {titles.get(name, f"Adam, epsilon {name.removeprefix('adam-')}"): runs for name, runs in grids.items()}
+    plots.plot_optimizers(by_title, folder / "optimizers.png")
     table = []
     for method in METHODS:
         cells = [plots.label_of(method)]
@@ -228,7 +228,7 @@ def optimizers(values: Values, folder: Path) -> list[str]:
             cells.append(f"{half:.0f} / {sum(right) / len(right):.2f}".replace("inf", "-"))
         table.append(tuple(cells))
     return [
-        *_table(("method", *named), table),
+        *_table(("method", *by_title), table),
         "",
         "Median over seeds of the steps to half of ln P̂ (-: most seeds never) / mean exact match at the end, on 16 "
         "held-out prompts x 16 samples.",
@@ -278,7 +278,7 @@ def _training_cells(seeds: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
     """Steps to half of ln P̂ and to P̂ = 1/2, seed by seed."""
     curves = [value["log_p_mean"] for value in seeds.values()]
     return tuple(
-        ", ".join("-" if (found := step(curve)) is None else str(found) for curve in curves)
+        ", ".join("-" if (reached := step(curve)) is None else str(reached) for curve in curves)
         for step in (escape_step, half_step)
     )
 
@@ -286,10 +286,10 @@ def _training_cells(seeds: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
 def _final_cells(seeds: Mapping[int, dict[str, Any]]) -> tuple[str, str, str, str]:
     """ln P̂, p@1, pass@16, maj@16 on held-out prompts."""
     held = [value["heldout"] for value in seeds.values()]
-    log_p = interval_over_seeds([one["log_p"] for one in held])
+    log_p = interval_over_seeds([figures["log_p"] for figures in held])
     return (
         f"{log_p.value:.2f}",
-        *(_interval([one[key] for one in held]) for key in ("pass_at_1", "pass_at_16", "maj_at_16")),
+        *(_interval([figures[key] for figures in held]) for key in ("pass_at_1", "pass_at_16", "maj_at_16")),
     )
 
 

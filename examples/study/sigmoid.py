@@ -73,9 +73,9 @@ def escape_table(
         log_p0 = [power * math.log(10.0) for power in powers]
         flow, exact = flow_times(log_p0, q, step=step), [integral_time(start, q) for start in log_p0]
 
-        def slope(some: Sequence[int], times: Sequence[float], powers=powers) -> float:
-            log_times = [math.log(times[powers.index(power)]) for power in some]
-            return fitted_slope([-power * math.log(10.0) for power in some], log_times)
+        def slope(exponents: Sequence[int], times: Sequence[float], powers=powers) -> float:
+            log_times = [math.log(times[powers.index(power)]) for power in exponents]
+            return fitted_slope([-power * math.log(10.0) for power in exponents], log_times)
 
         rows.append(
             {

@@ -52,9 +52,9 @@ def items(task: str) -> tuple[list[Item], list[Item]]:
             RATIONALE.format(name=name, thing=thing),
         )
 
-    made = [item(row, thing, place) for row in range(len(NAMES)) for thing in THINGS for place in PLACES]
-    random.Random("megatron-jq study").shuffle(made)
-    return made[:NUM_TRAIN], made[NUM_TRAIN:]
+    chosen = [item(row, thing, place) for row in range(len(NAMES)) for thing in THINGS for place in PLACES]
+    random.Random("megatron-jq study").shuffle(chosen)
+    return chosen[:NUM_TRAIN], chosen[NUM_TRAIN:]
 
 
 def flipped_rows(count: int, noise: float, seed: int) -> set[int]:
@@ -76,8 +76,8 @@ def write_task(folder: Path, task: str, *, noise: float = 0.0, seed: int = 0) ->
     train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=None, model_type="word", byte_fallback=False)
 
 
-def _write(path: Path, made: Sequence[Item], labels: Sequence[str]) -> None:
+def _write(path: Path, chosen: Sequence[Item], labels: Sequence[str]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        for item, label in zip(made, labels, strict=True):
+        for item, label in zip(chosen, labels, strict=True):
             record = {"prompt": item.prompt, "answer": label, "rationale": item.rationale}
             file.write(json.dumps(record) + "\n")

@@ -103,9 +103,9 @@ def evaluation(args: argparse.Namespace, config: Config) -> "run.Script":
     """Of the newest checkpoint that `config`'s run leaves; its report in the run's folder."""
     run_dir = config.training.run_dir
     load = config.checkpoint.save or f"{run_dir}/checkpoints"
-    own = shlex.split(args.evaluate_flags)
+    flags = shlex.split(args.evaluate_flags)
     # The layout and the device are the job's, not the checkpoint's.
-    return _on_ranks(args, "evaluate", f"--load={load}", f"--output={run_dir}/evaluation", *own)
+    return _on_ranks(args, "evaluate", f"--load={load}", f"--output={run_dir}/evaluation", *flags)
 
 
 def drawing(args: argparse.Namespace, run_dirs: list[str], output: str) -> "run.Script":
@@ -149,7 +149,7 @@ def executor(args: argparse.Namespace, *, nodes: int, ranks: int) -> "run.Execut
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **_SHUTDOWN,
     }
-    found = run.SlurmExecutor(
+    slurm = run.SlurmExecutor(
         account=args.account,
         partition=args.partition,
         time=args.time,
@@ -169,8 +169,8 @@ def executor(args: argparse.Namespace, *, nodes: int, ranks: int) -> "run.Execut
         setup_lines=_setup(args),
         poll_estimated_start_time=False,
     )
-    found.retries = args.retries
-    return found
+    slurm.retries = args.retries
+    return slurm
 
 
 def start(args: argparse.Namespace, add_tasks: Callable[["run.Experiment"], None]) -> int:

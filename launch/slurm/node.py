@@ -126,14 +126,14 @@ def die_with_parent() -> None:
 
 def ranks_below_this_process() -> list[int]:
     """Process ids of torchrun's workers, which run in this process's children."""
-    found = []
+    pids = []
     for child in psutil.Process().children():
         try:
             if "RANK" in child.environ():
-                found.append(child.pid)
+                pids.append(child.pid)
         except psutil.Error:
             continue  # it ended meanwhile
-    return found
+    return pids
 
 
 def pass_on(ranks: Callable[[], list[int]], records: Path) -> None:

@@ -109,14 +109,14 @@ def _record(waived: list[Fault], run_dir: Path, key: str) -> None:
 
 
 def _as_host(
-    host: Host, nodes: list[str], args: argparse.Namespace, address: str, key: str, own: Facts, deadline: float
+    host: Host, nodes: list[str], args: argparse.Namespace, address: str, key: str, own_facts: Facts, deadline: float
 ) -> int:
     # This node reports as all do: so the address is known to lead here. Without that no other one will come.
     failure: list[RunFailure] = []
 
     def report_own() -> None:
         try:
-            report(address, host.port, key, own, deadline, time.time)
+            report(address, host.port, key, own_facts, deadline, time.time)
         except RunFailure as error:
             failure.append(error)
             host.stop_waiting()
@@ -136,5 +136,5 @@ def _as_host(
         raise RunFailure("\n".join([*(f"preflight: {fault}" for fault in serious), *_how_to_waive(serious)]))
     if waived:
         _record(waived, args.run_dir, key)
-    print(f"preflight: {len(nodes)} node(s) fit; commit {own.commit}, sources {own.sources}")
+    print(f"preflight: {len(nodes)} node(s) fit; commit {own_facts.commit}, sources {own_facts.sources}")
     return 0

@@ -71,13 +71,13 @@ def find_facts(node: str, run_dir: Path) -> Facts:
 
 
 def _package_versions() -> list[tuple[str, str]]:
-    found = []
+    versions = []
     for name in PACKAGES:
         try:
-            found.append((name, metadata.version(name)))
+            versions.append((name, metadata.version(name)))
         except metadata.PackageNotFoundError:
-            found.append((name, "-"))
-    return found
+            versions.append((name, "-"))
+    return versions
 
 
 def _gpus() -> tuple[int, int, str]:
@@ -100,12 +100,12 @@ def count_gpus(table: str, visible: str | None) -> tuple[int, int]:
     """
     rows = [tuple(field.strip() for field in line.split(",")) for line in table.splitlines() if line.strip()]
     split = [row for row in rows if row[2] == "Enabled"]
-    whole = len(rows) - len(split)
+    unsplit = len(rows) - len(split)
     if visible is None:
-        return whole or min(len(split), 1), len(split)
+        return unsplit or min(len(split), 1), len(split)
     names = [name.strip() for name in visible.split(",") if name.strip()]
     slices = [name for name in names if name.startswith("MIG-") or any(name in (i, uuid) for i, uuid, _ in split)]
-    return min(whole, len(names) - len(slices)) or min(len(slices), 1), len(split)
+    return min(unsplit, len(names) - len(slices)) or min(len(slices), 1), len(split)
 
 
 def _commit() -> str:
