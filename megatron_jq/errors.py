@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input: the message names the flag, file or line at fault and says how to mend it. Exit code 2."""
+    """Bad input: the message names the flag, file or line and says how to fix it. Exit code 2."""
 
 
 class RunFailure(RuntimeError):

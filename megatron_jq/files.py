@@ -22,7 +22,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def inside(folder: Path, name: object, source: object, kind: type[Exception] = UserError) -> Path:
-    """The path of `name`, which was read from the file `source`, below `folder`.
+    """Return the path of `name`, which was read from the file `source`, below `folder`.
 
     Every name that a file gives goes through here before it is opened, whatever for: a manifest or an index may come
     from anywhere. `kind` is raised for what is no relative path below the folder (absolute, `..`, empty, no text).
@@ -36,6 +36,6 @@ def inside(folder: Path, name: object, source: object, kind: type[Exception] = U
     return folder.joinpath(*parts)
 
 
-def reason(fault: OSError) -> str:
-    """What the system said; a library's own words where it did not pass that on."""
-    return fault.strerror or str(fault) or type(fault).__name__
+def reason(error: OSError) -> str:
+    """Return the system's message; a library's own words where it did not pass that on."""
+    return error.strerror or str(error) or type(error).__name__

@@ -62,7 +62,7 @@ _ONE_RUNS = {
 }
 
 
-def _check_folders(path: str | Path, lists: dict[str, list], points: int) -> None:
+def _check_folders(path: str | Path, lists: dict[str, list[object]], points: int) -> None:
     """UserError where points would share a folder that belongs to one run: the second would be refused by the first."""
     for name, instead in _ONE_RUNS.items():
         if name in lists and len(set(lists[name])) < points:
@@ -72,14 +72,14 @@ def _check_folders(path: str | Path, lists: dict[str, list], points: int) -> Non
             )
 
 
-def _flag(name: str, value) -> str:
+def _flag(name: str, value: object) -> str:
     kebab = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{kebab}" if value else f"--no-{kebab}"
     return f"--{kebab}={value}"
 
 
-def _label(name: str, value) -> str:
+def _label(name: str, value: object) -> str:
     """'q0.75', 'garl': text speaks for itself, numbers need their name. Fit for a folder's name."""
     text = str(value) if isinstance(value, str) else f"{name.replace('_', '-')}{str(value).lower()}"
     return re.sub(r"[^\w.+-]+", "_", text)
@@ -88,5 +88,5 @@ def _label(name: str, value) -> str:
 def _check(path: str | Path, point: Point) -> None:
     try:
         parse_args(list(point.flags))
-    except UserError as fault:
-        raise UserError(f"{path}: {fault}") from fault
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -54,7 +55,7 @@ def listening(
         return
     since: list[float] = []
 
-    def receive(number: int, frame) -> None:
+    def receive(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not since:
             since.append(now)

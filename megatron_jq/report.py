@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,10 +19,10 @@ matplotlib.use("Agg")  # no display is needed, nor wanted on a cluster
 
 @dataclass(frozen=True)
 class RunLog:
-    """What one run folder says. rows: the objects of metrics.jsonl in step order, one a step."""
+    """What one run folder holds. rows: the objects of metrics.jsonl in step order, one per step."""
 
     label: str
-    rows: tuple[dict, ...]
+    rows: tuple[dict[str, Any], ...]
     config: Config | None  # None: the folder holds no config.toml
     truncated: bool  # the last line was cut short, by a crash or by a writer at work; it is left out
 
@@ -40,7 +41,7 @@ def read_run(folder: str | Path, label: str | None = None) -> RunLog:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; is {folder} a run folder?") from error
     last_is_whole = lines[-1] == b""
-    rows: dict[int, dict] = {}
+    rows: dict[int, dict[str, Any]] = {}
     truncated = False
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -65,9 +66,9 @@ def read_run(folder: str | Path, label: str | None = None) -> RunLog:
 
 
 def read_runs(folders: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[RunLog]:
-    """Several runs; labels default to the folders' names."""
+    """Read several runs; labels default to the folders' names."""
     if labels is not None and len(labels) != len(folders):
-        raise UserError(f"--labels: {len(labels)} given for {len(folders)} runs; give one a run")
+        raise UserError(f"--labels: {len(labels)} given for {len(folders)} runs; give one per run")
     return [read_run(folder, label) for folder, label in zip(folders, labels or [None] * len(folders), strict=True)]
 
 
@@ -86,7 +87,7 @@ def last_accuracy(run: RunLog) -> float | None:
 
 
 def summary_table(runs: Sequence[RunLog]) -> str:
-    """A Markdown table, aligned for a terminal too: a line a run."""
+    """A Markdown table, aligned for a terminal too: a line per run."""
     header = ("run", "estimator", "q", "steps", "first ln P̂", "last ln P̂", "exact match")
     table = [header]
     for run in runs:

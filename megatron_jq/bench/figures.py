@@ -32,7 +32,7 @@ class RankRecord:
     baseline_memory_bytes: int
     gemm_flop_per_second: float = 0.0
     cache_bytes: int = 0
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})  # a step each
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})  # one per step
     findings: dict[str, Findings] = field(default_factory=dict)  # of one more step
 
 
@@ -90,7 +90,7 @@ class BenchReport:
 
 
 def positions_of_rollout(prompt_lengths: Sequence[int], num_rationales: int, rationale: int) -> tuple[int, int]:
-    """Positions to compute with each prompt (once, once a rationale). A rationale's last token is drawn, never fed."""
+    """Positions with each prompt (once, once per rationale). A rationale's last token is drawn, never fed."""
     drawn = len(prompt_lengths) * num_rationales * (rationale - 1)
     return sum(prompt_lengths) + drawn, sum(prompt_lengths) * num_rationales + drawn
 
@@ -100,7 +100,7 @@ def positions_of_pass(
 ) -> tuple[int, int]:
     """The same for a pass over whole sequences: rationale, close token, and the answer but its last token.
 
-    Also what a rollout computes that goes on to score y* from its cache.
+    Also what a rollout computes that then scores y* from its cache.
     """
     suffix = len(prompt_lengths) * num_rationales * (rationale + 1 + answer - 1)
     return sum(prompt_lengths) + suffix, sum(prompt_lengths) * num_rationales + suffix
@@ -109,7 +109,7 @@ def positions_of_pass(
 def positions_needed(
     prompt_lengths: Sequence[int], num_rationales: int, load: Load, *, score_with_rollout: bool
 ) -> dict[str, tuple[int, int]]:
-    """Phase → positions to compute with each prompt (once, once a rationale)."""
+    """Phase → positions to compute with each prompt (once, once per rationale)."""
     passed = positions_of_pass(prompt_lengths, num_rationales, load.rationale_tokens, load.answer_tokens)
     if score_with_rollout:
         return {"rollout": passed, "score": (0, 0), "train": passed}
@@ -137,9 +137,9 @@ def matrix_parameters(architecture: Architecture, vocab_rows: int) -> tuple[int,
 def phase_figures(
     records: list[RankRecord], needed: dict[str, tuple[int, int]], parameters: tuple[int, int]
 ) -> list[PhaseFigures]:
-    """Rollout, score, train, and the step as their sum. needed: by phase, (each prompt once, once a rationale).
+    """Rollout, score, train, and the step as their sum. needed: by phase, (each prompt once, once per rationale).
 
-    FLOP: 2 a parameter and position forward, 4 more backward; attention's own products are left out.
+    FLOP: 2 per parameter and position forward, 4 more backward; attention's own products are left out.
     """
     gemm = sum(record.gemm_flop_per_second for record in records)
     seconds = records[0].seconds  # from barrier to barrier: alike on all ranks
@@ -180,7 +180,15 @@ def _added(many: Iterable[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, i
     return total
 
 
-def _figures(phase: str, seconds: float, tokens: tuple, flop: int, gemm: float, peak: int, kinds) -> PhaseFigures:
+def _figures(
+    phase: str,
+    seconds: float,
+    tokens: tuple[int, ...],
+    flop: int,
+    gemm: float,
+    peak: int,
+    kinds: dict[str, tuple[int, int]],
+) -> PhaseFigures:
     return PhaseFigures(
         phase=phase,
         seconds=seconds,
@@ -214,7 +222,7 @@ COLUMNS = (
 
 
 def table(report: BenchReport) -> str:
-    """A Markdown table, aligned for a terminal too: a line a phase."""
+    """Return a Markdown table, aligned for a terminal too: a line per phase."""
     cells = [[heading for heading, _ in COLUMNS]]
     cells += [[show(phase) for _, show in COLUMNS] for phase in report.phases]
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
@@ -228,7 +236,7 @@ def table(report: BenchReport) -> str:
 
 
 def heading(report: BenchReport) -> str:
-    """What was measured, in a few lines above the table."""
+    """Describe what was measured, in a few lines above the table."""
     r, shortest, longest = report, min(report.prompt_lengths), max(report.prompt_lengths)
     prompt = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
     processes = r.tensor_model_parallel_size * r.pipeline_model_parallel_size * r.data_parallel_size
@@ -246,7 +254,7 @@ def heading(report: BenchReport) -> str:
             f"{r.rationale_tokens} and its close token, answer {r.answer_tokens}; micro-batches of {rows}; scored by "
             f"the {r.score_with}; median of {r.steps} steps after {r.warmup}",
             f"matrix product: {r.gemm_flop_per_second / 1e9:.1f} GFLOP/s over all processes; memory before the first "
-            f"step: {r.baseline_memory_bytes / 1e6:.0f} MB a process; keys and values: {r.cache_bytes / 1e6:.1f} MB"
+            f"step: {r.baseline_memory_bytes / 1e6:.0f} MB per process; keys and values: {r.cache_bytes / 1e6:.1f} MB"
             f"{', each prompt copied to its rationales' if r.copied_prompts else ''}",
         )
     )

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--hf", required=True, type=as_path, metavar="DIR", help="the folder to write; new, or empty")
     command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
     command.add_argument(
-        "--max-shard-size", default="5GB", type=_num_bytes, metavar="SIZE", help="most bytes a file (default: 5GB)"
+        "--max-shard-size", default="5GB", type=_num_bytes, metavar="SIZE", help="most bytes per file (default: 5GB)"
     )
     command.add_argument(
         "--no-tokenizer", action="store_true", help="leave the tokenizer out (default: refuse one that cannot be read)"
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands, name: str, help: str) -> argparse.ArgumentParser:
+def _command(commands: "argparse._SubParsersAction[CommandParser]", name: str, help: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
 
 
@@ -80,7 +80,7 @@ def _num_bytes(text: str) -> int:
 
 
 def run_convert(argv: list[str], before_imports: Callable[[], None]) -> int:
-    """Parse and do one conversion. before_imports: called before Megatron-core is imported, which takes seconds."""
+    """Do one conversion and return the exit code. before_imports: called before Megatron-core's slow import."""
     a = parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("convert: runs in one process; start it without torchrun, and with one task under srun")

@@ -6,15 +6,15 @@ from megatron_jq.grid import read_grid
 
 
 def run_grid(argv: list[str]) -> int:
-    """Print all points, a line each, or one of them: its name, then its flags, a line each. Returns the exit code."""
+    """Print all points, one per line, or one of them: its name, then its flags, one per line. Return the exit code."""
     flags = CommandParser(
         prog="megatron-jq grid",
         description="A TOML file whose keys are settings and whose lists are values to try, each with each: "
-        'estimator = ["garl", "paft"], q = [0, 0.5, 1] are six runs. Prints a line a run.',
+        'estimator = ["garl", "paft"], q = [0, 0.5, 1] are six runs. Prints a line per run.',
         allow_abbrev=False,
     )
     flags.add_argument("file", metavar="FILE", help="the TOML file")
-    flags.add_argument("--point", type=int, metavar="I", help="one run, from 0: its name, then its flags, a line each")
+    flags.add_argument("--point", type=int, metavar="I", help="one run, from 0: its name, then its flags, one per line")
     args = flags.parse_args(argv)
     points = read_grid(args.file)
     if args.point is None:

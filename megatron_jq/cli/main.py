@@ -1,7 +1,7 @@
 """F5: `megatron-jq COMMAND …`: parse, check, call, exit code.
 
 Exit codes: 0 done; 2 bad input, 3 a run that had to stop, both with `megatron-jq: error: …` on standard error; anything
-else is a fault of ours, with its traceback. SIGINT, SIGTERM and SIGHUP end a command with one line, by that signal (a
+else is an error of ours, with its traceback. SIGINT, SIGTERM and SIGHUP end a command with one line, by that signal (a
 shell shows 130, 143, 129); a run that is in a step saves and ends with 0 (train/stopping.py).
 """
 
@@ -45,9 +45,9 @@ commands:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; argv without the program's name. Returns the exit code."""
+    """Run one command and return the exit code; argv without the program's name."""
     argv = sys.argv[1:] if argv is None else argv
-    # These write what they find to files: what they print is a view of it.
+    # These write their results to files: what they print is a view of them.
     prints_its_result = argv[:1] not in (["train"], ["evaluate"])
     return exit_code("megatron-jq", lambda: _run(argv), prints_its_result=prints_its_result)
 
@@ -109,7 +109,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _silence_known_warnings() -> None:
-    """Megatron-core warns at import, once a rank, of what the run's opening line says in one word (which kernels)."""
+    """Silence what Megatron-core warns of at import on every rank: the run's opening line names the kernels."""
     absent = ("Transformer Engine and Apex are not installed", "Apex is not installed")
     for message in (*absent, "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)

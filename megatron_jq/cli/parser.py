@@ -1,4 +1,4 @@
-"""F5: how commands and tools with flags of their own read them, and how they tell what is wrong."""
+"""F5: how commands and tools parse their flags, and how they report errors."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ _COMMAND = "megatron-jq "
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse with its faults as UserError, in one line: of a command of megatron-jq it begins with the command."""
+    """argparse whose errors are UserErrors of one line, which begins with the command where megatron-jq has it."""
 
     def error(self, message: str) -> NoReturn:
         command = f"{self.prog.removeprefix(_COMMAND)}: " if self.prog.startswith(_COMMAND) else ""
@@ -23,7 +23,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def tool_parser(file: str, description: str) -> CommandParser:
-    """The parser of tools/NAME.py, which gives its `__file__` and its docstring: shown as it is written."""
+    """Return the parser of tools/NAME.py from its `__file__` and its docstring, which is shown as it is written."""
     return CommandParser(
         prog=f"tools/{Path(file).name}",
         description=description,
@@ -33,20 +33,20 @@ def tool_parser(file: str, description: str) -> CommandParser:
 
 
 def as_path(text: str) -> Path:
-    """A path that a user wrote: a leading ~ is the home directory, also in --name=~/x, which no shell replaces."""
+    """Return a user's path: a leading ~ is the home directory, also in --name=~/x, which no shell replaces."""
     return Path(os.path.expanduser(text))
 
 
 def run_tool(file: str, work: Callable[[], int]) -> int:
-    """exit_code of tools/NAME.py, by its name. A signal ends it with one line."""
+    """Return exit_code of tools/NAME.py, by its name. A signal ends it with one line."""
     streams.protect()
     with ending_at_once(Path(file).stem):
         return exit_code(Path(file).stem, work)
 
 
 def exit_code(name: str, work: Callable[[], int], *, prints_its_result: bool = True) -> int:
-    """What work returns; 2 for bad input, 3 for a run that had to stop: both told on standard error, `NAME: error: …`,
-    a line each, with the rank where there are several.
+    """Return what work returns; 2 for bad input, 3 for a run that had to stop. Both are printed on standard error as
+    `NAME: error: …`, one line per error, with the rank where there are several.
 
     prints_its_result: output that a full disk refused is a failure, not just a warning.
     """
@@ -65,7 +65,7 @@ def exit_code(name: str, work: Callable[[], int], *, prints_its_result: bool = T
 
 
 def json_output_problems(path: Path | None) -> list[str]:
-    """What keeps --json from being written, in a line; nothing where all is well, or the flag was not given."""
+    """Return what keeps --json from being written, as a list of at most one line; empty without the flag."""
     if path is None:
         return []
     if path.is_dir():

@@ -17,7 +17,7 @@ from megatron_jq.preflight.facts import Facts, find_facts
 from megatron_jq.preflight.meeting import Host, report
 from megatron_jq.preflight.verdict import CHECKS, Fault, Limits, faults, unseen_marks
 
-#: Longer than any wait behind --timeout (meeting.report).
+#: Longer than any wait after --timeout (meeting.report).
 _HUNG_SECONDS = 15.0
 #: In the run directory: a line per job that started although a waived check found something.
 WAIVED = "preflight-waived.jsonl"
@@ -55,7 +55,7 @@ def _count(text: str) -> int:
 
 
 def _amount(text: str) -> float:
-    """A wait without an end is none of the values: not a number, infinity."""
+    """Parse a number of at least 0. Not a number and infinity are refused: such a wait would not end."""
     try:
         value = float(text)
     except ValueError:
@@ -66,7 +66,7 @@ def _amount(text: str) -> float:
 
 
 def run_preflight(argv: list[str]) -> int:
-    """0; 3 where a node is unfit. The first node says why, every other one only what keeps it from the first."""
+    """Return 0, or 3 where a node is unfit. The first node prints why, others only what keeps them from it."""
     args = parser().parse_args(argv)
     node = args.node or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     nodes = args.nodes.split(",") if args.nodes else [node]
@@ -100,7 +100,7 @@ def _how_to_waive(serious: list[Fault]) -> list[str]:
 
 
 def _record(waived: list[Fault], run_dir: Path, key: str) -> None:
-    """Say and write down what was waived."""
+    """Print and record what was waived."""
     for fault in waived:
         print(f"preflight: waived ({fault.check}): {fault}")
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "start": key, "waived": waived}

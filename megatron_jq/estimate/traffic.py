@@ -47,7 +47,7 @@ def stage_traffic(plan: Plan, stage: int) -> list[Message]:
 class _Rows:
     """Messages of the activations of forward (and backward) passes over rows of these lengths."""
 
-    def __init__(self, plan: Plan, phase: str, rows: list[int], *, backward: bool):
+    def __init__(self, plan: Plan, phase: str, rows: list[int], *, backward: bool) -> None:
         self.plan, self.phase, self.backward = plan, phase, backward
         self.passes = len(rows)
         self.bytes = sum(rows) * plan.element * plan.architecture.hidden_size  # of all rows, each one whole

@@ -96,7 +96,8 @@ class MathProcess:
     """
 
     def __init__(self, deadline: float = DEADLINE):
-        self._deadline, self._process, self.unanswered = deadline, None, 0
+        self._deadline, self.unanswered = deadline, 0
+        self._process: subprocess.Popen[str] | None = None
         self._known: dict[tuple[str, str], bool] = {}  # the same samples are judged as they come, and for the results
 
     def equal(self, gold: str, answer: str) -> bool:

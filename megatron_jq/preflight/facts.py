@@ -1,4 +1,4 @@
-"""F4: what a node finds out about itself."""
+"""F4: the facts that a node collects about itself."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class Facts:
     node: str
     versions: tuple[tuple[str, str], ...]  # (name, version): Python, the driver and PACKAGES
     commit: str  # "-" where the sources are no git checkout, or there is no git
-    sources: str  # digest of this package's Python files: what runs, whatever the commit says
+    sources: str  # digest of this package's Python files: what runs, whatever the commit is
     gpus: int
     free_disk: float | None  # of the run directory's file system
     shared_memory: float | None  # free
@@ -47,7 +47,7 @@ class Facts:
 
 
 def find_facts(node: str, run_dir: Path) -> Facts:
-    """This node's facts. Leaves a file in run_dir (`mark`), which the caller removes."""
+    """Collect this node's facts. Leaves a file in run_dir (`mark`), which the caller removes."""
     troubles: list[str] = []
     mark = free_disk = shared_memory = None
     try:
@@ -81,7 +81,7 @@ def _package_versions() -> list[tuple[str, str]]:
 
 
 def _gpus() -> tuple[int, int, str]:
-    """(GPUs for this process, those of them that are split into MIG slices, driver version or "-").
+    """Return (GPUs for this process, those of them that are split into MIG slices, driver version or "-").
 
     By nvidia-smi: CUDA would take seconds.
     """
@@ -94,7 +94,7 @@ def _gpus() -> tuple[int, int, str]:
 
 
 def count_gpus(table: str, visible: str | None) -> tuple[int, int]:
-    """(GPUs that ranks may use, GPUs in MIG mode): a line "index, UUID, MIG mode" each, and CUDA_VISIBLE_DEVICES.
+    """Return (GPUs that ranks may use, GPUs in MIG mode). table: a line "index, UUID, MIG mode" per GPU.
 
     Of slices CUDA shows one to a process, whatever there is: where no GPU is whole, they count as one.
     """
@@ -109,7 +109,7 @@ def count_gpus(table: str, visible: str | None) -> tuple[int, int]:
 
 
 def _commit() -> str:
-    """HEAD of the checkout that this package lies in, "+" after it where the package was changed since."""
+    """Return HEAD of the checkout that this package lies in, "+" after it where the package was changed since."""
     head = _output("git", "-C", str(_SOURCES), "rev-parse", "--short=12", "HEAD").strip()
     if not head:
         return "-"
@@ -118,7 +118,7 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """A command's output; empty where it fails, or is not there."""
+    """Return a command's output; empty where it fails, or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -127,7 +127,7 @@ def _output(*command: str) -> str:
 
 
 def source_digest(folder: Path) -> str:
-    """12 digits that stand for the names and contents of a folder's Python files."""
+    """Return 12 digits that stand for the names and contents of a folder's Python files."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""F4: the nodes of a job meet at host and port where its ranks will meet, and hear from the first node what is wrong.
+"""F4: a job's nodes meet at the host and port of its ranks-to-be, and the first node replies with what is wrong.
 
 A line of JSON each way, once: the host asks, a node answers with its facts and its clock, the host replies with the
 faults of all nodes. Every wait has a deadline.
@@ -17,7 +17,7 @@ from megatron_jq.preflight.verdict import Reading
 
 _GREETING = "megatron-jq preflight"
 _RESOLVE_SECONDS = 5.0
-_VERDICT_SECONDS = 10.0  # behind the deadline
+_VERDICT_SECONDS = 10.0  # after the deadline
 _MOST_BYTES = 2**20
 
 
@@ -48,7 +48,7 @@ class Host:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def wait(self) -> None:
-        """Until every node has reported, or the deadline."""
+        """Wait until every node has reported, or the deadline."""
         self._complete.wait(max(0.0, self._deadline - time.monotonic()))
 
     def stop_waiting(self) -> None:
@@ -56,7 +56,7 @@ class Host:
         self._complete.set()
 
     def reply(self, faults: list[str]) -> None:
-        """Tell every node that reported what is wrong, and close."""
+        """Send every node that reported the faults, and close."""
         text = json.dumps({"faults": faults}).encode() + b"\n"
         with self._lock:
             for connection in self._connections:
@@ -68,7 +68,7 @@ class Host:
         while True:
             try:
                 connection, _ = self._server.accept()
-            except OSError:  # closed: all is said
+            except OSError:  # closed
                 return
             threading.Thread(target=self._hear, args=(connection,), daemon=True).start()
 
@@ -94,7 +94,7 @@ class Host:
 
 
 def report(host: str, port: int, key: str, facts: Facts, deadline: float, clock: Callable[[], float]) -> list[str]:
-    """A node's end: the faults of all nodes. RunFailure where nobody, or somebody else, answers."""
+    """Report a node's facts and return the faults of all nodes. RunFailure where nobody, or somebody else, answers."""
     _resolve(host, facts.node)
     connection = _connect(host, port, facts.node, deadline)
     try:
@@ -119,7 +119,7 @@ def report(host: str, port: int, key: str, facts: Facts, deadline: float, clock:
 
 
 def _resolve(host: str, node: str) -> None:
-    """RunFailure where the name resolves to nothing within seconds; the resolver itself may try for a minute."""
+    """Raise RunFailure where the name does not resolve within seconds; the resolver itself may try for a minute."""
     failure: list[str] = [f"no answer within {_RESOLVE_SECONDS:g} s"]
 
     def resolve() -> None:
@@ -154,7 +154,7 @@ def _connect(host: str, port: int, node: str, deadline: float) -> socket.socket:
 
 
 def _read_line(connection: socket.socket) -> bytes:
-    """One line. ValueError where the other end closes before its end."""
+    """Read one line. ValueError where the other end closes before its end."""
     line = b""
     while not line.endswith(b"\n"):
         piece = connection.recv(65536)

@@ -1,4 +1,4 @@
-"""F4: what is wrong with a job's nodes, from what they say of themselves. Pure, but for a look at the marks."""
+"""F4: what is wrong with a job's nodes, judged by their reports. Pure, but for a look at the marks."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Fault(str):
 
 
 def _check_of_version(name: str) -> str:
-    """Name of the check of a version: nvidia-driver."""
+    """Return the name of a version's check: nvidia-driver."""
     return name.lower().replace(" ", "-")
 
 
@@ -53,7 +53,7 @@ class Reading:
 
 
 def faults(nodes: Sequence[str], facts: dict[str, Facts], clocks: dict[str, Reading], limits: Limits) -> list[Fault]:
-    """One line a fault, each begins with the node's name. facts, clocks: of the nodes that reported."""
+    """Return one line per fault, which begins with the node's name. facts, clocks: of the nodes that reported."""
     lines = [Fault(None, f"{node}: did not report") for node in nodes if node not in facts]
     present = [facts[node] for node in nodes if node in facts]
     for node in present:
@@ -63,7 +63,7 @@ def faults(nodes: Sequence[str], facts: dict[str, Facts], clocks: dict[str, Read
         lines += _too_little(node, limits)
     commits = {node.node: node.commit for node in present}
     if len({node.sources for node in present}) == 1:
-        # The digest says that the same code runs: a node without git, or a copy without .git, is no difference.
+        # The digest shows that the same code runs: a node without git, or a copy without .git, is no difference.
         commits = {name: commit for name, commit in commits.items() if commit != "-"}
     lines += _odd_ones("commit", "source commit", commits)
     lines += _odd_ones("sources", "source digest", {node.node: node.sources for node in present})
@@ -75,7 +75,7 @@ def faults(nodes: Sequence[str], facts: dict[str, Facts], clocks: dict[str, Read
 
 
 def unseen_marks(facts: dict[str, Facts], run_dir: Path) -> list[Fault]:
-    """Nodes whose file in the run directory this node does not see: they write to another file system."""
+    """Return the nodes whose file in the run directory this node does not see: they write to another file system."""
     marks = {name: node.mark for name, node in facts.items() if node.mark is not None}
     return [
         Fault(
@@ -98,17 +98,17 @@ def _too_little(node: Facts, limits: Limits) -> list[Fault]:
                 f"{limits.gpus}){slices if node.mig else ''}",
             )
         )
-    for check, what, there, wanted in (
+    for check, resource, free, wanted in (
         ("disk", "free disk for the run directory", node.free_disk, limits.free_disk),
         ("shared-memory", f"free shared memory in {SHARED_MEMORY}", node.shared_memory, limits.shared_memory),
     ):
-        if there is not None and there < wanted:
-            lines.append(Fault(check, f"{node.node}: {there:.2f} GiB of {what}, {wanted:g} wanted"))
+        if free is not None and free < wanted:
+            lines.append(Fault(check, f"{node.node}: {free:.2f} GiB of {resource}, {wanted:g} wanted"))
     return lines
 
 
 def _odd_ones(check: str, what: str, values: dict[str, str]) -> list[Fault]:
-    """Nodes whose value is not the commonest. Of equally common ones the first node's counts as right."""
+    """Return the nodes whose value is not the commonest. Of equally common ones the first node's counts as right."""
     if len(set(values.values())) < 2:
         return []
     usual, number = Counter(values.values()).most_common(1)[0]
