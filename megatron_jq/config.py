@@ -17,6 +17,7 @@ from typing import Any, Literal
 import tyro
 
 from megatron_jq.errors import UserError
+from megatron_jq.estimators import ALIASES
 from megatron_jq.settings import (
     SETTINGS,
     CheckpointConfig,
@@ -37,7 +38,6 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
-    "GIVEN_RATIONALES",
     "PATHS",
     "ModelConfig",
     "ObjectiveConfig",
@@ -57,9 +57,6 @@ __all__ = [
     "without_aliases",
 ]
 
-#: Published methods that are GARL or PAFT at one q (docs/baselines.md): --estimator's name → (estimator, q).
-ALIASES = {"rb-rloo": ("garl", 0.0), "verifree": ("garl", 0.0), "iwae": ("garl", 1.0), "trice": ("paft", 1.0)}
-
 
 def without_aliases(config: Config) -> Config:
     """The same run by the names that the code knows. UserError where another q, or a schedule, was asked for."""
@@ -74,16 +71,10 @@ def without_aliases(config: Config) -> Config:
     return replace(config, objective=replace(o, estimator=estimator, q=q))
 
 
-#: Estimators that imitate what the data gives, and draw no rationale: one sequence a prompt.
-GIVEN_RATIONALES = ("sft", "pretrain")
-
-
 def with_one_rationale(config: Config) -> Config:
-    """An estimator of GIVEN_RATIONALES has M = 1, which need not be said; another M than the default stays, to be
-    refused.
-    """
+    """An estimator that imitates has M = 1, which need not be said; another M than the default stays, to be refused."""
     r = config.rollout
-    if config.objective.estimator not in GIVEN_RATIONALES or r.num_rationales != RolloutConfig().num_rationales:
+    if not config.objective.row.imitates or r.num_rationales != RolloutConfig().num_rationales:
         return config
     return replace(config, rollout=replace(r, num_rationales=1))
 

@@ -4,42 +4,16 @@ from collections.abc import Iterable
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.architecture_files import has_weights
-from megatron_jq.config import GIVEN_RATIONALES, SETTINGS, Config
-
-#: Estimators that need another rationale of the same prompt, for a baseline or a group mean.
-LEAVE_ONE_OUT = ("garl", "grpo", "rloo", "maxrl")
-#: Estimators whose reward is the exact match of an answer that was sampled; GARL and PAFT score y* itself.
-SAMPLES_ANSWERS = ("grpo", "rloo", "maxrl", "star")
-
-_POWERS = ("garl", "paft")  # of P: estimators that know q
-_DRAWING = (*_POWERS, *SAMPLES_ANSWERS)
-_PROMPTED = (*_DRAWING, "sft")
+from megatron_jq.config import SETTINGS, Config
+from megatron_jq.estimators import GENERATOR, REFUSED_ELSEWHERE, ROWS, names_of, row_problems
+from megatron_jq.toml_files import did_you_mean
 
 #: Settings that only some estimators read → those. What says how a run is computed, watched or saved is not here.
 READ_BY = {
-    **dict.fromkeys(("q", "q_schedule", "q_final", "q_schedule_iters", "normalize"), _POWERS),
-    "num_resamples": ("paft",),
-    **dict.fromkeys(("grpo_iterations", "grpo_clamp_eps_lower", "grpo_clamp_eps_upper", "grpo_kl_beta"), ("grpo",)),
-    **dict.fromkeys(
-        ("rollout_engine", "temperature", "top_p", "score_with", "score_check_interval", "score_mismatch_alarm"),
-        _DRAWING,
-    ),
-    "rationale_field": ("sft",),
-    **dict.fromkeys(
-        ("data_path", "split", "seq_length", "eod_mask_loss", "reset_attention_mask", "data_cache_path"), ("pretrain",)
-    ),
-    **dict.fromkeys(("rationale_budget", "answer_budget", "max_prompt_tokens", "overlong_prompts"), _PROMPTED),
-    **dict.fromkeys(("prompt_field", "answer_field", "id_field", "data_format", "finqa_answer"), _PROMPTED),
-    **dict.fromkeys(("bad_records", "prompt_style", "prompt_template", "train_examples"), _PROMPTED),
-    **dict.fromkeys(("tokenizer_vocab_size", "match", "normalise", "answer_extract"), _PROMPTED),
-    **dict.fromkeys(("eval_temperature", "eval_top_p", "eval_samples"), _PROMPTED),
-    **dict.fromkeys(("train_data", "eval_data", "rollout_batch_size", "share_prompts", "sample_interval"), _PROMPTED),
-    **dict.fromkeys(("add_bos_token", "chat_date"), _PROMPTED),
+    setting: tuple(row.name for row in ROWS if setting in row.all_settings)
+    for setting in dict.fromkeys(setting for row in ROWS for setting in row.all_settings)
 }
-
-
-#: Of these, what makes no sense elsewhere. The others may stay in a file that serves several estimators.
-_OF_ONE_ALONE = tuple(name for name, readers in READ_BY.items() if len(readers) == 1 and name != "rationale_field")
+_REFUSED = tuple(setting for setting in READ_BY if setting in REFUSED_ELSEWHERE)
 
 
 def unread(config: Config, settings: Iterable[str] = READ_BY) -> list[str]:
@@ -53,7 +27,7 @@ def unread(config: Config, settings: Iterable[str] = READ_BY) -> list[str]:
     return [name for name in settings if config.objective.estimator not in READ_BY[name] and changed(name)]
 
 
-def unread_problems(config: Config, settings: Iterable[str] = _OF_ONE_ALONE) -> list[str]:
+def unread_problems(config: Config, settings: Iterable[str] = _REFUSED) -> list[str]:
     """A line for each of them."""
     name = config.objective.estimator
     return [
@@ -103,11 +77,12 @@ def estimator_problems(config: Config, architecture: Architecture) -> list[str]:
 
 
 def _objective_problems(config: Config) -> list[str]:
-    o, problems = config.objective, []
-    if o.estimator in LEAVE_ONE_OUT and config.rollout.num_rationales == 1:
+    o, problems = config.objective, [*row_problems(config.objective.row), *_unknown_settings(config)]
+    least, can = o.row.minimum_rationales, [row for row in ROWS if row.minimum_rationales == 1 and not row.imitates]
+    if 1 <= config.rollout.num_rationales < least:
         problems.append(
-            f"--num-rationales must be at least 2 for --estimator {o.estimator}: its baseline is the other rationales "
-            "of the prompt (paft can do with 1)"
+            f"--num-rationales must be at least {least} for --estimator {o.estimator}: its baseline is the other "
+            f"rationales of the prompt ({names_of(can)} can do with 1)"
         )
     if o.q_schedule == "constant" and (o.q_final is not None or o.q_schedule_iters is not None):
         problems.append("--q-final and --q-schedule-iters need --q-schedule step, linear or cosine")
@@ -118,10 +93,26 @@ def _objective_problems(config: Config) -> list[str]:
     return problems
 
 
+def _unknown_settings(config: Config) -> list[str]:
+    row = config.objective.row
+    objective = {name for name, (group, _) in SETTINGS.items() if group == "objective"} | {GENERATOR}
+    return [
+        f"megatron_jq/estimators.py, row {row.name}: reads says {name}, which is no setting of [objective]; "
+        f"{did_you_mean(name, objective, 'megatron_jq/settings.py has them')}"
+        for name in row.reads
+        if name not in objective
+    ] + [
+        f"megatron_jq/estimators.py, row {row.name}: settings says {name}, which is no setting; "
+        f"{did_you_mean(name, SETTINGS, 'megatron_jq/settings.py has them')}"
+        for name in row.settings
+        if name not in SETTINGS
+    ]
+
+
 def _grpo_problems(config: Config) -> list[str]:
     o = config.objective
     several = o.grpo_iterations > 1 or o.grpo_kl_beta > 0
-    if o.estimator == "grpo" and several and config.rollout.top_p < 1:
+    if several and config.rollout.top_p < 1 and "grpo_iterations" in o.row.settings:
         return [
             "--grpo-iterations above 1 and --grpo-kl-beta need --top-p 1: a token can lie outside another policy's "
             "nucleus, where its probability is 0"
@@ -139,20 +130,21 @@ def _judge_problems(config: Config) -> list[str]:
 
 
 def _given_problems(config: Config) -> list[str]:
-    name = config.objective.estimator
-    if name not in GIVEN_RATIONALES or config.rollout.num_rationales == 1:
+    o = config.objective
+    if not o.row.imitates or config.rollout.num_rationales == 1:
         return []
-    return [f"--num-rationales must be 1 for --estimator {name}: the data gives one and none is drawn"]
+    return [f"--num-rationales must be 1 for --estimator {o.estimator}: the data gives one and none is drawn"]
 
 
 def _pretraining_problems(config: Config, architecture: Architecture) -> list[str]:
     d, problems = config.data, []
-    if config.objective.estimator != "pretrain":
+    name = config.objective.estimator
+    if not config.objective.row.pretrains:
         return []
     if d.data_path is None:
-        problems.append("--estimator pretrain needs --data-path: the files that tools/preprocess_data.py writes")
+        problems.append(f"--estimator {name} needs --data-path: the files that tools/preprocess_data.py writes")
     if d.tokenizer_model is None and config.checkpoint.load is None and not has_weights(config.model.model):
-        problems.append("--estimator pretrain needs --tokenizer-model: the one that --data-path was written with")
+        problems.append(f"--estimator {name} needs --tokenizer-model: the one that --data-path was written with")
     context, most = architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch
     if d.seq_length is not None and d.seq_length > context:
         problems.append(

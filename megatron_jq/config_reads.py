@@ -15,8 +15,9 @@ from typing import Any
 from megatron_jq.architecture import Architecture
 from megatron_jq.architecture_files import has_weights
 from megatron_jq.config import SETTINGS, Config
-from megatron_jq.config_estimators import READ_BY, SAMPLES_ANSWERS
+from megatron_jq.config_estimators import READ_BY
 from megatron_jq.errors import UserError
+from megatron_jq.estimators import ESTIMATORS, ROWS, names_of
 
 _LAYOUT = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
@@ -146,12 +147,12 @@ NEEDS = (
 #: The same, of training alone.
 NEEDS_IN_TRAINING = (
     Need(
-        ("reward",), lambda c, a: c.objective.estimator in SAMPLES_ANSWERS or c.training.match == "reward",
-        "--estimator grpo, rloo, maxrl or star, or --match reward",
+        ("reward",), lambda c, a: c.objective.row.samples_answers or c.training.match == "reward",
+        f"--estimator {names_of(row for row in ROWS if row.samples_answers)}, or --match reward",
     ),
     Need(("answer_extract",), lambda c, a: has_heldout(c), "--eval-data"),
     Need(
-        ("match", "normalise"), lambda c, a: has_heldout(c) or c.objective.estimator in SAMPLES_ANSWERS, "--eval-data"
+        ("match", "normalise"), lambda c, a: has_heldout(c) or c.objective.row.samples_answers, "--eval-data"
     ),
     Need(
         ("eval_examples", "eval_samples", "eval_temperature", "eval_top_p"), lambda c, a: has_heldout(c), "--eval-data"
@@ -169,7 +170,7 @@ def begins_at_random(config: Config) -> bool:
 def has_heldout(config: Config) -> bool:
     """Whether a run may have data to be evaluated on: named, or brought by its training data."""
     d = config.data
-    from_a_corpus = config.objective.estimator == "pretrain"
+    from_a_corpus = config.objective.row.pretrains
     # What a prepared folder holds is known once it is read.
     return (
         from_a_corpus or d.eval_data is not None or d.train_data.startswith("builtin:") or Path(d.train_data).is_dir()
@@ -183,7 +184,7 @@ def unread(command: str, config: Config, architecture: Architecture) -> dict[str
         estimator, reasons, needs = config.objective.estimator, {}, (*NEEDS, *NEEDS_IN_TRAINING)
         for name, readers in READ_BY.items():
             if estimator not in readers:
-                reasons[name] = f"of --estimator {_either(readers)} alone"
+                reasons[name] = f"of --estimator {names_of(ESTIMATORS[name] for name in readers)} alone"
     else:
         reasons = {name: INSTEAD.get((command, name), _WHY[command]) for name in SETTINGS if name not in READS[command]}
         if command == "evaluate":
@@ -260,7 +261,3 @@ def _plain(name: str) -> str:
 
 def _value(config: Config, name: str) -> Any:
     return getattr(getattr(config, SETTINGS[name][0]), name)
-
-
-def _either(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_jq.architecture import Architecture, architecture_problems, with_overrides
 from megatron_jq.architecture_files import load_architecture
 from megatron_jq.config import Config, ParallelConfig
-from megatron_jq.config_estimators import SAMPLES_ANSWERS, estimator_problems, unread_problems
+from megatron_jq.config_estimators import estimator_problems, unread_problems
 from megatron_jq.errors import UserError
 
 
@@ -62,7 +62,7 @@ def derive(config: Config, world_size: int) -> Derived:
         data_parallel_size=replicas,
         rationales_per_step=rationales,
         num_resamples=config.objective.num_resamples or config.rollout.num_rationales,
-        samples_answers=config.objective.estimator in SAMPLES_ANSWERS,
+        samples_answers=config.objective.row.samples_answers,
         q_schedule_iters=config.objective.q_schedule_iters or max(config.training.train_iters - 1, 1),
         lr_decay_iters=config.optimizer.lr_decay_iters or config.training.train_iters,
         params_dtype=config.model.params_dtype,
@@ -293,7 +293,7 @@ def _pipeline_problems(config: Config, architecture: Architecture) -> list[str]:
 
 def _length_problems(config: Config, architecture: Architecture) -> list[str]:
     r, d, problems = config.rollout, config.data, []
-    pretrains = config.objective.estimator == "pretrain"  # its rows are as long as --seq-length says
+    pretrains = config.objective.row.pretrains  # its rows are as long as --seq-length says
     prompt, answer = d.max_prompt_tokens or 1, r.answer_budget or 1
     if not pretrains and prompt + r.rationale_budget + 1 + answer > architecture.max_position_embeddings:
         problems.append(
@@ -320,7 +320,7 @@ def _schedule_problems(config: Config) -> list[str]:
         problems.append("--eval-samples above 1 needs --eval-temperature above 0: greedy samples are all the same")
     source = config.data.train_data
     brings_its_own = source.startswith("builtin:") or (Path(source) / "validation.jsonl").is_file()  # a prepared set
-    brings_its_own |= config.objective.estimator == "pretrain"  # --split
+    brings_its_own |= config.objective.row.pretrains  # --split
     if t.eval_interval > 0 and config.data.eval_data is None and not brings_its_own:
         problems.append("--eval-interval needs --eval-data")
     return problems

@@ -254,10 +254,8 @@ def resolve(row: EstimatorRow, text: str) -> Callable[..., Any]:
 
 def help_text() -> str:
     """What --help says of --estimator."""
-    aliases = [f"{alias} ({name} at q = {q:g})" for alias, (name, q) in ALIASES.items()]
-    return "; ".join(
-        [*(f"{row.name}: {row.description}" for row in ROWS), f"other names: {', '.join(aliases)}. docs/baselines.md"]
-    )
+    aliases = [f"{alias}: {name} at q = {q:g}" for alias, (name, q) in ALIASES.items()]
+    return "\n".join([*(f"{row.name}: {row.description}" for row in ROWS), *aliases])
 
 
 def markdown_table() -> str:

@@ -75,7 +75,7 @@ def read_runs(folders: Sequence[str | Path], labels: Sequence[str] | None = None
 def describe_q(config: Config) -> str:
     """'0.75', '1→0.25 (step)'; '-' for the baselines, which have no q."""
     o = config.objective
-    if o.estimator not in ("garl", "paft"):
+    if not o.row.uses_q:
         return "-"
     return f"{o.q:g}" if o.q_schedule == "constant" else f"{o.q:g}→{o.q_final:g} ({o.q_schedule})"
 

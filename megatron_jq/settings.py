@@ -5,7 +5,16 @@ read is in config.py, what follows from them in config_validate.py.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import tyro
+
+from megatron_jq import estimators
+
+if TYPE_CHECKING:
+    EstimatorName = str
+else:
+    EstimatorName = Annotated[Literal[estimators.NAMES], tyro.conf.arg(help=estimators.help_text())]
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,7 @@ class ParallelConfig:
 class ObjectiveConfig:
     """The loss l_q = (1 - P^(1-q)) / (1-q) and how its gradient is estimated."""
 
-    # grpo, rloo, maxrl, star: baselines on exact match. sft: given rationales; pretrain: next tokens of --data-path.
-    # The last four are names of garl or paft at a q: ALIASES
-    estimator: Literal[
-        "garl", "paft", "grpo", "rloo", "maxrl", "star", "sft", "pretrain", "rb-rloo", "verifree", "iwae", "trice"
-    ] = "garl"  # fmt: skip
+    estimator: EstimatorName = estimators.DEFAULT  # a row of megatron_jq/estimators.py, or one of its aliases
     q: float = 0.75  # commitment: 0 is RL on expected success, 1 is log marginal likelihood (GARL, PAFT)
     q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
     q_final: float | None = None  # q at the schedule's end
@@ -77,6 +82,11 @@ class ObjectiveConfig:
     grpo_clamp_eps_lower: float = 0.2  # GRPO: p/p_old of a token counts down to 1 - this, from the second update on
     grpo_clamp_eps_upper: float = 0.2  # and up to 1 + this
     grpo_kl_beta: float = 0.0  # GRPO: weight of the KL to the policy that the run began with; above 0 keeps a copy
+
+    @property
+    def row(self) -> estimators.EstimatorRow:
+        """What there is to know of the estimator."""
+        return estimators.row_of(self.estimator)
 
 
 @dataclass(frozen=True)
@@ -219,4 +229,8 @@ class Config:
 
 
 # Flag in Python's spelling → (group, type). A name that stood in two groups would be lost here; a test counts them.
-SETTINGS: dict[str, tuple[str, Any]] = {f.name: (g.name, f.type) for g in fields(Config) for f in fields(g.type)}
+SETTINGS: dict[str, tuple[str, Any]] = {
+    f.name: (g.name, get_args(f.type)[0] if get_origin(f.type) is Annotated else f.type)
+    for g in fields(Config)
+    for f in fields(g.type)
+}

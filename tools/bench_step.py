@@ -26,6 +26,7 @@ from megatron_jq.config import Config, explicit_settings, parse_args
 from megatron_jq.config_reads import refuse_unread
 from megatron_jq.config_validate import resolve_architecture, validate_training
 from megatron_jq.errors import UserError
+from megatron_jq.estimators import DEFAULT
 
 DEFAULT_VOCABULARY = 1024
 DEFAULT_ANSWER = 8
@@ -74,8 +75,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     ]
     if not 1 <= low <= high:
         problems.append(f"--prompt-tokens {low}:{high}: lengths must be at least 1, and LOW not above HIGH")
-    if config.objective.estimator != "garl":
-        problems.append("--estimator must be garl: its training pass holds every rationale, at any weights")
+    if config.objective.estimator != DEFAULT:
+        problems.append(f"--estimator must be {DEFAULT}: its training pass holds every rationale, at any weights")
     problems += json_output_problems(args.json)
     if problems:
         raise UserError("\n".join(problems))

@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     if args.world_size is None:
         args.world_size = smallest_world_size(config)
     data = replace(d, tokenizer_vocab_size=None)
-    if config.objective.estimator == "pretrain":
+    if config.objective.row.pretrains:
         _take_rows(args, config)
         _check(args, [])
         return args, replace(config, data=data)

@@ -109,8 +109,11 @@ def _made_whole(output: Path) -> Iterator[Path]:
 def _sources(config: Config, test_data: str | None) -> dict[str, tuple[str, str]]:
     """Split → its flag and source. A built-in task brings a validation split."""
     d = config.data
-    if config.objective.estimator == "pretrain":
-        raise UserError("--estimator pretrain reads --data-path, which tools/preprocess_data.py writes; leave it out")
+    if config.objective.row.pretrains:
+        raise UserError(
+            f"--estimator {config.objective.estimator} reads --data-path, which tools/preprocess_data.py writes; leave "
+            "it out"
+        )
     named = {"train": ("--train-data", d.train_data)}
     validation = d.eval_data or (d.train_data if is_builtin(d.train_data) else None)
     if validation is not None:
@@ -189,7 +192,7 @@ def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Bud
         encoded.placed,
         max_prompt_tokens=budgets.max_prompt_tokens,
         answer_budget=budgets.answer_budget,
-        rationale_budget=budgets.rationale_budget if config.objective.estimator == "sft" else None,
+        rationale_budget=budgets.rationale_budget if config.objective.row.reads_rationales else None,
         overlong=config.data.overlong_prompts,
     )
     placed, kept = tuple(map(Placed, fitting.examples, fitting.where)), set(fitting.where)

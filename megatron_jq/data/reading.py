@@ -65,7 +65,7 @@ def read_source(config: Config, source: str, split: str, flag: str, *, count: in
     """
     count = count or None
     d, named = config.data, f"{flag} {source}"
-    imitated = split == "train" and config.objective.estimator == "sft"
+    imitated = split == "train" and config.objective.row.reads_rationales
     if is_prepared(source):
         name = "validation" if split == "heldout" else split
         prepared = read_prepared(source, name, count=count, flag=flag)

@@ -2,6 +2,7 @@
 
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.estimators import EstimatorRow
 from megatron_jq.records import Example
 
 _BOUNDARY = "│"
@@ -15,15 +16,16 @@ def described(
     *,
     rationale_budget: int,
     answer_budget: int,
-    estimator: str,
+    row: EstimatorRow,
 ) -> str:
     """Several lines. A bar stands between tokens, a token that ends in a line feed ends the line; control tokens are
     written by their names.
     """
     prompt, bridge, answer = (len(ids) for ids in (example.prompt_ids, example.bridge_ids, example.answer_ids))
     between = f"1 + {bridge}" if bridge else "1"
-    scores_gold = estimator in ("garl", "paft", "sft")
-    scored = "weight: the answer's coefficient" if scores_gold else "weight 0: sampled answers are compared with it"
+    scored = "weight 0: sampled answers are compared with it"
+    if not row.samples_answers:
+        scored = "weight: the answer's coefficient"
     lines = [
         where,
         f"at most {prompt} + {rationale_budget} + {between} + {answer_budget} = "
@@ -32,7 +34,7 @@ def described(
         f"prompt x: {prompt} tokens, weight 0{_beginning(example, tokenizer)}",
         *_tokens(example.prompt_ids, tokenizer),
         "",
-        *_rationale(example, tokenizer, rationale_budget, given=estimator == "sft"),
+        *_rationale(example, tokenizer, rationale_budget, given=row.reads_rationales),
         "",
     ]
     if bridge:
@@ -42,7 +44,7 @@ def described(
             "",
         ]
     lines += [f"answer y*: {answer} tokens, {scored}", *_tokens(example.answer_ids, tokenizer)]
-    if not scores_gold:
+    if row.samples_answers:
         lines += ["", f"sampled answer y: up to {answer_budget} tokens, weight: the answer's coefficient"]
     if example.aliases:
         lines += ["", f"also right: {', '.join(map(repr, example.aliases))}"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_jq.architecture import Architecture, padded_vocab_size
-from megatron_jq.config import GIVEN_RATIONALES, Config
+from megatron_jq.config import Config
 from megatron_jq.config_validate import Derived, derive
 from megatron_jq.errors import UserError
 from megatron_jq.estimate.rows import Layout, Row
@@ -124,7 +124,7 @@ class Plan:
     @property
     def imitates(self) -> bool:
         """Whether the data gives the rationale (sft) or there is none (pretrain): nothing is drawn or scored."""
-        return self.config.objective.estimator in GIVEN_RATIONALES
+        return self.config.objective.row.imitates
 
     @property
     def updates(self) -> int:
@@ -266,7 +266,7 @@ def make_plan(config: Config, world_size: int, lengths: Lengths, vocab_size: int
     plan = Plan(config, derive(config, world_size), lengths, vocab_size)
     room = min(plan.architecture.max_position_embeddings, config.training.max_tokens_per_micro_batch or math.inf)
     needed = lengths.prompt + lengths.rationale + 1 + lengths.bridge + lengths.answer
-    if needed > room and config.objective.estimator != "pretrain":  # whose rows validate has looked at
+    if needed > room and not config.objective.row.pretrains:  # whose rows validate has looked at
         raise UserError(
             f"a prompt of {lengths.prompt} tokens, a rationale of {lengths.rationale}, its close token, a bridge of "
             f"{lengths.bridge} and an answer of {lengths.answer} are {needed}, more than {room} (context, or "

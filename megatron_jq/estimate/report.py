@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_jq.estimate.figures import Estimate
+from megatron_jq.estimators import row_of
 
 GIB = 1 << 30
 
@@ -40,14 +41,15 @@ def _heading(e: Estimate) -> str:
 
 
 def _sequences(e: Estimate) -> str:
-    return "rows" if e.estimator == "pretrain" else "rationales"
+    return "rows" if row_of(e.estimator).pretrains else "rationales"
 
 
 def _step(e: Estimate) -> str:
     """Describe what a step trains on."""
-    if e.estimator == "pretrain":
+    row = row_of(e.estimator)
+    if row.pretrains:
         return f"{e.prompts_per_step} rows of {e.prompt_tokens + e.answer_tokens} tokens"
-    imitates = e.estimator == "sft"
+    imitates = row.reads_rationales
     rationales = "given rationales" if imitates else f"x {e.num_rationales} rationales"
     closed = f"rationale {e.rationale_tokens} {'with' if imitates else 'and'} its close token"
     bridge = f", bridge {e.joint_tokens}" if e.joint_tokens else ""

@@ -75,7 +75,7 @@ def _settings_of_run(checkpoint: Found) -> Config | None:
     if checkpoint.manifest.config is None:
         return None
     saved = settings_of_text(checkpoint.manifest.config, f"{checkpoint.folder}: its settings")
-    return None if saved.objective.estimator == "pretrain" else saved
+    return None if saved.objective.row.pretrains else saved
 
 
 def settings_of(checkpoint: Found) -> Config:

@@ -29,8 +29,6 @@ from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.evaluate.math_judge import check_installed
 from megatron_jq.records import Example, Rollout
 
-#: Estimators whose coefficients take a reward for success or failure.
-BINARY = ("maxrl", "star")
 KEYWORDS = ("prompt", "rationale", "answer", "golds", "rationale_ids", "answer_ids", "ended")
 
 
@@ -70,12 +68,12 @@ class Reward:
 
 def reward_of(config: Config) -> Reward | None:
     """The settings' own reward, and that what `--match` needs is installed: before any work. UserError otherwise."""
-    t, name = config.training, config.objective.estimator
+    t, o = config.training, config.objective
     if t.match == "math":
         check_installed()
     if t.reward is None:
         return None
-    by_estimator = f"--estimator {name}" if name in BINARY else None
+    by_estimator = f"--estimator {o.estimator}" if o.row.binary_rewards else None
     return load_reward(t.reward, "--match reward" if t.match == "reward" else by_estimator)
 
 

@@ -78,6 +78,28 @@ class Estimator:
         rationale_BM, answer_BM = self._call(self.row.function, table, q, step)
         return Coefficients(rationale_BM * scale_B1, answer_BM * scale_B1)
 
+    def rehearse(self, num_rationales: int) -> None:
+        """Call the estimator's function on made-up numbers. UserError, which names it, where it could not train a run.
+
+        A function that reads what its row does not declare, fails, breaks its contract, or gives every rationale the
+        constant 0 would end a run at its first step, or train on nothing and end well.
+        """
+        at = f"--estimator {self.name}: {self.row.function}"
+        table = _made_up_table(num_rationales, self.minimum_rationales)
+        try:
+            result = self._call(self.row.function, table, float(self.settings["q"]), step=0)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{at} fails on made-up numbers: {type(error).__name__}: {error}") from error
+        if fault := _fault(result, table.valid_BM):
+            raise UserError(f"{at} {fault}")
+        if not any(each_BM.any() for each_BM in result):
+            raise UserError(
+                f"{at} gives every rationale the constant 0 with --num-rationales {num_rationales}: nothing would be "
+                "trained; give more, and correct minimum_rationales in its row in megatron_jq/estimators.py"
+            )
+
     def kl_weights(self, valid_BM: torch.Tensor, beta: float) -> torch.Tensor:
         """beta/(B·M_b) for each token of a sequence that is in the batch, float64 [B, M], 0 elsewhere."""
         return beta * prompt_mean_scale(valid_BM, self.minimum_rationales)[:, None] * valid_BM
@@ -99,6 +121,31 @@ class Estimator:
             values[GENERATOR] = stream(f"{self.name.upper()}'s draws", self.seed, step)
         knobs = Knobs(self.name, {name: values[name] for name in self.row.reads})
         return resolve(self.row, function)(_declared(table, self.row), knobs)
+
+
+def _made_up_table(num_rationales: int, minimum: int) -> StepTable:
+    """Distinct ln w, rewards of both kinds, and a rationale that is not valid where the prompt can spare one."""
+    shape = (2, num_rationales)
+    number_BM = torch.arange(2 * num_rationales, dtype=torch.float64).reshape(shape)
+    valid_BM = torch.ones(shape, dtype=torch.bool)
+    valid_BM[1, -1] = num_rationales <= minimum
+    log_w_BM = -1.0 - number_BM / 3
+    return StepTable(log_w_BM, valid_BM, log_w_BM - 1.0, log_w_BM - 2.0, (number_BM + 1) % 2)
+
+
+def _fault(result: Any, valid_BM: torch.Tensor) -> str | None:
+    """What an estimator's function promises and does not keep."""
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, torch.Tensor) for t in result)):
+        return f"returns {type(result).__name__}; two tensors must come back: (rationale_BM, answer_BM)"
+    for name, each_BM in zip(("rationale_BM", "answer_BM"), result, strict=True):
+        if each_BM.shape != valid_BM.shape or each_BM.dtype != torch.float64 or each_BM.requires_grad:
+            found = f"{list(each_BM.shape)}, {each_BM.dtype}{', with a gradient' * each_BM.requires_grad}"
+            return f"returns {name} as {found}; float64 {list(valid_BM.shape)} without a gradient must come back"
+        if not torch.isfinite(each_BM).all():
+            return f"returns {name} with a number that is not finite"
+        if each_BM[~valid_BM].any():
+            return f"returns {name} other than 0 for a rationale that is not valid"
+    return None
 
 
 class _DeclaredTable(StepTable):

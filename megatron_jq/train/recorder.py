@@ -218,7 +218,7 @@ def opening_line(
     expert = f" EP {g.collection.ep.size()}" if with_experts else ""
     batch = f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step"
     if estimator.imitates:
-        of = f"rows of {estimator.row_tokens} tokens" if o.estimator == "pretrain" else "given rationales"
+        of = f"rows of {estimator.row_tokens} tokens" if estimator.row.pretrains else "given rationales"
         batch = f"{r.prompts_per_step} {of} a step"
     parts = [
         f"{o.estimator} q={o.q:g}" if estimator.uses_q else o.estimator,

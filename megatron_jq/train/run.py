@@ -10,6 +10,7 @@ from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import on_all_ranks
 from megatron_jq.rollout.engines import engine_row
+from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, peers_must_answer
 from megatron_jq.train.run_directory import RunFolders
 from megatron_jq.train.saving import Saving
@@ -34,6 +35,7 @@ def run_training(config: Config) -> int:
             print(note, flush=True)
         on_all_ranks(runtime, lambda: engine_row(config))
         on_all_ranks(runtime, lambda: reward_of(config))  # the user's own module: before any work
+        on_all_ranks(runtime, lambda: Estimator.of(config, derived).rehearse(config.rollout.num_rationales))
         beginning = find_start_point(config, runtime)
         carried = None if beginning.found is None else beginning.found.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)

@@ -99,7 +99,7 @@ class Saving:
         remedy = "or begin a new run from its weights with --load and --finetune"
         if saved.data != self._data:
             flag = "--train-data"
-            if self._config.objective.estimator == "pretrain":
+            if self._config.objective.row.pretrains:
                 flag = "--data-path (and --train-iters, where files are read more than once)"
             before = None if saved.config is None else settings_of_text(saved.config, f"{found.folder}: its settings")
             changes = [] if before is None else changed(before, self._config, Rule.SAME_DATA)

@@ -68,7 +68,7 @@ def prepare_data(
     A prepared set brings its own tokenizer. Pretraining reads --data-path instead of both.
     """
     d = config.data
-    if config.objective.estimator == "pretrain":
+    if config.objective.row.pretrains:
         return _prepare_corpus(config, architecture, runtime, run_dir, carried)
     count = d.train_examples if is_builtin(d.train_data) else None
     train = on_all_ranks(runtime, lambda: read_source(config, d.train_data, "train", "--train-data", count=count))
@@ -110,8 +110,8 @@ def _prepare_corpus(
     ):
         if is_given:
             raise UserError(
-                f"{flag} is not read by --estimator pretrain: leave it out; --data-path and --split say what is "
-                "trained and validated on"
+                f"{flag} is not read by --estimator {config.objective.estimator}: leave it out; --data-path and "
+                "--split say what is trained and validated on"
             )
     if d.tokenizer_model is not None:
         kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
@@ -142,7 +142,7 @@ def show_example(config: Config) -> int:
 
     Returns the exit code. UserError: bad input, or no such example.
     """
-    if config.objective.estimator == "pretrain":
+    if config.objective.row.pretrains:
         raise UserError("--show-example shows prompts and answers; rows of pretraining have neither")
     number, architecture = config.data.show_example, resolve_architecture(config)
     has_tokenizer = config.data.tokenizer_model is not None or is_prepared(config.data.train_data)
@@ -163,7 +163,7 @@ def show_example(config: Config) -> int:
             data.tokenizer,
             rationale_budget=config.rollout.rationale_budget,
             answer_budget=data.answer_budget,
-            estimator=config.objective.estimator,
+            row=config.objective.row,
         )
         print(f"training example {number} of {len(data.train)}, {text}")
     return 0
@@ -258,7 +258,7 @@ def _fitted(
         )
 
     def fit(made: Encoded) -> EncodedExamples:
-        imitated = config.objective.estimator == "sft" and made is encoded[0]
+        imitated = config.objective.row.reads_rationales and made is encoded[0]
         return select_fitting(
             made.placed,
             max_prompt_tokens=min(room, d.max_prompt_tokens or room),

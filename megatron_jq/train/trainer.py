@@ -59,7 +59,7 @@ class Trainer:
         self.config, self.data, self.runtime, self.phase = config, data, runtime, phase or Phase()
         self.derived = derived
         c, o, r = config.training, config.objective, config.rollout
-        pretrains = o.estimator == "pretrain"  # the corpus has its own order, as long as the run
+        pretrains = o.row.pretrains  # the corpus has its own order, as long as the run
         B = r.prompts_per_step
         self.sampler = InOrder(B) if pretrains else PromptSampler(len(data.train), B, c.seed)
         vocab_size = derived.architecture.vocab_size or data.tokenizer.vocab_size
@@ -187,7 +187,7 @@ class Trainer:
         )  # fmt: skip
 
     def _with_evaluation(self, metrics: StepMetrics) -> StepMetrics:
-        if self.config.objective.estimator == "pretrain":
+        if self.config.objective.row.pretrains:
             return replace(metrics, eval_loss=self.heldout_loss(metrics.step))
         found = self.evaluate(metrics.step)
         return replace(
@@ -321,7 +321,7 @@ class Trainer:
 
     def _answer_tokens(self, prompts: Batch) -> list[float]:
         """Tokens of each prompt's gold answer; a row of pretraining is all answer."""
-        if self.config.objective.estimator == "pretrain":
+        if self.config.objective.row.pretrains:
             return [self.estimator.row_tokens] * len(prompts)
         return [float(len(example.answer_ids)) for example in prompts]
 
@@ -344,7 +344,7 @@ class Trainer:
 
     def _samples_due(self, step: int) -> bool:
         interval = self.config.training.sample_interval
-        if self.config.objective.estimator == "pretrain":
+        if self.config.objective.row.pretrains:
             return False  # nothing is sampled, and a row has no gold answer
         return interval > 0 and step % interval == 0
 
