@@ -139,8 +139,8 @@ def _fault(result: Any, valid_BM: torch.Tensor) -> str | None:
         return f"returns {type(result).__name__}; two tensors must come back: (rationale_BM, answer_BM)"
     for name, each_BM in zip(("rationale_BM", "answer_BM"), result, strict=True):
         if each_BM.shape != valid_BM.shape or each_BM.dtype != torch.float64 or each_BM.requires_grad:
-            found = f"{list(each_BM.shape)}, {each_BM.dtype}{', with a gradient' * each_BM.requires_grad}"
-            return f"returns {name} as {found}; float64 {list(valid_BM.shape)} without a gradient must come back"
+            came = f"{list(each_BM.shape)}, {each_BM.dtype}{', with a gradient' * each_BM.requires_grad}"
+            return f"returns {name} as {came}; float64 {list(valid_BM.shape)} without a gradient must come back"
         if not torch.isfinite(each_BM).all():
             return f"returns {name} with a number that is not finite"
         if each_BM[~valid_BM].any():
