@@ -71,7 +71,7 @@ class ParallelConfig:
 class ObjectiveConfig:
     """The loss l_q = (1 - P^(1-q)) / (1-q) and how its gradient is estimated."""
 
-    estimator: EstimatorName = estimators.DEFAULT  # a row of megatron_jq/estimators.py, or one of its aliases
+    estimator: EstimatorName = estimators.DEFAULT  # how a step weighs its rationales: docs/baselines.md
     q: float = 0.75  # commitment: 0 is RL on expected success, 1 is log marginal likelihood (GARL, PAFT)
     q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
     q_final: float | None = None  # q at the schedule's end

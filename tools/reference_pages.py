@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write docs/settings.md and docs/metrics.md from the code: every setting with its help text, every metric.
+"""Write docs/settings.md, docs/metrics.md and the table of docs/baselines.md from the code.
 
     python tools/reference_pages.py
 
-A test compares the pages with what this writes. Run it after you change a setting or a metric; what is said of a metric
-stands in tools/metrics.toml.
+A test compares the pages with what this writes. Run it after you change a setting, a metric or an estimator; what is
+said of a metric stands in tools/metrics.toml.
 """
 
 import ast
@@ -20,6 +20,7 @@ from megatron_jq import config_reads, settings
 from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.config_estimators import READ_BY
 from megatron_jq.errors import UserError
+from megatron_jq.estimators import markdown_table
 from megatron_jq.records import MEASURED, StepMetrics
 from megatron_jq.toml_files import read_toml
 
@@ -90,8 +91,16 @@ def settings_page() -> str:
             meaning = f"{texts[field.name].replace('None: ', 'unset: ')}{_condition(field.name)}"
             flag = f"`--{field.name.replace('_', '-')}`"
             readers = (_estimators(field.name), _commands(field.name))
-            lines.append(_row((flag, _default(field), _values(field.type), meaning, *readers)))
+            lines.append(_row((flag, _default(field), _values(settings.SETTINGS[field.name][1]), meaning, *readers)))
     return SETTINGS_HEAD + "\n".join(lines) + "\n"
+
+
+def baselines_page() -> str:
+    """Return docs/baselines.md as it is, with the table of estimators between its two marks written by their rows."""
+    text = (REPOSITORY / "docs" / "baselines.md").read_text(encoding="utf-8")
+    before, first, rest = text.partition("<!-- estimators: written by tools/reference_pages.py -->\n")
+    _, last, after = rest.partition("<!-- end of estimators -->\n")
+    return f"{before}{first}\n{markdown_table()}\n\n{last}{after}"
 
 
 def help_texts() -> dict[str, str]:
@@ -163,7 +172,7 @@ def _commands(name: str) -> str:
     return ", ".join(short for command, short in COMMANDS.items() if name in config_reads.READS[command]) or "–"
 
 
-PAGES = {"metrics.md": metrics_page, "settings.md": settings_page}
+PAGES = {"metrics.md": metrics_page, "settings.md": settings_page, "baselines.md": baselines_page}
 
 
 def main() -> int:

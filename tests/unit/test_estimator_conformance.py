@@ -129,11 +129,8 @@ def estimator_problems_of(row: EstimatorRow) -> list[str]:
 
 def test_the_documents_have_the_table():
     """Readers choose an estimator by docs/baselines.md: its table is written by the rows."""
-    text = BASELINES.read_text(encoding="utf-8")
-    assert markdown_table() in text, (
-        "docs/baselines.md is behind megatron_jq/estimators.py; put this in place of its second table:\n\n"
-        + markdown_table()
-    )
+    current = markdown_table() in BASELINES.read_text(encoding="utf-8")
+    assert current, "run python tools/reference_pages.py: the table of docs/baselines.md is not current"
 
 
 @each_row
@@ -314,12 +311,12 @@ def test_a_step_can_be_done_again(row, function):
 
 @each_row
 def test_the_effective_reward_is_a_number(row):
-    table, made = made_up_table(), estimator(row)
-    coefficients = made.coefficients(table, q=0.5, step=0)
-    largest = made.effective_reward_max(table, coefficients, q=0.5)
+    table, of_row = made_up_table(), estimator(row)
+    coefficients = of_row.coefficients(table, q=0.5, step=0)
+    largest = of_row.effective_reward_max(table, coefficients, q=0.5)
     assert isinstance(largest, float) and largest >= 0
     nothing = dataclasses.replace(table, valid_BM=torch.zeros(table.shape, dtype=torch.bool))
-    assert made.effective_reward_max(nothing, coefficients, q=0.5) == 0.0
+    assert of_row.effective_reward_max(nothing, coefficients, q=0.5) == 0.0
 
 
 # A row, or a function, that is wrong
