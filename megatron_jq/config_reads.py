@@ -18,6 +18,7 @@ from megatron_jq.config import SETTINGS, Config
 from megatron_jq.config_estimators import READ_BY
 from megatron_jq.errors import UserError
 from megatron_jq.estimators import ESTIMATORS, ROWS, names_of
+from megatron_jq.formats.table import formats_reading
 
 _LAYOUT = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
@@ -103,8 +104,8 @@ def _has_files(config: Config) -> bool:
     return not all(source.startswith("builtin:") for source in _sources(config))
 
 
-def _has_fields(config: Config) -> bool:
-    return _has_files(config) and config.data.data_format not in ("gsm8k", "finqa", "hotpotqa", "musique")
+def _reads(config: Config, setting: str) -> bool:
+    return _has_files(config) and config.data.data_format in formats_reading(setting)
 
 
 NEEDS = (
@@ -122,13 +123,14 @@ NEEDS = (
     Need(("train_examples",), lambda c, a: c.data.train_data.startswith("builtin:"), "--train-data builtin:KIND"),
     Need(("data_format", "bad_records"), lambda c, a: _has_files(c), "data from a file"),
     Need(
-        ("prompt_field", "answer_field", "id_field"), lambda c, a: _has_fields(c),
+        ("prompt_field", "id_field"), lambda c, a: _reads(c, "prompt_field"),
         "records of no fixed form (--data-format jsonl, or auto)",
     ),
     Need(
-        ("finqa_answer",), lambda c, a: _has_files(c) and c.data.data_format in ("auto", "finqa"),
-        "FinQA's records",
+        ("answer_field",), lambda c, a: _reads(c, "answer_field"),
+        "records of no fixed form (--data-format jsonl, or auto)",
     ),
+    Need(("finqa_answer",), lambda c, a: _reads(c, "finqa_answer"), "FinQA's records"),
     Need(("prompt_template",), lambda c, a: c.data.prompt_style != "plain", "--prompt-style cold or warm"),
     Need(("tokenizer_vocab_size",), lambda c, a: c.data.tokenizer_model is None, "no --tokenizer-model"),
     Need(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 else:
     EstimatorName = Annotated[Literal[estimators.NAMES], tyro.conf.arg(help=estimators.help_text())]
 
+from megatron_jq.formats.finqa import FINQA_ANSWERS
+from megatron_jq.formats.table import FORMATS
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -112,15 +115,13 @@ class DataConfig:
 
     train_data: str = "builtin:recall"  # builtin:KIND, a file (JSON, .gz, parquet), a prepared folder, hub:NAME
     eval_data: str | None = None  # the same, held out
-    data_format: Literal["auto", "jsonl", "gsm8k", "finqa", "hotpotqa", "musique", "messages", "verl"] = (
-        "auto"  # auto: by the fields
-    )
+    data_format: Literal[("auto", *FORMATS)] = "auto"  # auto: by the fields; one that a record has alone
     prompt_field: str = "prompt"  # of a JSON-lines file
     answer_field: str = "answer"  # of a JSON-lines file; a list is the gold answer and others that count as right
     id_field: str | None = None  # of a JSON-lines file: refuse records whose value stood there before
     rationale_field: str | None = None  # given rationales for sft; None: GSM8K's solution, a message's <think>
     # FinQA's gold: the program's result (on the hub: final_result), or as annotated
-    finqa_answer: Literal["exe_ans", "answer", "final_result"] = "exe_ans"
+    finqa_answer: Literal[FINQA_ANSWERS] = "exe_ans"
     bad_records: Literal["error", "drop"] = "error"  # records without answer, of another form, …: refuse or leave out
     prompt_style: Literal["plain", "cold", "warm"] = "plain"  # cold: the input alone; warm: task, format, chat template
     prompt_template: str | None = None  # TOML file with the words of cold and warm; None: the data set's own

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_jq.cli.parser import run_tool, tool_parser
+from megatron_jq.data.bad_records import BAD_RECORD_POLICIES, BadRecords, summary_of
 from megatron_jq.data.documents import Text, encode_texts, read_texts
-from megatron_jq.data.faults import BAD_RECORD_POLICIES, BadRecords, summary_of
 from megatron_jq.data.tokenizer_choice import kind_of
 from megatron_jq.data.tokenizers import load_tokenizer, train_sentencepiece
 from megatron_jq.errors import UserError

@@ -17,14 +17,9 @@ from typing import Literal
 
 from megatron_jq.data.numbers import Quantity, parse, unwrapped, with_numbers_rewritten
 from megatron_jq.errors import UserError
+from megatron_jq.formats.row import RULES
+from megatron_jq.formats.table import format_named
 from megatron_jq.toml_files import did_you_mean
-
-RULES = ("none", "text", "squad", "number")
-
-#: Data formats whose golds write a percentage as a fraction: there 0.5% is not 0.5.
-RATIO_FORMATS = frozenset({"finqa"})
-#: Data format → its rule; formats that are not here have none.
-RULE_OF_FORMAT = {"finqa": "number", "gsm8k": "number", "hotpotqa": "squad", "musique": "squad"}
 
 _DASHES = dict.fromkeys(map(ord, "‐‑‒–—−﹣"), "-")
 _QUOTES = {**dict.fromkeys(map(ord, "‘’‛′`´"), "'"), **dict.fromkeys(map(ord, "“”„″«»"), '"')}
@@ -37,9 +32,9 @@ _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 
 
 def rule_of(choice: str, data_format: str) -> str:
-    """The rule that a setting names; "auto" is the data format's. UserError for a name that there is not."""
+    """Return the rule that a setting names; "auto" is the data format's. UserError: an unknown rule or format."""
     if choice == "auto":
-        return RULE_OF_FORMAT.get(data_format, "none")
+        return format_named(data_format).rule
     if choice not in RULES:
         hint = did_you_mean(choice, RULES, f"it is one of auto, {', '.join(RULES)}")
         raise UserError(f"--normalise {choice} is not known; {hint}")
@@ -47,7 +42,7 @@ def rule_of(choice: str, data_format: str) -> str:
 
 
 def normalise(text: str, rule: str) -> str:
-    """The answer's key under a rule of RULES. A text of which nothing would be left ("the") keeps more of itself."""
+    """Return the answer's key under a rule of RULES. A text of which nothing would be left ("the") keeps more."""
     if rule == "none":
         return text.strip()
     if rule == "number":

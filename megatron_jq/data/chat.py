@@ -19,8 +19,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from megatron_jq.errors import UserError
+from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _SYSTEM_MARK, _USER_MARK = "\ue000system\ue001", "\ue000user\ue001"
 _CLOCK = "strftime_now"
 

@@ -1,67 +1,31 @@
-"""F2: a source's records as pairs: each format's reader, and what holds for all: ids, rationales, gold answers."""
+"""F2: a source's records as pairs: its format's reader, and what holds for all: ids, rationales, gold answers."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from megatron_jq.data.faults import RecordError
-from megatron_jq.data.finqa import finqa_pair, is_finqa
-from megatron_jq.data.gsm8k import gsm8k_pair, gsm8k_rationale, is_gsm8k
-from megatron_jq.data.hotpotqa import hotpotqa_pair, is_hotpotqa
-from megatron_jq.data.jsonl import Record, as_text, lookup, pair_of, text_field
-from megatron_jq.data.markers import bare_rationale, refuse_markers, spells_markers
-from megatron_jq.data.messages import chat_format, messages_pair, verl_pair
-from megatron_jq.data.musique import is_musique, musique_pair
-from megatron_jq.data.pair import Pair
-
-DATA_FORMATS = ("auto", "jsonl", "gsm8k", "finqa", "hotpotqa", "musique", "messages", "verl")
-#: What "auto" asks of the first good record, in this order, where it is no chat.
-_RECOGNISED = {"finqa": is_finqa, "hotpotqa": is_hotpotqa, "musique": is_musique, "gsm8k": is_gsm8k}
-#: The field that names a record, of the formats that have one.
-_ID_FIELDS = {"finqa": ("id",), "hotpotqa": ("_id", "id"), "musique": ("id",)}
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How records become pairs. The names are the flags'. id_field: None takes the format's own, where it has one.
-    rationales: every record must have a given one, in rationale_field; None takes the format's own, where it has one.
-    """
-
-    data_format: str = "auto"
-    prompt_field: str = "prompt"
-    answer_field: str = "answer"
-    id_field: str | None = None
-    finqa_answer: str = "exe_ans"
-    bad_records: str = "error"
-    rationale_field: str | None = None
-    rationales: bool = False
-
-
-def format_of(record: Record | RecordError, options: ReadOptions) -> str:
-    """What "auto" means for a source by its first good record. UserError: a chat with two gold answers."""
-    if isinstance(record, RecordError):
-        return "jsonl"  # every record is bad
-    where, fields = record
-    if chat := chat_format(where, fields, options.prompt_field, options.answer_field):
-        return chat
-    if options.prompt_field in fields and options.prompt_field != "question":
-        return "jsonl"
-    return next((name for name, recognised in _RECOGNISED.items() if recognised(fields)), "jsonl")
+from megatron_jq.data.jsonl import Record
+from megatron_jq.formats.fields import as_text, lookup, text_field
+from megatron_jq.formats.markers import bare_rationale, refuse_markers, spells_markers
+from megatron_jq.formats.options import ReadOptions
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.record_error import RecordError
+from megatron_jq.formats.row import DataFormat
 
 
 class Converter:
     """One record → its pair, for a source's records in order."""
 
-    def __init__(self, data_format: str, options: ReadOptions):
+    def __init__(self, data_format: DataFormat, options: ReadOptions):
         self._format, self._options = data_format, options
-        self._id_fields = (options.id_field,) if options.id_field else _ID_FIELDS.get(data_format, ())
-        self._seen: dict[str, str] = {}  # the ids of good records → where they stand
+        self._id_fields = (options.id_field,) if options.id_field else data_format.ids
+        self._seen: dict[str, str] = {}  # id of a good record → its file and line
         self._changed: Counter[str] = Counter()
 
     def __call__(self, record: Record) -> Pair:
-        """RecordError: a fault of the record, or an id that a good one before it has."""
+        """RecordError: the record cannot be used, or a good one before it has its id."""
         where, fields = record
         identity = self._identity(where, fields)
-        pair = self._read(where, fields)
+        pair = self._format.pair(where, fields, self._options)
         rationale = self._rationale(where, fields, pair)
         _refuse_marked_answers(pair)
         if identity is not None:
@@ -78,20 +42,6 @@ class Converter:
         """What was taken off texts, a line for each kind."""
         return tuple(f"{count} {what}, which were taken off" for what, count in self._changed.items() if count)
 
-    def _read(self, where: str, fields: dict) -> Pair:
-        options = self._options
-        prompt_field, answer_field = options.prompt_field, options.answer_field
-        readers = {
-            "jsonl": lambda: pair_of(where, fields, prompt_field, answer_field),
-            "gsm8k": lambda: gsm8k_pair(where, fields),
-            "finqa": lambda: finqa_pair(where, fields, options.finqa_answer),
-            "hotpotqa": lambda: hotpotqa_pair(where, fields),
-            "musique": lambda: musique_pair(where, fields),
-            "messages": lambda: messages_pair(where, fields, prompt_field, answer_field),
-            "verl": lambda: verl_pair(where, fields, prompt_field),
-        }
-        return readers[self._format]()
-
     def _identity(self, where: str, fields: dict) -> str | None:
         """Its id as text, so that 1 and "1" are the same; None where it has none."""
         for name in self._id_fields:
@@ -107,8 +57,8 @@ class Converter:
             return None
         if field is not None:
             text, what = text_field(fields, field, where, "--rationale-field"), f"field {field!r}"
-        elif self._format == "gsm8k":
-            text, what = gsm8k_rationale(where, fields), "the worked solution"
+        elif self._format.rationale is not None:
+            text, what = self._format.rationale(where, fields), "the worked solution"
         elif pair.rationale is not None:
             text, what = pair.rationale, "the rationale"
         else:

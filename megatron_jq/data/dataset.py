@@ -1,19 +1,24 @@
 """F2: from the name of a data source to its pairs, and to a tokenizer trained on them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_jq.data.bad_records import BadRecords
 from megatron_jq.data.containers import other_shards
-from megatron_jq.data.converting import DATA_FORMATS, Converter, ReadOptions, format_of
-from megatron_jq.data.faults import BadRecords, RecordError
-from megatron_jq.data.finqa import FINQA_ANSWERS
+from megatron_jq.data.converting import Converter
 from megatron_jq.data.hub import is_hub, read_hub
 from megatron_jq.data.jsonl import Record, read_records
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.tasks import builtin_examples, builtin_texts
 from megatron_jq.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from megatron_jq.errors import UserError
+from megatron_jq.formats.finqa import FINQA_ANSWERS
+from megatron_jq.formats.options import ReadOptions
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.record_error import RecordError
+from megatron_jq.formats.row import DataFormat
+from megatron_jq.formats.table import FORMATS, format_named, recognise
 from megatron_jq.toml_files import did_you_mean
 
 #: What others import from here, how records are read included.
@@ -27,7 +32,7 @@ HUB_SPLITS = {"train": "train", "heldout": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Source:
-    """What a data source gave. data_format: the one that was found; "builtin" for a built-in task. total: good pairs of
+    """What a data source gave. data_format: a row's name; "builtin" for a built-in task. total: good pairs of
     the source, of which `pairs` may be the first ones. notes: what else is to be said of it.
     """
 
@@ -71,7 +76,7 @@ def load_source(
     bad.settle(f"{flag} {source}", len(pairs))
     shards = "" if is_hub(source) else other_shards(source)
     notes = (*convert.notes, *([shards] if shards else []))
-    return Source(tuple(pairs[:count]), data_format, len(pairs), tuple(bad.faults), notes)
+    return Source(tuple(pairs[:count]), data_format.name, len(pairs), tuple(bad.faults), notes)
 
 
 def is_builtin(source: str) -> bool:
@@ -95,29 +100,24 @@ def train_tokenizer(
 
 
 def _check(options: ReadOptions, source: str, count: int | None, flag: str) -> None:
-    formats, answers = ("data-format", DATA_FORMATS), ("finqa-answer", FINQA_ANSWERS)
-    for value, (name, known) in ((options.data_format, formats), (options.finqa_answer, answers)):
-        if value not in known:
-            hint = did_you_mean(value, known, f"it is one of {', '.join(known)}")
-            raise UserError(f"--{name} {value} is not known; {hint}")
+    if options.data_format != "auto":
+        format_named(options.data_format)
+    if options.finqa_answer not in FINQA_ANSWERS:
+        hint = did_you_mean(options.finqa_answer, FINQA_ANSWERS, f"it is one of {', '.join(FINQA_ANSWERS)}")
+        raise UserError(f"--finqa-answer {options.finqa_answer} is not known; {hint}")
     if count is not None and count < 1:
         raise UserError(f"{flag} {source} was asked for {count} examples; ask for at least 1")
 
 
 def _detected(
     options: ReadOptions, records: Iterator[Record | RecordError]
-) -> tuple[str, Iterator[Record | RecordError]]:
-    """The format, and all the records again."""
+) -> tuple[DataFormat, Iterator[Record | RecordError]]:
+    """The format, and all the records again. "auto" looks at the first good one."""
     if options.data_format != "auto":
-        return options.data_format, records
+        return format_named(options.data_format), records
     read: list[Record | RecordError] = []
     for record in records:
         read.append(record)
         if not isinstance(record, RecordError):
-            break
-    return format_of(read[-1], options), _chained(read, records)
-
-
-def _chained(first: list[Record | RecordError], rest: Iterator) -> Iterator[Record | RecordError]:
-    yield from first
-    yield from rest
+            return recognise(*record, options), itertools.chain(read, records)
+    return FORMATS["jsonl"], iter(read)  # every record is bad

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy
 
-from megatron_jq.data.faults import BadRecords, RecordError
+from megatron_jq.data.bad_records import BadRecords
 from megatron_jq.data.jsonl import as_text, read_records, text_field
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.record_error import RecordError
 
 FLAG = "--input"
 _DOCUMENTS_A_TASK = 64

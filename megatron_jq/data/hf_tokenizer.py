@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN, ChatFrame, chat_frame
+from megatron_jq.data.chat import ChatFrame, chat_frame
 from megatron_jq.data.guard import GuardedEncoder, without_prefix
 from megatron_jq.data.tokenizer_files import read_file, write_atomically
 from megatron_jq.errors import UserError
+from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _FILES = ("tokenizer.json", "tokenizer_config.json")

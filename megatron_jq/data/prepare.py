@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_jq.config import Config
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
-from megatron_jq.data.faults import RecordError
 from megatron_jq.data.lengths import Budgets, Lengths, plot_lengths, quantiles
 from megatron_jq.data.prepared import (
     FORMAT,
@@ -31,6 +30,7 @@ from megatron_jq.data.tokenizer_choice import resolved
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
+from megatron_jq.formats.record_error import RecordError
 
 _READ_AS = {"train": "train", "validation": "heldout", "test": "test"}
 

@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_jq.data.bad_records import BadRecords
 from megatron_jq.data.chat import ChatFrame
-from megatron_jq.data.faults import BadRecords, RecordError
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.template import PromptStyle
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.record_error import RecordError
 from megatron_jq.records import Example
 
 OVERLONG_POLICIES = ("error", "drop")

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 from megatron_jq.config import Config
-from megatron_jq.data.dataset import ReadOptions, Source, is_builtin, load_source
-from megatron_jq.data.faults import BadRecords, RecordError, summary_of
+from megatron_jq.data.bad_records import BadRecords, summary_of
+from megatron_jq.data.dataset import Source, is_builtin, load_source
 from megatron_jq.data.prepared import PreparedSplit, has_split, is_prepared, read_prepared
 from megatron_jq.data.prompts import Placed, PromptWriter, encode_pairs
 from megatron_jq.data.template import template_of
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.options import ReadOptions
+from megatron_jq.formats.record_error import RecordError
 
 
 @dataclass(frozen=True)

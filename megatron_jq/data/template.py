@@ -9,8 +9,9 @@ import string
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron_jq.data.pair import Pair
 from megatron_jq.errors import UserError
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.table import format_named
 from megatron_jq.toml_files import did_you_mean, read_toml
 
 PROMPT_STYLES = ("plain", "cold", "warm")
@@ -73,11 +74,8 @@ class PromptTemplate:
 
 
 def template_of(data_format: str, path: str | Path | None = None) -> PromptTemplate:
-    """The file that the user named, or else the package's for the data format."""
-    if path is not None:
-        return read_template(path)
-    own = _FOLDER / f"{data_format}.toml"
-    return read_template(own if own.is_file() else _FOLDER / "jsonl.toml")
+    """Return the file that the user named, or else the package's for the data format."""
+    return read_template(_FOLDER / f"{format_named(data_format).template}.toml" if path is None else path)
 
 
 def read_template(path: str | Path) -> PromptTemplate:

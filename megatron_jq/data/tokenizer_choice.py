@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_jq.config import DataConfig
-from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN
 from megatron_jq.errors import UserError
+from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 
 SENTENCEPIECE, HUGGING_FACE = "sentencepiece", "huggingface"
 _MODEL, _JSON = "tokenizer.model", "tokenizer.json"

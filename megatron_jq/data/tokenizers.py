@@ -13,10 +13,11 @@ from typing import Protocol
 
 import sentencepiece
 
-from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN, ChatFrame
+from megatron_jq.data.chat import ChatFrame
 from megatron_jq.data.hf_tokenizer import HuggingFaceTokenizer
 from megatron_jq.data.tokenizer_files import read_file, write_atomically
 from megatron_jq.errors import UserError
+from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 from megatron_jq.toml_files import did_you_mean
 
 TOKENIZER_KINDS = ("sentencepiece", "huggingface")

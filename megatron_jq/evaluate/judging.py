@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_jq.config import TrainingConfig
-from megatron_jq.data.answers import RATIO_FORMATS, AcceptedAnswers, rule_of
+from megatron_jq.data.answers import AcceptedAnswers, rule_of
 from megatron_jq.data.extraction import extract
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.math_judge import PROCESS, MathAnswers
+from megatron_jq.formats.table import format_named
 from megatron_jq.objective.metrics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_jq.objective.tsallis import log_mean_weight
 from megatron_jq.toml_files import did_you_mean
@@ -68,7 +69,7 @@ class Judge:
 def judge_of(settings: TrainingConfig, data_format: str) -> Judge:
     """The judge that the settings name, for data of a format. Under math match numbers are compared by rule number."""
     rule = "number" if settings.match == "math" else rule_of(settings.normalise, data_format)
-    return Judge(settings.match, rule, settings.answer_extract, data_format in RATIO_FORMATS)
+    return Judge(settings.match, rule, settings.answer_extract, format_named(data_format).ratios)
 
 
 @dataclass(frozen=True)

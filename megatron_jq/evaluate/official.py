@@ -15,12 +15,12 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 _CLOSED = {"yes", "no", "noanswer"}
 
-#: Data formats that have such a script.
+#: Scripts, as `published` of a data format names them.
 FORMATS = ("hotpotqa", "musique")
 
 
 def scores(answer: str, golds: Sequence[str], data_format: str) -> tuple[float, float]:
-    """(exact match, F1) of an answer, the best over the gold answers; data_format of FORMATS."""
+    """(exact match, F1) of an answer, the best over the gold answers; data_format: whose script, of FORMATS."""
     answer_words, gold_words = _words(answer), [_words(gold) for gold in golds]
     return float(answer_words in gold_words), max(_f1(answer_words, gold, data_format) for gold in gold_words)
 

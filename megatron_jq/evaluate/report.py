@@ -21,8 +21,9 @@ from megatron_jq.evaluate.judging import (
     read_metrics,
 )
 from megatron_jq.evaluate.math_judge import DEADLINE, PROCESS
-from megatron_jq.evaluate.official import FORMATS, scores
+from megatron_jq.evaluate.official import scores
 from megatron_jq.evaluate.samples import Header, Sample
+from megatron_jq.formats.table import format_named
 
 RESULTS = "evaluation.json"
 
@@ -62,9 +63,10 @@ def results_of(
         return mean_over_prompts([sum(map(value, samples)) / len(samples) for samples in prompts], interval)
 
     figures = {str(m): mean_over_prompts([prompt.value(m) for prompt in judged], interval) for m in metrics}
-    if header.data_format in FORMATS:
+    published = format_named(header.data_format).published
+    if published is not None:
         official = {
-            (s.prompt, s.sample): scores(extract(s.answer, judge.extract), s.golds, header.data_format)
+            (s.prompt, s.sample): scores(extract(s.answer, judge.extract), s.golds, published)
             for samples in prompts
             for s in samples
         }

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_jq.data.answers import RATIO_FORMATS
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.judging import Answer, Judge
+from megatron_jq.formats.table import format_named
 
 _FORMAT = 2  # 1: without the tokenizer's spelling of the golds, answer_extract, reward
 
@@ -45,7 +45,7 @@ class Header:
 
     @property
     def judge(self) -> Judge:
-        return Judge(self.match, self.rule, self.answer_extract, self.data_format in RATIO_FORMATS)
+        return Judge(self.match, self.rule, self.answer_extract, format_named(self.data_format).ratios)
 
     def differences(self, other: "Header") -> list[str]:
         """Names of the fields that make another evaluation of it."""

@@ -16,7 +16,6 @@ from megatron_jq.config import Config, DataConfig
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.prepared import is_prepared
 from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_bridge, select_fitting
 from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
@@ -26,6 +25,7 @@ from megatron_jq.data.tokenizer_choice import HUGGING_FACE, SENTENCEPIECE, kind_
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
+from megatron_jq.formats.pair import Pair
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Example
 from megatron_jq.train.run_directory import writing

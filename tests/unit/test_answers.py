@@ -209,8 +209,10 @@ def test_any_of_several_gold_answers_will_do_and_an_empty_one_is_no_part_of_all(
 
 
 def test_the_rule_follows_the_data_set_unless_it_is_named():
-    found = [rule_of("auto", kind) for kind in ("finqa", "gsm8k", "hotpotqa", "musique", "jsonl", "builtin", "auto")]
-    assert found == ["number", "number", "squad", "squad", "none", "none", "none"]
+    rules = [rule_of("auto", kind) for kind in ("finqa", "gsm8k", "hotpotqa", "musique", "jsonl", "builtin")]
+    assert rules == ["number", "number", "squad", "squad", "none", "none"]
+    with pytest.raises(UserError, match="--data-format nothing is not known"):
+        rule_of("auto", "nothing")
     assert rule_of("text", "gsm8k") == "text"
     with pytest.raises(UserError, match="--normalise numbers is not known; did you mean number"):
         rule_of("numbers", "gsm8k")

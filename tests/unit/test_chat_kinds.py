@@ -11,12 +11,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_jq.data.faults import RecordError
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.prompts import PromptWriter
 from megatron_jq.data.template import PromptStyle
 from megatron_jq.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.record_error import RecordError
 from tests.unit.tokenizer_kinds import ADDED, KINDS, SPECIAL, make
 
 LOOP = "{%- for m in messages %}"

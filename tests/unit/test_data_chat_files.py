@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from megatron_jq.data.converting import ReadOptions
+from megatron_jq.data.bad_records import BadRecords
 from megatron_jq.data.dataset import load_source
-from megatron_jq.data.faults import BadRecords
 from megatron_jq.data.prompts import PromptWriter, encode_pairs
 from megatron_jq.data.template import template_of
 from megatron_jq.data.tokenizers import load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.options import ReadOptions
 from tests.e2e.records import chat_folder
 from tests.unit.data_files import verl
 
@@ -57,9 +57,9 @@ REFUSED = [
     ({"prompt": [USER], "reward_model": {**RULE, "ground_truth": {"a": "4"}}}, "is an object, such as tests"),
     (
         {"prompt": [USER], "reward_model": RULE, "answer": "5"},
-        "'answer' and 'reward_model.ground_truth' could be the gold",
+        "the form of messages and of verl, which take different gold answers: --data-format messages takes",
     ),
-    ({"messages": [USER, ANSWER], "answer": "5"}, "both 'answer' and 'messages' could be the gold answer"),
+    ({"messages": [USER, ANSWER], "answer": "5"}, "the form of jsonl and of messages, which take different gold"),
     ({"conversations": [{"from": "human", "value": "q"}]}, "write it as 'messages', with 'role' and 'content'"),
 ]
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from megatron_jq.data.containers import _REFUSED
-from megatron_jq.data.converting import ReadOptions
 from megatron_jq.data.dataset import load_source
 from megatron_jq.errors import UserError
+from megatron_jq.formats.options import ReadOptions
 from tests.unit.pairs import load_pairs
 
 LINE = b'{"prompt": "a", "answer": "b"}\n'

@@ -7,10 +7,10 @@ import pytest
 
 from megatron_jq.config import parse_args
 from megatron_jq.data.dataset import ReadOptions, load_source
-from megatron_jq.data.gsm8k import gold_answer
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.reading import number_of, read_source
 from megatron_jq.errors import UserError
+from megatron_jq.formats.gsm8k import gold_answer
+from megatron_jq.formats.pair import Pair
 from tests.unit.pairs import load_pairs
 
 GOOD = b'{"prompt": "two and two", "answer": "four"}\n'

@@ -3,10 +3,10 @@
 import pytest
 
 from megatron_jq.data.dataset import train_tokenizer
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.prompts import EncodedExamples, Placed, PromptWriter, select_fitting
 from megatron_jq.data.template import PromptStyle
 from megatron_jq.errors import UserError
+from megatron_jq.formats.pair import Pair
 from megatron_jq.records import Example
 from tests.unit.pairs import load_pairs
 

@@ -9,15 +9,15 @@ import tokenizers
 import transformers
 
 from megatron_jq.data import template as templates
+from megatron_jq.data.bad_records import BadRecords
 from megatron_jq.data.chat import THINK_OPEN, chat_frame
-from megatron_jq.data.converting import DATA_FORMATS
 from megatron_jq.data.dataset import train_tokenizer
-from megatron_jq.data.faults import BadRecords
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.prompts import PromptWriter, encode_pairs
 from megatron_jq.data.template import PromptStyle, read_template, template_of
 from megatron_jq.data.tokenizers import load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.table import FORMATS
 
 FOLDER = Path(templates.__file__).parent / "templates"
 CHAT = (
@@ -65,7 +65,7 @@ def with_settings(folder: Path, tmp_path: Path, **values) -> Path:
 def test_every_template_of_the_package_is_valid_and_cold_holds_the_input_alone(path):
     template, is_chat = read_template(path), path.stem in ("messages", "verl")
     pair = CHAT_PAIR if is_chat else PAIR
-    assert path.stem in DATA_FORMATS
+    assert path.stem in {row.template for row in FORMATS.values()}
     assert template.cold.fill(pair) == pair.prompt
     assert not template.cold.chat and template.cold.after_open == template.cold.after_close == ""
     assert template.warm.chat

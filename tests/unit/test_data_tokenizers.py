@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_jq.data.dataset import train_tokenizer
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -20,6 +19,7 @@ from megatron_jq.data.tokenizers import (
     train_sentencepiece,
 )
 from megatron_jq.errors import UserError
+from megatron_jq.formats.pair import Pair
 from tests.unit.pairs import load_pairs
 
 TEXTS = ["Mira brings a green kite .", "the kite of Mira is green today .", "12 + 30 = 42\n\tdone"] * 3

@@ -9,9 +9,10 @@ import pytest
 
 from megatron_jq.data.converting import Converter, ReadOptions
 from megatron_jq.data.dataset import load_source
-from megatron_jq.data.faults import RecordError
-from megatron_jq.data.gsm8k import gold_answer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.gsm8k import gold_answer
+from megatron_jq.formats.record_error import RecordError
+from megatron_jq.formats.table import FORMATS
 from tests.unit import data_files
 from tests.unit.data_files import CONTAINERS, RECORDS, stored
 
@@ -186,7 +187,7 @@ def with_rationale(text: str) -> list[tuple[ReadOptions, dict]]:
 )
 def test_one_pair_of_markers_around_a_given_rationale_is_taken_off_and_said(text, taken_off):
     for options, record in with_rationale(text):
-        convert = Converter(options.data_format, options)
+        convert = Converter(FORMATS[options.data_format], options)
         assert convert(("here", record)).rationale == BARE, options
         said = ("1 given rationales stood in <think> … </think>, which were taken off",)
         assert convert.notes == said * taken_off
@@ -206,9 +207,9 @@ def test_one_pair_of_markers_around_a_given_rationale_is_taken_off_and_said(text
 def test_markers_elsewhere_in_a_given_rationale_are_refused(text):
     for options, record in with_rationale(text):
         with pytest.raises(RecordError, match="^here: "):
-            Converter(options.data_format, options)(("here", record))
+            Converter(FORMATS[options.data_format], options)(("here", record))
 
 
 def test_estimators_without_given_rationales_do_not_read_them():
     for options, record in with_rationale("<think>never closed"):
-        assert Converter(options.data_format, ReadOptions(options.data_format))(("here", record)).rationale is None
+        assert Converter(FORMATS[options.data_format], ReadOptions(options.data_format))(("here", record)).rationale is None

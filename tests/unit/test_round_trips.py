@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN
-from megatron_jq.data.pair import Pair
 from megatron_jq.data.prompts import Placed, PromptWriter
 from megatron_jq.data.round_trips import describe_changed, text_of
 from megatron_jq.data.template import template_of
 from megatron_jq.data.tokenizers import load_tokenizer
 from megatron_jq.evaluate.drawing import answer_matches, answer_of, golds_of
 from megatron_jq.evaluate.judging import Judge
+from megatron_jq.formats.pair import Pair
 
 #: Whose own text the normalisers change: decomposed and compatibility forms, blanks of all kinds, ligatures.
 ODD = (

@@ -5,20 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from megatron_jq.errors import UserError
+from megatron_jq.formats.record_error import RecordError
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 BAD_RECORD_POLICIES = ("error", "drop")
 _NAMED_AT_MOST = 3
-
-
-class RecordError(UserError):
-    """One record's fault. kind: a few words that its like share, to count by; str(): "path:line: " and the detail."""
-
-    def __init__(self, where: str, kind: str, detail: str):
-        super().__init__(f"{where}: {detail}")
-        self.where, self.kind, self.detail = where, kind, detail
 
 
 class BadRecords:

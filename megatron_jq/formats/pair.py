@@ -1,4 +1,4 @@
-"""F2: a supervised pair as text, before it has token ids."""
+"""F1: a supervised pair as text, before it has token ids."""
 
 from dataclasses import dataclass
 

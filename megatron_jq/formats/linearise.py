@@ -1,7 +1,7 @@
-"""F2: tables and titled passages as plain text."""
+"""F1: tables and titled passages as plain text."""
 
-from megatron_jq.data.faults import RecordError
-from megatron_jq.data.jsonl import as_text
+from megatron_jq.formats.fields import as_text
+from megatron_jq.formats.record_error import RecordError
 
 CELL_SEPARATOR = " | "
 #: Between the pieces of a prompt: passages, the table, the question.

@@ -1,16 +1,28 @@
-"""F2: HotPotQA's official record of the distractor setting: ten titled paragraphs, a question, a short answer.
+"""F1: HotPotQA's official record of the distractor setting: ten titled paragraphs, a question, a short answer.
 
 Yang et al. 2018, "HotpotQA: A Dataset for Diverse, Explainable Multi-hop Question Answering". The supporting facts are
 not read.
 """
 
-from megatron_jq.data.faults import RecordError
-from megatron_jq.data.jsonl import as_text, text_field
-from megatron_jq.data.linearise import blocks, passages_text
-from megatron_jq.data.pair import Pair
+from megatron_jq.formats.fields import as_text, text_field
+from megatron_jq.formats.linearise import blocks, passages_text
+from megatron_jq.formats.options import ReadOptions
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.record_error import RecordError
+
+SAMPLE = {
+    "_id": "5a0",
+    "answer": "Chief Clerk",
+    "question": "What office did the author of The Long Ferry hold?",
+    "supporting_facts": [["The Long Ferry", 0], ["Ada Holm", 1]],
+    "context": [
+        ["The Long Ferry", ["The Long Ferry is a novel by Ada Holm.", " It came out in 1931."]],
+        ["Ada Holm", ["Ada Holm wrote five novels.", " She was Chief Clerk of the harbour."]],
+    ],
+}
 
 
-def is_hotpotqa(record: dict) -> bool:
+def is_hotpotqa(record: dict, options: ReadOptions) -> bool:
     """Whether a parsed record has HotPotQA's form: that of its context, for some files have no supporting facts."""
     if "question" not in record:
         return False
@@ -23,7 +35,7 @@ def is_hotpotqa(record: dict) -> bool:
     return isinstance(first, list) and len(first) == 2 and isinstance(first[0], str) and isinstance(first[1], list)
 
 
-def hotpotqa_pair(where: str, record: dict) -> Pair:
+def hotpotqa_pair(where: str, record: dict, options: ReadOptions) -> Pair:
     """Paragraphs as "Title: text", then the question. RecordError: no question, no answer, an empty context."""
     question = text_field(record, "question", where)
     if record.get("answer") is None:
@@ -45,7 +57,7 @@ def _paragraphs(context: object, where: str) -> list[tuple[str, str]]:
         context = [list(both) for both in zip(titles, texts, strict=True)]
     if not isinstance(context, list):
         raise malformed
-    found = []
+    passages = []
     for paragraph in context:
         if not (isinstance(paragraph, list) and len(paragraph) == 2 and isinstance(paragraph[1], list)):
             raise malformed
@@ -53,5 +65,5 @@ def _paragraphs(context: object, where: str) -> list[tuple[str, str]]:
             as_text(text, "a text of 'context'", where, kind="no context", empty_allowed=True)
             for text in (paragraph[0], *paragraph[1])
         )
-        found.append((title, "".join(sentences)))  # sentences begin with the blank that separates them
-    return found
+        passages.append((title, "".join(sentences)))  # sentences begin with the blank that separates them
+    return passages

@@ -1,12 +1,12 @@
-"""F2: texts that spell `<think>` or `</think>`, as files of sampled rationales do.
+"""F1: texts that spell `<think>` or `</think>`, as files of sampled rationales do.
 
 The model's own rationale stands between two tokens, and data that spells them out is tokenised as ordinary characters
-(prompts.py): a rationale that brings them would be trained with a second, spelled pair inside the real one.
+(data/prompts.py): a rationale that brings them would be trained with a second, spelled pair inside the real one.
 """
 
-from megatron_jq.data.chat import THINK_CLOSE, THINK_OPEN
-from megatron_jq.data.faults import RecordError
+from megatron_jq.formats.record_error import RecordError
 
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 MARKERS = (THINK_OPEN, THINK_CLOSE)
 KIND = "<think> in the text"
 

@@ -1,4 +1,4 @@
-"""F2: GSM8K's official record, {"question", "answer"}, whose answer is a worked solution with the gold after "####".
+"""F1: GSM8K's official record, {"question", "answer"}, whose answer is a worked solution with the gold after "####".
 
 Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems". The worked solution is read as a given rationale
 alone (SFT); elsewhere the rationale is latent.
@@ -6,9 +6,10 @@ alone (SFT); elsewhere the rationale is latent.
 
 import re
 
-from megatron_jq.data.faults import RecordError
-from megatron_jq.data.jsonl import text_field
-from megatron_jq.data.pair import Pair
+from megatron_jq.formats.fields import text_field
+from megatron_jq.formats.options import ReadOptions
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.record_error import RecordError
 
 GOLD_MARK = "####"
 _MARK = re.compile(r"(?<!#)####(?!#)")
@@ -20,7 +21,16 @@ _LETTER = re.compile(r"[^\W\d_]")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
-def gsm8k_pair(where: str, record: dict) -> Pair:
+SAMPLE = {"question": "What is two and two?", "answer": "2 and 2 are <<2+2=4>>4.\n#### 4"}
+
+
+def is_gsm8k(record: dict, options: ReadOptions) -> bool:
+    """Whether a parsed line has GSM8K's form."""
+    answer = record.get("answer")
+    return "question" in record and isinstance(answer, str) and _MARK.search(answer) is not None
+
+
+def gsm8k_pair(where: str, record: dict, options: ReadOptions) -> Pair:
     """RecordError: no question, no answer, or an answer without its mark or gold."""
     question, solution = (text_field(record, field, where) for field in ("question", "answer"))
     return Pair(question, gold_answer(solution, where), where)
@@ -84,9 +94,3 @@ def gsm8k_rationale(where: str, record: dict) -> str:
     if not solution:
         raise RecordError(where, "no rationale", f"no worked solution stands before {GOLD_MARK!r}; write one")
     return solution
-
-
-def is_gsm8k(record: dict) -> bool:
-    """Whether a parsed line has GSM8K's form."""
-    answer = record.get("answer")
-    return "question" in record and isinstance(answer, str) and _MARK.search(answer) is not None

@@ -1,30 +1,40 @@
-"""F2: FinQA's official record: text around a table of a financial report, a question, and its answer.
+"""F1: FinQA's official record: text around a table of a financial report, a question, and its answer.
 
 Chen et al. 2021, "FinQA: A Dataset of Numerical Reasoning over Financial Data". The program and the gold evidence are
 not read: the rationale is latent here.
 """
 
-from megatron_jq.data.faults import RecordError
-from megatron_jq.data.jsonl import as_text, text_field
-from megatron_jq.data.linearise import blocks, table_text
-from megatron_jq.data.pair import Pair
+from megatron_jq.formats.fields import as_text, text_field
+from megatron_jq.formats.linearise import blocks, table_text
+from megatron_jq.formats.options import ReadOptions
+from megatron_jq.formats.pair import Pair
+from megatron_jq.formats.record_error import RecordError
 
 #: final_result: the hub's form, which has no exe_ans; the last step's result as its program writes it.
 FINQA_ANSWERS = ("exe_ans", "answer", "final_result")
 
+SAMPLE = {
+    "pre_text": ["revenue grew in 2017 ."],
+    "post_text": ["figures are rounded ."],
+    "table": [["", "2017", "2016"], ["revenue", "$ 12.5", "$ 10.0"]],
+    "qa": {"question": "what was the growth rate of revenue ?", "answer": "25%", "exe_ans": 0.25},
+    "id": "AAA/2017/page_41.pdf-1",
+}
 
-def is_finqa(record: dict) -> bool:
+
+def is_finqa(record: dict, options: ReadOptions) -> bool:
     """Whether a parsed record has FinQA's form."""
     return "table" in record and "pre_text" in record and ("qa" in record or "question" in record)
 
 
-def finqa_pair(where: str, record: dict, gold_field: str = "exe_ans") -> Pair:
+def finqa_pair(where: str, record: dict, options: ReadOptions) -> Pair:
     """Text before, table, text after, question; the gold is the program's result "exe_ans" (on the hub
-    "final_result") or the annotator's "answer", as the file writes it. Where the fields of
-    "qa" stand at the top level, as on the hub, they are taken from there.
+    "final_result") or the annotator's "answer", as the file writes it. Where the fields of "qa" stand at the top level,
+    as on the hub, they are taken from there.
 
     RecordError: no question, no gold, a ragged table, neither text nor table.
     """
+    gold_field = options.finqa_answer
     qa = record.get("qa", record)
     if not isinstance(qa, dict):
         raise RecordError(where, "no question", "field 'qa' is not an object")

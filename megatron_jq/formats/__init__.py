@@ -1,0 +1,1 @@
+"""F1: data formats: how a record of each becomes a prompt and a gold answer. Pure functions of a record."""
