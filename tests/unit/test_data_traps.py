@@ -212,4 +212,5 @@ def test_markers_elsewhere_in_a_given_rationale_are_refused(text):
 
 def test_estimators_without_given_rationales_do_not_read_them():
     for options, record in with_rationale("<think>never closed"):
-        assert Converter(FORMATS[options.data_format], ReadOptions(options.data_format))(("here", record)).rationale is None
+        convert = Converter(FORMATS[options.data_format], ReadOptions(options.data_format))
+        assert convert(("here", record)).rationale is None

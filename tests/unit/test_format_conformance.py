@@ -6,7 +6,10 @@ A new format is a row; these tests read it from the table. What a test refuses i
 import copy
 import dataclasses
 import json
+import re
+import types
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -27,6 +30,7 @@ from megatron_jq.settings import SETTINGS
 
 ROWS = list(table.FORMATS.values())
 PLACE = "train.jsonl:7"
+DOCS = Path(__file__).parents[2] / "docs"
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
@@ -66,7 +70,7 @@ def written(path: Path, *records: dict) -> str:
 
 @each_row
 def test_its_sample_is_recognised_by_it_alone(row):
-    assert [r.name for r in ROWS if r.recognise(row.sample, ReadOptions())] == [row.name]
+    assert [r.name for r in table.FORMATS.values() if r.recognise(row.sample, ReadOptions())] == [row.name]
     assert table.recognise(PLACE, row.sample, ReadOptions()) is row
 
 
@@ -146,16 +150,32 @@ def test_a_prepared_set_holds_what_direct_reading_gives(row, tmp_path, tokenizer
 
 @each_row
 def test_its_row_stands_in_the_documentation(row):
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (DOCS / "data.md").read_text(encoding="utf-8")
     assert f"| `{row.name}` | {row.reads} | {row.prompt} | {row.gold} |\n" in page
     ids = ", ".join(f"`{name}`" for name in row.ids) or "–"
     pieces = ", ".join(f"`{{{name}}}`" for name in ("prompt", *row.pieces))
     assert f"| `{row.name}` | {ids} | {pieces} | `{row.rule}` |\n" in page
 
 
-def test_the_settings_and_the_scripts_follow_the_table():
-    from typing import get_args
+def test_the_worked_example_of_the_documentation_conforms(tmp_path, tokenizer_model, monkeypatch):
+    section = (DOCS / "extending.md").read_text(encoding="utf-8").partition("## A data set")[2].partition("\n## ")[0]
+    functions, expression = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    squad = types.ModuleType("squad")
+    exec(functions, vars(squad))
+    row = eval(expression, {"DataFormat": DataFormat, "squad": squad})
+    monkeypatch.setitem(table.FORMATS, row.name, row)
+    test_its_sample_is_recognised_by_it_alone(row)
+    test_its_pair_is_pure_and_has_what_the_row_says(row)
+    test_every_setting_that_it_reads_is_in_the_row(row)
+    test_a_record_that_lacks_a_field_or_has_another_kind_of_it_is_read_or_named(row)
+    test_equal_ids_are_refused_and_a_rationale_is_given_or_asked_for(row, tmp_path)
+    test_its_template_is_a_file_that_its_pair_fills(row)
+    test_a_prepared_set_holds_what_direct_reading_gives(row, tmp_path, tokenizer_model)
+    source = load_source(written(tmp_path / "auto.jsonl", row.sample), ReadOptions())
+    assert source.data_format == "squad" and source.pairs[0].aliases == ("Yar",)
 
+
+def test_the_settings_and_the_scripts_follow_the_table():
     assert get_args(SETTINGS["data_format"][1]) == ("auto", *table.FORMATS)
     assert {row.published for row in ROWS} - {None} == set(official.FORMATS)
     used = {f"{row.template}.toml" for row in ROWS}
