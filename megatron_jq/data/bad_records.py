@@ -44,7 +44,7 @@ class BadRecords:
             cure = "--bad-records drop leaves such records out"
             if not others:
                 raise UserError(f"{first} ({cure})")
-            named = ", ".join(f"{fault.where} ({fault.kind})" for fault in others[:_NAMED_AT_MOST])
+            named = ", ".join(f"{fault.place} ({fault.kind})" for fault in others[:_NAMED_AT_MOST])
             more = ", …" if len(others) > _NAMED_AT_MOST else ""
             raise UserError(f"{first} (and {len(others)} more bad records: {named}{more}; {cure})")
         if num_good == 0:
@@ -57,7 +57,7 @@ def summary_of(faults: Sequence[RecordError]) -> str:
         return ""
     kinds = Counter(fault.kind for fault in faults)
     counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-    named = ", ".join(fault.where for fault in faults[:_NAMED_AT_MOST])
+    named = ", ".join(fault.place for fault in faults[:_NAMED_AT_MOST])
     more = ", …" if len(faults) > _NAMED_AT_MOST else ""
     plural = "s" if len(faults) > 1 else ""
     return f"{len(faults)} bad record{plural} left out ({counted}): {named}{more}"

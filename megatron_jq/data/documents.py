@@ -22,9 +22,9 @@ _TASKS_A_WORKER = 4  # that wait: what was read ahead is held in memory
 
 @dataclass(frozen=True)
 class Text:
-    """One record's texts, by field. where: "path:line"."""
+    """One record's texts, by field. place: "path:line"."""
 
-    where: str
+    place: str
     texts: tuple[str, ...]
 
 
@@ -109,18 +109,18 @@ def _encoded(tokenizer: Tokenizer, text: Text, append_eod: bool) -> Document | t
     try:
         ids = tuple(numpy.array([*tokenizer.encode(t), *end] if t.strip() else [], numpy.int64) for t in text.texts)
     except UserError as error:
-        return text.where, "not in the tokenizer", str(error)
+        return text.place, "not in the tokenizer", str(error)
     return Document(ids, sum(map(len, text.texts)))
 
 
-def _text_of(where: str, record: dict, fields: Sequence[str]) -> Text:
+def _text_of(place: str, record: dict, fields: Sequence[str]) -> Text:
     texts = []
     for field in fields:
         if isinstance(record.get(field), str):
-            texts.append(as_text(record[field], f"field {field!r}", where, kind=f"no {field}", empty_allowed=True))
+            texts.append(as_text(record[field], f"field {field!r}", place, kind=f"no {field}", empty_allowed=True))
         else:
-            texts.append(text_field(record, field, where, "--json-keys"))
-    return Text(where, tuple(texts))
+            texts.append(text_field(record, field, place, "--json-keys"))
+    return Text(place, tuple(texts))
 
 
 def _note(bad: BadRecords, fault: RecordError) -> None:

@@ -49,32 +49,32 @@ def _lines(file: BinaryIO, path: str | Path) -> Iterator[Record | RecordError]:
         line = file.readline(MAX_RECORD_BYTES + 1)
         if not line:
             return
-        where = f"{path}:{number}"
+        place = f"{path}:{number}"
         if len(line) > MAX_RECORD_BYTES:
             size = len(line)
             while not line.endswith(b"\n") and (line := file.readline(MAX_RECORD_BYTES + 1)):
                 size += len(line)
-            yield _too_large(where, size)
+            yield _too_large(place, size)
             continue
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
-            yield _parse(line, where)
+            yield _parse(line, place)
 
 
-def _parse(line: bytes, where: str) -> Record | RecordError:
+def _parse(line: bytes, place: str) -> Record | RecordError:
     try:
-        return where, _object(_DECODER.decode(line.decode("utf-8").rstrip("\n")), where)
+        return place, _object(_DECODER.decode(line.decode("utf-8").rstrip("\n")), place)
     except UnicodeDecodeError as error:
         detail = f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
-        return RecordError(where, "not UTF-8", detail)
+        return RecordError(place, "not UTF-8", detail)
     except json.JSONDecodeError as error:
         detail = f"not JSON at column {error.colno} ({error.msg}); write one object a line"
-        return RecordError(where, "not JSON", detail)
+        return RecordError(place, "not JSON", detail)
     except RecursionError:
-        return RecordError(where, "not JSON", "JSON nested too deeply; write one flat object a line")
+        return RecordError(place, "not JSON", "JSON nested too deeply; write one flat object a line")
     except _NotANumberError as error:
         detail = f"{error} is not a JSON number; write a string or a finite number"
-        return RecordError(where, "not JSON", detail)
+        return RecordError(place, "not JSON", detail)
     except RecordError as error:
         return error
 
@@ -92,17 +92,17 @@ def _list_items(data: bytes, path: str | Path) -> Iterator[Record | RecordError]
         if text.startswith("]", at):
             return
         line += text.count("\n", counted, at)
-        counted, where = at, f"{path}:{line}" + f"[{item}]" * (line == line_before)
+        counted, place = at, f"{path}:{line}" + f"[{item}]" * (line == line_before)
         line_before = line
         try:
             value, end = _DECODER.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            where = f"{path}:{error.lineno}"
-            raise UserError(f"{where}: the JSON list breaks off at column {error.colno} ({error.msg})") from error
+            place = f"{path}:{error.lineno}"
+            raise UserError(f"{place}: the JSON list breaks off at column {error.colno} ({error.msg})") from error
         except (RecursionError, _NotANumberError) as error:
-            raise UserError(f"{where}: the JSON list cannot be read on from this item ({error})") from error
+            raise UserError(f"{place}: the JSON list cannot be read on from this item ({error})") from error
         try:
-            yield (where, _object(value, where)) if end - at <= MAX_RECORD_BYTES else _too_large(where, end - at)
+            yield (place, _object(value, place)) if end - at <= MAX_RECORD_BYTES else _too_large(place, end - at)
         except RecordError as error:
             yield error
         at = _SPACE.match(text, end).end()
@@ -113,17 +113,17 @@ def _list_items(data: bytes, path: str | Path) -> Iterator[Record | RecordError]
             raise UserError(f"{path}:{line}: the JSON list breaks off: a comma or ] is missing")
 
 
-def _object(value: object, where: str) -> dict:
+def _object(value: object, place: str) -> dict:
     if not isinstance(value, dict):
         detail = 'not a JSON object; write one object a line, like {"prompt": …, "answer": …}'
-        raise RecordError(where, "not an object", detail)
+        raise RecordError(place, "not an object", detail)
     return value
 
 
-def _too_large(where: str, size: int) -> RecordError:
+def _too_large(place: str, size: int) -> RecordError:
     limit = MAX_RECORD_BYTES // 2**20
     detail = f"{size / 2**20:.1f} MiB in one record, more than {limit} MiB; cut it, or end its lines"
-    return RecordError(where, f"over {limit} MiB", detail)
+    return RecordError(place, f"over {limit} MiB", detail)
 
 
 class _NotANumberError(Exception):

@@ -195,8 +195,8 @@ def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Bud
         rationale_budget=budgets.rationale_budget if config.objective.row.reads_rationales else None,
         overlong=config.data.overlong_prompts,
     )
-    placed, kept = tuple(map(Placed, fitting.examples, fitting.where)), set(fitting.where)
-    too_long = tuple(one for one in encoded.placed if one.where not in kept)
+    placed, kept = tuple(map(Placed, fitting.examples, fitting.places)), set(fitting.places)
+    too_long = tuple(one for one in encoded.placed if one.place not in kept)
     dropped = (*encoded.bad, *fitting.misfits)
     changed = describe_changed(placed, tokenizer)
     lengths = _lengths(reading.named, encoded.placed)
@@ -229,7 +229,7 @@ def _write(config, folder: Path, template: PromptTemplate, train: Reading, token
 
 
 def _write_dropped(path: Path, dropped: Sequence[RecordError]) -> None:
-    rows = ({"where": fault.where, "kind": fault.kind, "detail": fault.detail} for fault in dropped)
+    rows = ({"where": fault.place, "kind": fault.kind, "detail": fault.detail} for fault in dropped)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -87,7 +87,7 @@ def write_split(folder: Path, split: str, placed: Sequence[Placed]) -> SplitEntr
         for one in placed:
             example = one.example
             row = {
-                "where": one.where,
+                "where": one.place,
                 "prompt": example.prompt_text,
                 "answer": example.answer_text,
                 "aliases": example.aliases,

@@ -31,7 +31,7 @@ class Placed:
     """An example and where its pair came from."""
 
     example: Example
-    where: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EncodedExamples:
 
     examples: tuple[Example, ...]
     overlong: OverlongReport
-    where: tuple[str, ...]  # of each example
+    places: tuple[str, ...]  # of each example
     misfits: tuple[RecordError, ...]
 
 
@@ -88,9 +88,9 @@ class PromptWriter:
             gold = self._continued(pair.answer, self._bridge_ids)
             given = None if pair.rationale is None else self._given(frame, pair.rationale)
         except UserError as error:
-            raise RecordError(pair.where, "not in the tokenizer", str(error)) from error
+            raise RecordError(pair.place, "not in the tokenizer", str(error)) from error
         if not gold:
-            raise RecordError(pair.where, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
+            raise RecordError(pair.place, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
         answer_ids = (*gold, self.tokenizer.eos_id)
         return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases, self._bridge_ids, given)
 
@@ -131,7 +131,7 @@ class PromptWriter:
 
 def encode_pairs(pairs: Sequence[Pair], writer: PromptWriter, bad: BadRecords) -> list[Placed]:
     """Token ids for every pair that has some; faults go to `bad`."""
-    return bad.sieve(enumerate(pairs), lambda row: Placed(writer.example(*row), row[1].where))
+    return bad.sieve(enumerate(pairs), lambda row: Placed(writer.example(*row), row[1].place))
 
 
 def select_fitting(
@@ -156,15 +156,15 @@ def select_fitting(
         excess = _excess(one.example, limits)
         if excess:
             detail = ", ".join(f"{tokens} {part} tokens" for part, tokens in excess.items())
-            misfits.append(RecordError(one.where, f"{next(iter(excess))} too long", detail))
+            misfits.append(RecordError(one.place, f"{next(iter(excess))} too long", detail))
         else:
             fitting.append(one)
-    named = tuple(f"{fault.where} ({fault.detail})" for fault in misfits[:_NAMED_AT_MOST])
+    named = tuple(f"{fault.place} ({fault.detail})" for fault in misfits[:_NAMED_AT_MOST])
     report = OverlongReport(len(misfits), len(placed), named)
     if misfits and (overlong == "error" or not fitting):
         raise UserError(_misfit_message(report, limits, can_drop=bool(fitting)))
-    examples, where = (tuple(one.example for one in fitting), tuple(one.where for one in fitting))
-    return EncodedExamples(examples, report, where, tuple(misfits))
+    examples, places = (tuple(one.example for one in fitting), tuple(one.place for one in fitting))
+    return EncodedExamples(examples, report, places, tuple(misfits))
 
 
 def longest_bridge(placed: Iterable[Placed]) -> int:

@@ -40,7 +40,7 @@ def describe_changed(placed: Sequence[Placed], tokenizer: Tokenizer) -> str:
     Nothing where every y* comes back.
     """
     changed = [
-        f"{one.where} ({one.example.answer_text!r} as {back!r})"
+        f"{one.place} ({one.example.answer_text!r} as {back!r})"
         for one in placed
         if (back := text_of(one.example.answer_ids, tokenizer)).strip() != one.example.answer_text.strip()
     ]

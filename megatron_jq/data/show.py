@@ -11,7 +11,7 @@ _ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t", _BOUNDARY: "\\u
 
 def described(
     example: Example,
-    where: str,
+    place: str,
     tokenizer: Tokenizer,
     *,
     rationale_budget: int,
@@ -27,7 +27,7 @@ def described(
     if not row.samples_answers:
         scored = "weight: the answer's coefficient"
     lines = [
-        where,
+        place,
         f"at most {prompt} + {rationale_budget} + {between} + {answer_budget} = "
         f"{prompt + rationale_budget + 1 + bridge + answer_budget} tokens",
         "",

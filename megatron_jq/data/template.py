@@ -92,32 +92,32 @@ def read_template(path: str | Path) -> PromptTemplate:
     return PromptTemplate(**values, digest=hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
-def _typed(kind: type, table: dict, where: str):
+def _typed(kind: type, table: dict, place: str):
     types = {f.name: f.type for f in fields(kind)}
     for key, value in table.items():
         if key not in types:
-            raise UserError(f"{where} unknown key {key}; {did_you_mean(key, types, f'valid: {list(types)}')}")
+            raise UserError(f"{place} unknown key {key}; {did_you_mean(key, types, f'valid: {list(types)}')}")
         if type(value) is not types[key]:
-            raise UserError(f"{where} {key} = {value!r}: expected {types[key].__name__}")
+            raise UserError(f"{place} {key} = {value!r}: expected {types[key].__name__}")
     missing = [f.name for f in fields(kind) if kind is PaperSetting and f.name not in table]
     if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}")
+        raise UserError(f"{place} lacks {', '.join(missing)}")
     return kind(**table)
 
 
-def _check_style(style: PromptStyle, where: str) -> None:
+def _check_style(style: PromptStyle, place: str) -> None:
     if not style.prompt.strip():
-        raise UserError(f"{where} prompt is empty; write at least {{prompt}}")
+        raise UserError(f"{place} prompt is empty; write at least {{prompt}}")
     if style.system and not style.chat:
-        raise UserError(f"{where} system needs chat = true")
+        raise UserError(f"{place} system needs chat = true")
     for text in (style.prompt, style.system):
         try:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise UserError(f"{where} prompt: {error}; write {{{{ and }}}} for braces") from error
+            raise UserError(f"{place} prompt: {error}; write {{{{ and }}}} for braces") from error
         for _, name, form, conversion in pieces:
             if name is not None and (not name.isidentifier() or form or conversion):
-                raise UserError(f"{where} prompt: {{{name}}} is no piece's name; write {{{{ and }}}} for braces")
+                raise UserError(f"{place} prompt: {{{name}}} is no piece's name; write {{{{ and }}}} for braces")
 
 
 def _filled(text: str, pair: Pair) -> str:
@@ -127,4 +127,4 @@ def _filled(text: str, pair: Pair) -> str:
     except KeyError as error:
         name = str(error.args[0])
         hint = did_you_mean(name, pieces, f"it has {', '.join(pieces)}")
-        raise UserError(f"the prompt template asks for {{{name}}}, which {pair.where} does not have; {hint}") from error
+        raise UserError(f"the prompt template asks for {{{name}}}, which {pair.place} does not have; {hint}") from error

@@ -27,7 +27,7 @@ def is_finqa(record: dict, options: ReadOptions) -> bool:
     return "table" in record and "pre_text" in record and ("qa" in record or "question" in record)
 
 
-def finqa_pair(where: str, record: dict, options: ReadOptions) -> Pair:
+def finqa_pair(place: str, record: dict, options: ReadOptions) -> Pair:
     """Text before, table, text after, question; the gold is the program's result "exe_ans" (on the hub
     "final_result") or the annotator's "answer", as the file writes it. Where the fields of "qa" stand at the top level,
     as on the hub, they are taken from there.
@@ -37,24 +37,24 @@ def finqa_pair(where: str, record: dict, options: ReadOptions) -> Pair:
     gold_field = options.finqa_answer
     qa = record.get("qa", record)
     if not isinstance(qa, dict):
-        raise RecordError(where, "no question", "field 'qa' is not an object")
-    question = text_field(qa, "question", where)
+        raise RecordError(place, "no question", "field 'qa' is not an object")
+    question = text_field(qa, "question", place)
     if gold_field not in qa and (others := [name for name in FINQA_ANSWERS if name in qa]):
         fix = " or ".join(f"--finqa-answer {name}" for name in others)
-        raise RecordError(where, f"no {gold_field}", f"no field {gold_field!r}; the record has another gold: {fix}")
-    gold = text_field(qa, gold_field, where, "--finqa-answer").strip()
-    before, after = (_sentences(record, field, where) for field in ("pre_text", "post_text"))
-    table = table_text(record.get("table", []), where)
+        raise RecordError(place, f"no {gold_field}", f"no field {gold_field!r}; the record has another gold: {fix}")
+    gold = text_field(qa, gold_field, place, "--finqa-answer").strip()
+    before, after = (_sentences(record, field, place) for field in ("pre_text", "post_text"))
+    table = table_text(record.get("table", []), place)
     context = blocks(before, table, after)
     if not context.strip():
-        raise RecordError(where, "empty context", "text and table are empty; there is nothing to reckon on")
+        raise RecordError(place, "empty context", "text and table are empty; there is nothing to reckon on")
     parts = {"pre_text": before, "table": table, "post_text": after, "context": context, "question": question}
-    return Pair(blocks(context, question), gold, where, parts=tuple(parts.items()))
+    return Pair(blocks(context, question), gold, place, parts=tuple(parts.items()))
 
 
-def _sentences(record: dict, field: str, where: str) -> str:
+def _sentences(record: dict, field: str, place: str) -> str:
     sentences = record.get(field, [])
     if not isinstance(sentences, list):
-        raise RecordError(where, "no context", f"field {field!r} is not a list of sentences")
-    texts = (as_text(s, f"a sentence of {field!r}", where, kind="no context", empty_allowed=True) for s in sentences)
+        raise RecordError(place, "no context", f"field {field!r} is not a list of sentences")
+    texts = (as_text(s, f"a sentence of {field!r}", place, kind="no context", empty_allowed=True) for s in sentences)
     return " ".join(text.strip() for text in texts if text.strip())

@@ -35,21 +35,21 @@ def is_hotpotqa(record: dict, options: ReadOptions) -> bool:
     return isinstance(first, list) and len(first) == 2 and isinstance(first[0], str) and isinstance(first[1], list)
 
 
-def hotpotqa_pair(where: str, record: dict, options: ReadOptions) -> Pair:
+def hotpotqa_pair(place: str, record: dict, options: ReadOptions) -> Pair:
     """Paragraphs as "Title: text", then the question. RecordError: no question, no answer, an empty context."""
-    question = text_field(record, "question", where)
+    question = text_field(record, "question", place)
     if record.get("answer") is None:
         detail = "no field 'answer'; the official test files are published without it: take train or dev"
-        raise RecordError(where, "no answer", detail)
-    answer = text_field(record, "answer", where).strip()
-    context = passages_text(_paragraphs(record.get("context"), where), where)
+        raise RecordError(place, "no answer", detail)
+    answer = text_field(record, "answer", place).strip()
+    context = passages_text(_paragraphs(record.get("context"), place), place)
     parts = {"context": context, "question": question}
-    return Pair(blocks(context, question), answer, where, parts=tuple(parts.items()))
+    return Pair(blocks(context, question), answer, place, parts=tuple(parts.items()))
 
 
-def _paragraphs(context: object, where: str) -> list[tuple[str, str]]:
+def _paragraphs(context: object, place: str) -> list[tuple[str, str]]:
     """[[title, [sentence, …]], …] of the official file, or {"title": […], "sentences": [[…], …]} of the hub."""
-    malformed = RecordError(where, "no context", "field 'context' is not a list of [title, sentences]")
+    malformed = RecordError(place, "no context", "field 'context' is not a list of [title, sentences]")
     if isinstance(context, dict):
         titles, texts = context.get("title"), context.get("sentences")
         if not isinstance(titles, list) or not isinstance(texts, list) or len(titles) != len(texts):
@@ -62,7 +62,7 @@ def _paragraphs(context: object, where: str) -> list[tuple[str, str]]:
         if not (isinstance(paragraph, list) and len(paragraph) == 2 and isinstance(paragraph[1], list)):
             raise malformed
         title, *sentences = (
-            as_text(text, "a text of 'context'", where, kind="no context", empty_allowed=True)
+            as_text(text, "a text of 'context'", place, kind="no context", empty_allowed=True)
             for text in (paragraph[0], *paragraph[1])
         )
         passages.append((title, "".join(sentences)))  # sentences begin with the blank that separates them

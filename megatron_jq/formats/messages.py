@@ -39,80 +39,80 @@ def is_messages(record: dict, options: ReadOptions) -> bool:
     return isinstance(record[options.prompt_field], list) and not is_verl
 
 
-def messages_pair(where: str, record: dict, options: ReadOptions) -> Pair:
+def messages_pair(place: str, record: dict, options: ReadOptions) -> Pair:
     """RecordError: not of one of the forms above, an empty message, markers of a rationale in the wrong place."""
     prompt_field, answer_field = options.prompt_field, options.answer_field
     if isinstance(record.get(prompt_field), list):
         prompt, completion = record[prompt_field], record.get("completion")
         if completion is None:
-            answers = answers_of(record, answer_field, where, "--answer-field")
-            return conversation_pair(where, prompt, f"field {prompt_field!r}", *answers)
+            answers = answers_of(record, answer_field, place, "--answer-field")
+            return conversation_pair(place, prompt, f"field {prompt_field!r}", *answers)
         if answer_field in record and answer_field != "completion":
             detail = f"'completion' and {answer_field!r} could both be the gold answer; leave one of them out"
-            raise RecordError(where, "two golds", detail)
-        return _completed(where, prompt, f"field {prompt_field!r}", completion, "field 'completion'")
+            raise RecordError(place, "two golds", detail)
+        return _completed(place, prompt, f"field {prompt_field!r}", completion, "field 'completion'")
     turns = record.get("messages")
     if not isinstance(turns, list):
         detail = f"neither {prompt_field!r} nor 'messages' is a list of messages (--prompt-field names the field)"
-        raise RecordError(where, "no messages", detail)
+        raise RecordError(place, "no messages", detail)
     if not ends_with_answer(turns):
         fix = "end it with the assistant's, or name fields with --prompt-field messages and --answer-field"
-        raise RecordError(where, "no answer", f"the last of 'messages' is not the assistant's turn; {fix}")
-    return _completed(where, turns[:-1], "field 'messages'", turns[-1:], "the last of 'messages'")
+        raise RecordError(place, "no answer", f"the last of 'messages' is not the assistant's turn; {fix}")
+    return _completed(place, turns[:-1], "field 'messages'", turns[-1:], "the last of 'messages'")
 
 
-def _completed(where: str, prompt: list, what: str, completion: object, what_answers: str) -> Pair:
+def _completed(place: str, prompt: list, what: str, completion: object, what_answers: str) -> Pair:
     """The pair of a prompt's messages and a list of the assistant's one."""
     if not isinstance(completion, list) or len(completion) != 1:
-        raise RecordError(where, "no answer", f"{what_answers} is not a list of one message, the assistant's")
-    role, text = _message(completion[0], what_answers, where)
+        raise RecordError(place, "no answer", f"{what_answers} is not a list of one message, the assistant's")
+    role, text = _message(completion[0], what_answers, place)
     if role != "assistant":
         detail = f"{what_answers} has the role {role!r}; the answer is the assistant's turn"
-        raise RecordError(where, "no answer", detail)
+        raise RecordError(place, "no answer", detail)
     if not text:
-        raise RecordError(where, "no answer", f"{what_answers} is empty; fill it or remove the record")
-    rationale, answer = split_completion(text, what_answers, where)
+        raise RecordError(place, "no answer", f"{what_answers} is empty; fill it or remove the record")
+    rationale, answer = split_completion(text, what_answers, place)
     thoughts = [completion[0][name] for name in _THOUGHTS if completion[0].get(name)]
     if len(thoughts) + (rationale is not None) > 1:
-        raise RecordError(where, "two rationales", f"{what_answers} gives its rationale twice; keep one of them")
+        raise RecordError(place, "two rationales", f"{what_answers} gives its rationale twice; keep one of them")
     if thoughts:
-        rationale = text_field({"rationale": thoughts[0]}, "rationale", where)
-    return conversation_pair(where, prompt, what, answer, (), rationale)
+        rationale = text_field({"rationale": thoughts[0]}, "rationale", place)
+    return conversation_pair(place, prompt, what, answer, (), rationale)
 
 
 def conversation_pair(
-    where: str, prompt: object, what: str, gold: str, aliases: tuple[str, ...], rationale: str | None = None
+    place: str, prompt: object, what: str, gold: str, aliases: tuple[str, ...], rationale: str | None = None
 ) -> Pair:
     """Return the pair of a prompt's messages and a gold answer. `what`: the prompt, for errors. RecordError: several
     turns, an empty message, contents other than text.
     """
-    system, user = _system_and_user(prompt, what, where)
+    system, user = _system_and_user(prompt, what, place)
     parts = {"system": system, "user": user}
-    return Pair(blocks(system, user), gold, where, aliases, tuple(parts.items()), rationale)
+    return Pair(blocks(system, user), gold, place, aliases, tuple(parts.items()), rationale)
 
 
-def _system_and_user(prompt: object, what: str, where: str) -> tuple[str, str]:
+def _system_and_user(prompt: object, what: str, place: str) -> tuple[str, str]:
     if not isinstance(prompt, list):
-        raise RecordError(where, "no messages", f"{what} is not a list of messages")
-    turns = [_message(turn, f"message {number} of {what}", where) for number, turn in enumerate(prompt)]
+        raise RecordError(place, "no messages", f"{what} is not a list of messages")
+    turns = [_message(turn, f"message {number} of {what}", place) for number, turn in enumerate(prompt)]
     roles = [role for role, _ in turns]
     if roles not in (["user"], ["system", "user"]):
         detail = f"the prompt in {what} has the roles {', '.join(roles) or 'of nobody'}; it must be one user's message"
-        raise RecordError(where, "several turns", f"{detail}, after a system message or not")
+        raise RecordError(place, "several turns", f"{detail}, after a system message or not")
     system, user = ("", turns[0][1]) if len(turns) == 1 else (turns[0][1], turns[1][1])
     if not user.strip():
-        raise RecordError(where, "no prompt", f"the user's message in {what} is empty")
+        raise RecordError(place, "no prompt", f"the user's message in {what} is empty")
     return system if system.strip() else "", user
 
 
-def _message(turn: object, what: str, where: str) -> tuple[str, str]:
+def _message(turn: object, what: str, place: str) -> tuple[str, str]:
     """(role, text)."""
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
         detail = f'{what} is not {{"role": text, "content": text}}; other contents, such as images, are not read'
-        raise RecordError(where, "no messages", detail)
+        raise RecordError(place, "no messages", detail)
     if unread := [name for name in _UNREAD if turn.get(name)]:
-        raise RecordError(where, "no messages", f"{what} has {unread[0]!r}, which is not read; remove the record")
-    return turn["role"], text_field({"content": turn["content"]}, "content", where) if turn["content"].strip() else ""
+        raise RecordError(place, "no messages", f"{what} has {unread[0]!r}, which is not read; remove the record")
+    return turn["role"], text_field({"content": turn["content"]}, "content", place) if turn["content"].strip() else ""
 
 
 def ends_with_answer(turns: object) -> bool:

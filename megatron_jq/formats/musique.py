@@ -27,37 +27,37 @@ def is_musique(record: dict, options: ReadOptions) -> bool:
     return "question" in record and isinstance(record.get("paragraphs"), list)
 
 
-def musique_pair(where: str, record: dict, options: ReadOptions) -> Pair:
+def musique_pair(place: str, record: dict, options: ReadOptions) -> Pair:
     """Paragraphs as "Title: text", then the question. RecordError: as for HotPotQA, and for a question that the set
     itself marks as not answerable.
     """
     answerable = record.get("answerable", True)
     if answerable is False:
-        raise RecordError(where, "not answerable", "answerable is false; take the answerable set (musique_ans)")
+        raise RecordError(place, "not answerable", "answerable is false; take the answerable set (musique_ans)")
     if answerable is not True:
         detail = f"field 'answerable' is {answerable!r}; it must be true or false"
-        raise RecordError(where, "answerable or not", detail)
-    question = text_field(record, "question", where)
-    answer = text_field(record, "answer", where).strip()
+        raise RecordError(place, "answerable or not", detail)
+    question = text_field(record, "question", place)
+    answer = text_field(record, "answer", place).strip()
     aliases = record.get("answer_aliases", [])
     if not isinstance(aliases, list):
-        raise RecordError(where, "no aliases", "field 'answer_aliases' is not a list")
+        raise RecordError(place, "no aliases", "field 'answer_aliases' is not a list")
     aliases = [
-        as_text(alias, "an item of 'answer_aliases'", where, kind="no aliases", empty_allowed=True).strip()
+        as_text(alias, "an item of 'answer_aliases'", place, kind="no aliases", empty_allowed=True).strip()
         for alias in aliases
     ]
-    context = passages_text(_paragraphs(record.get("paragraphs"), where), where)
+    context = passages_text(_paragraphs(record.get("paragraphs"), place), place)
     parts = {"context": context, "question": question}
     prompt = blocks(context, question)
-    return Pair(prompt, answer, where, distinct_aliases(answer, aliases), tuple(parts.items()))
+    return Pair(prompt, answer, place, distinct_aliases(answer, aliases), tuple(parts.items()))
 
 
-def _paragraphs(paragraphs: object, where: str) -> list[tuple[str, str]]:
+def _paragraphs(paragraphs: object, place: str) -> list[tuple[str, str]]:
     if not isinstance(paragraphs, list) or not all(isinstance(paragraph, dict) for paragraph in paragraphs):
-        raise RecordError(where, "no context", "field 'paragraphs' is not a list of objects")
+        raise RecordError(place, "no context", "field 'paragraphs' is not a list of objects")
     return [
         tuple(
-            as_text(paragraph.get(field), f"{field!r} of a paragraph", where, kind="no context", empty_allowed=True)
+            as_text(paragraph.get(field), f"{field!r} of a paragraph", place, kind="no context", empty_allowed=True)
             for field in ("title", "paragraph_text")
         )
         for paragraph in paragraphs

@@ -19,7 +19,7 @@ def has_named_fields(record: dict, options: ReadOptions) -> bool:
     return options.answer_field in record and ends_with_answer(record.get("messages"))
 
 
-def named_pair(where: str, record: dict, options: ReadOptions) -> Pair:
+def named_pair(place: str, record: dict, options: ReadOptions) -> Pair:
     """Return the pair of two fields. A value is a non-empty string, or a number, which is taken as its text in the
     file. A list of answers is the gold one and others that count as right.
 
@@ -28,10 +28,10 @@ def named_pair(where: str, record: dict, options: ReadOptions) -> Pair:
     field = options.prompt_field
     if isinstance(lookup(record, field), list):
         detail = f"field {field!r} is a list; write a string, or give --data-format messages for chat messages"
-        raise RecordError(where, f"no {field}", detail)
+        raise RecordError(place, f"no {field}", detail)
     if field not in record and isinstance(record.get("conversations"), list):
         detail = "'conversations' is not read; write it as 'messages', with 'role' and 'content' for 'from' and 'value'"
-        raise RecordError(where, f"no {field}", detail)
-    prompt = text_field(record, field, where, "--prompt-field")
-    gold, aliases = answers_of(record, options.answer_field, where, "--answer-field")
-    return Pair(prompt, gold, where, aliases)
+        raise RecordError(place, f"no {field}", detail)
+    prompt = text_field(record, field, place, "--prompt-field")
+    gold, aliases = answers_of(record, options.answer_field, place, "--answer-field")
+    return Pair(prompt, gold, place, aliases)

@@ -13,7 +13,7 @@ class Pair:
 
     prompt: str
     answer: str
-    where: str
+    place: str
     aliases: tuple[str, ...] = ()
     parts: tuple[tuple[str, str], ...] = ()
     rationale: str | None = None

@@ -6,6 +6,6 @@ from megatron_jq.errors import UserError
 class RecordError(UserError):
     """One record's fault. kind: a few words that its like share, to count by; str(): "path:line: " and the detail."""
 
-    def __init__(self, where: str, kind: str, detail: str):
-        super().__init__(f"{where}: {detail}")
-        self.where, self.kind, self.detail = where, kind, detail
+    def __init__(self, place: str, kind: str, detail: str):
+        super().__init__(f"{place}: {detail}")
+        self.place, self.kind, self.detail = place, kind, detail

@@ -154,7 +154,7 @@ def format_named(name: str) -> DataFormat:
     return FORMATS[name]
 
 
-def recognise(where: str, record: dict, options: ReadOptions) -> DataFormat:
+def recognise(place: str, record: dict, options: ReadOptions) -> DataFormat:
     """The format that "auto" means for a record. A prompt field that the options name goes before the forms of
     published sets; a record of no form is read by --prompt-field and --answer-field, whose errors name what it lacks.
 
@@ -165,7 +165,7 @@ def recognise(where: str, record: dict, options: ReadOptions) -> DataFormat:
     if len(forms) > 1:
         names = " and of ".join(row.name for row in forms)
         choices = "; ".join(f"--data-format {row.name} takes {row.gold.replace('`', '')}" for row in forms)
-        raise UserError(f"{where}: the record has the form of {names}, which take different gold answers: {choices}")
+        raise UserError(f"{place}: the record has the form of {names}, which take different gold answers: {choices}")
     return forms[0] if forms else FORMATS["jsonl"]
 
 

@@ -27,23 +27,23 @@ def is_verl(record: dict, options: ReadOptions) -> bool:
     return isinstance(record.get(options.prompt_field), list) and isinstance(reward, dict) and "ground_truth" in reward
 
 
-def verl_pair(where: str, record: dict, options: ReadOptions) -> Pair:
+def verl_pair(place: str, record: dict, options: ReadOptions) -> Pair:
     """RecordError: another form, a gold answer that a model or tests judge there."""
     reward = record.get("reward_model")
     if not isinstance(reward, dict):
-        raise RecordError(where, "no reward_model", "field 'reward_model' is not an object with 'ground_truth'")
+        raise RecordError(place, "no reward_model", "field 'reward_model' is not an object with 'ground_truth'")
     style = reward.get("style", "rule")
     if style != "rule":
         detail = f"reward_model.style is {style!r}: its text is no gold answer; only 'rule' is read"
-        raise RecordError(where, "no gold answer", detail)
+        raise RecordError(place, "no gold answer", detail)
     truth = reward.get("ground_truth")
     if isinstance(truth, dict) and list(truth) == ["target"]:
         truth = truth["target"]
     if isinstance(truth, dict) or (isinstance(truth, str) and _is_json_object(truth)):
         detail = f"{GROUND_TRUTH} is an object, such as tests for code, and no answer; write a text or a list of texts"
-        raise RecordError(where, "no gold answer", detail)
-    answers = answers_of({GROUND_TRUTH: truth} if truth is not None else {}, GROUND_TRUTH, where)
-    return conversation_pair(where, record.get(options.prompt_field), f"field {options.prompt_field!r}", *answers)
+        raise RecordError(place, "no gold answer", detail)
+    answers = answers_of({GROUND_TRUTH: truth} if truth is not None else {}, GROUND_TRUTH, place)
+    return conversation_pair(place, record.get(options.prompt_field), f"field {options.prompt_field!r}", *answers)
 
 
 def _is_json_object(text: str) -> bool:

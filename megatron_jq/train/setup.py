@@ -277,7 +277,7 @@ def _fitted(
         answer_budget,
         tokenizer_path,
         encoded[-1].data_format,
-        train.where,
+        train.places,
         encoded[1].total if heldout else 0,
     )
     return data, overlong

@@ -27,7 +27,7 @@ def test_a_file_is_known_by_its_bytes_and_faults_of_a_gzipped_one_are_named_by_t
     path = write(tmp_path, gzip.compress(b"\xef\xbb\xbf" + LINE + b"\n" + b'{"prompt": "a"}\n'), name)
     with pytest.raises(UserError, match=f"^{path}:3: no field 'answer'"):
         load_pairs(path)
-    assert [p.where for p in load_source(path, ReadOptions(bad_records="drop")).pairs] == [f"{path}:1"]
+    assert [p.place for p in load_source(path, ReadOptions(bad_records="drop")).pairs] == [f"{path}:1"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
@@ -70,7 +70,7 @@ def test_rows_of_a_parquet_file_are_named_by_their_number_and_empty_columns_are_
     with pytest.raises(UserError, match=rf"^{path}\[1\]: no field 'answer'; the line has prompt"):
         load_pairs(path)
     source = load_source(path, ReadOptions(bad_records="drop"))
-    assert [pair.where for pair in source.pairs] == [f"{path}[0]", f"{path}[2]"]
+    assert [pair.place for pair in source.pairs] == [f"{path}[0]", f"{path}[2]"]
     parquet.write_table(arrow.Table.from_pylist(rows[:0], schema=arrow.schema([("prompt", arrow.string())])), path)
     with pytest.raises(UserError, match=f"^--train-data {path} is empty"):
         load_pairs(path)

@@ -46,7 +46,7 @@ def test_a_number_is_its_text_in_the_file(tmp_path, number):
 def test_windows_line_ends_a_byte_order_mark_and_line_separators_inside_strings_are_read(tmp_path):
     text = json.dumps({"prompt": "a\u2028b\x85c", "answer": "d"}, ensure_ascii=False)
     path = write(tmp_path, b"\xef\xbb\xbf" + text.encode() + b"\r\n" + GOOD)
-    assert [(p.prompt, p.where) for p in load_pairs(str(path), data_format="jsonl")] == [
+    assert [(p.prompt, p.place) for p in load_pairs(str(path), data_format="jsonl")] == [
         ("a\u2028b\x85c", f"{path}:1"),
         ("two and two", f"{path}:2"),
     ]
@@ -145,7 +145,7 @@ def test_auto_takes_gsm8k_by_its_first_line_and_other_fields_as_they_stand(tmp_p
 
 def test_count_takes_the_first_rows_and_must_be_positive(tmp_path):
     path = write(tmp_path, GOOD * 5)
-    assert [pair.where for pair in load_pairs(str(path), count=2)] == [f"{path}:1", f"{path}:2"]
+    assert [pair.place for pair in load_pairs(str(path), count=2)] == [f"{path}:1", f"{path}:2"]
     assert len(load_pairs(str(path), count=9)) == 5
     with pytest.raises(UserError, match="was asked for 0 examples"):
         load_pairs(str(path), count=0)
@@ -168,7 +168,7 @@ def test_an_unknown_format_is_refused_with_the_nearest_name(tmp_path):
 
 def test_builtin_pairs_say_where_they_come_from():
     pairs = load_pairs("builtin:recall", count=3, seed=5, split="heldout")
-    assert [pair.where for pair in pairs] == [f"builtin:recall[{row}]" for row in range(3)]
+    assert [pair.place for pair in pairs] == [f"builtin:recall[{row}]" for row in range(3)]
     assert pairs != load_pairs("builtin:recall", count=3, seed=5, split="train")
 
 

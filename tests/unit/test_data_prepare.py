@@ -32,8 +32,8 @@ def placed(count: int, start: int = 0) -> list[Placed]:
     ]
 
 
-def where(some) -> list[str]:
-    return [one.where for one in some]
+def place(some) -> list[str]:
+    return [one.place for one in some]
 
 
 def write(tmp_path, count=30, name="data.jsonl", start=0, **extra) -> str:
@@ -65,7 +65,7 @@ def test_splits_have_the_asked_sizes_never_meet_and_keep_the_order(train, valida
     splits = cut({("train", "validation"): rows}, sizes, seed)
     assert {name: len(some) for name, some in splits.items()} == sizes
     chosen = [row for some in splits.values() for row in some]
-    assert len({row.where for row in chosen}) == len(chosen)
+    assert len({row.place for row in chosen}) == len(chosen)
     for some in splits.values():
         assert [row.example.index for row in some] == sorted(row.example.index for row in some)
 
@@ -74,17 +74,17 @@ def test_a_split_depends_on_the_examples_and_the_seed_and_not_on_their_order():
     rows, sizes = placed(40), {"train": None, "test": 9}
     splits = cut({("train", "test"): rows}, sizes, 5)
     again = cut({("train", "test"): rows[::-1]}, sizes, 5)
-    assert {name: sorted(where(some)) for name, some in splits.items()} == {
-        name: sorted(where(some)) for name, some in again.items()
+    assert {name: sorted(place(some)) for name, some in splits.items()} == {
+        name: sorted(place(some)) for name, some in again.items()
     }
     assert len(splits["train"]) == 31
-    assert where(splits["test"]) != where(cut({("train", "test"): rows}, sizes, 6)["test"])
+    assert place(splits["test"]) != place(cut({("train", "test"): rows}, sizes, 6)["test"])
 
 
 def test_a_split_is_these_rows_on_every_machine():
     splits = cut({("train", "validation"): placed(12)}, {"train": None, "validation": 3}, 1234)
-    keys = {row.where: hashlib.sha256(f"1234\0question {i}\0{i}".encode()).digest() for i, row in enumerate(placed(12))}
-    assert set(where(splits["validation"])) == set(sorted(keys, key=keys.get)[-3:])
+    keys = {row.place: hashlib.sha256(f"1234\0question {i}\0{i}".encode()).digest() for i, row in enumerate(placed(12))}
+    assert set(place(splits["validation"])) == set(sorted(keys, key=keys.get)[-3:])
 
 
 def test_a_source_that_is_too_small_or_two_rests_are_refused():
@@ -298,7 +298,7 @@ def test_rows_that_are_left_out_are_counted_by_reason_and_named_by_file_and_line
     ]
     assert "1 answer too long, 1 no answer, 1 not JSON, 1 prompt too long" in done.report
     assert f"| --train-data {path} | 4 | 3 | 3 | 4 |" in done.report
-    assert [one.where for one in read_prepared(str(done.folder), "train").placed] == [f"{path}:1", f"{path}:5"]
+    assert [one.place for one in read_prepared(str(done.folder), "train").placed] == [f"{path}:1", f"{path}:5"]
 
 
 def test_records_of_a_list_on_one_line_are_told_apart(tmp_path):
@@ -312,7 +312,7 @@ def test_records_of_a_list_on_one_line_are_told_apart(tmp_path):
     (dropped,) = (json.loads(line) for line in (done.folder / "dropped.jsonl").read_text().splitlines())
     assert dropped["where"] == f"{path}:1[3]"
     kept = read_prepared(str(done.folder), "train").placed
-    assert [one.where for one in kept] == [f"{path}:1", *(f"{path}:1[{i}]" for i in (1, 2, 4))]
+    assert [one.place for one in kept] == [f"{path}:1", *(f"{path}:1[{i}]" for i in (1, 2, 4))]
 
 
 def test_the_paper_s_sizes_are_a_preset_where_there_are_some(tmp_path, capsys):

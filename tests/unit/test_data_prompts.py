@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory):
 def encode_examples(pairs, tokenizer, **limits) -> EncodedExamples:
     """Every pair as it stands, without a template, and then what fits of them."""
     writer = PromptWriter(PromptStyle(), tokenizer)
-    placed = [Placed(writer.example(index, one), one.where) for index, one in enumerate(pairs)]
+    placed = [Placed(writer.example(index, one), one.place) for index, one in enumerate(pairs)]
     return select_fitting(placed, **limits)
 
 

@@ -101,7 +101,7 @@ def test_finqa_gives_text_table_text_question_and_the_gold_by_option(tmp_path):
         "( a ) figures are rounded .\n\n"
         "what was the growth rate of revenue in 2017 ?"
     )
-    assert pair.answer == "0.20500" and pair.where == f"{path}:2"  # the number as the file writes it
+    assert pair.answer == "0.20500" and pair.place == f"{path}:2"  # the number as the file writes it
     assert dict(pair.parts)["table"] == "( in millions ) | 2017 | 2016\nrevenue | $ 120.5 | $ 100.0"
     (pair,) = load_source(str(path), ReadOptions(finqa_answer="answer")).pairs
     assert pair.answer == "20.5%"
@@ -189,7 +189,7 @@ def test_auto_passes_over_bad_records_and_leaves_an_asked_for_prompt_field_alone
     path = tmp_path / "data.jsonl"
     path.write_text("{broken\n" + json.dumps(MUSIQUE) + "\n")
     source = load_source(str(path), ReadOptions(bad_records="drop"))
-    assert source.data_format == "musique" and [fault.where for fault in source.bad] == [f"{path}:1"]
+    assert source.data_format == "musique" and [fault.place for fault in source.bad] == [f"{path}:1"]
     with_prompt = write_lines(tmp_path, changed(MUSIQUE, prompt="p"))
     assert load_source(with_prompt, ReadOptions()).data_format == "jsonl"
 
@@ -231,8 +231,8 @@ def test_a_bad_record_is_refused_by_file_and_line_or_dropped_and_counted(tmp_pat
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
     assert "--bad-records drop" in str(error.value)
     source = load_source(path, ReadOptions(data_format, bad_records="drop"))
-    assert [pair.where for pair in source.pairs] == [f"{path}:1"]
-    assert [(fault.where, fault.kind) for fault in source.bad] == [(f"{path}:2", kind)]
+    assert [pair.place for pair in source.pairs] == [f"{path}:1"]
+    assert [(fault.place, fault.kind) for fault in source.bad] == [(f"{path}:2", kind)]
 
 
 @pytest.mark.parametrize("data_format", RECORDS)
@@ -271,7 +271,7 @@ def test_a_line_of_ten_megabytes_is_bad_and_the_lines_around_it_are_read(tmp_pat
     with pytest.raises(UserError, match=f"^{path}:2: 9.5 MiB in one record, more than 4 MiB"):
         load_pairs(str(path))
     source = load_source(str(path), ReadOptions(bad_records="drop"))
-    assert [pair.where for pair in source.pairs] == [f"{path}:1", f"{path}:3"]
+    assert [pair.place for pair in source.pairs] == [f"{path}:1", f"{path}:3"]
     assert [fault.kind for fault in source.bad] == ["over 4 MiB"]
 
 
@@ -295,10 +295,10 @@ def test_a_json_list_reads_as_its_lines_do(tmp_path):
         path.write_text(text, encoding="utf-8")
         pairs = load_pairs(str(path))
         assert [(p.prompt, p.answer) for p in pairs] == [(p.prompt, p.answer) for p in lines]
-        assert len({pair.where for pair in pairs}) == len(pairs)
+        assert len({pair.place for pair in pairs}) == len(pairs)
         for item, pair in enumerate(pairs):  # the line that is named is the one on which the record begins
-            line, place = re.fullmatch(r".*:(\d+)(?:\[(\d+)\])?", pair.where).groups()
-            assert place in (None, str(item))
+            line, offset = re.fullmatch(r".*:(\d+)(?:\[(\d+)\])?", pair.place).groups()
+            assert offset in (None, str(item))
             line = int(line)
             assert path.read_text(encoding="utf-8-sig").split("\n")[line - 1].lstrip(" [")[:1] == "{"
 
@@ -327,8 +327,8 @@ def test_bytes_of_a_json_list_that_are_not_utf8_spoil_their_record_alone(tmp_pat
     good = b'{"prompt": "a", "answer": "b", "unread": "\xff"}'
     path.write_bytes(b"[" + good + b',\n{"prompt": "a\xff", "answer": "b"},\n' + good + b"]")
     source = load_source(str(path), ReadOptions(bad_records="drop"))
-    assert [pair.where for pair in source.pairs] == [f"{path}:1", f"{path}:3"]
-    assert [(fault.where, fault.kind) for fault in source.bad] == [(f"{path}:2", "not UTF-8")]
+    assert [pair.place for pair in source.pairs] == [f"{path}:1", f"{path}:3"]
+    assert [(fault.place, fault.kind) for fault in source.bad] == [(f"{path}:2", "not UTF-8")]
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_hub_sources_ask_for_set_configuration_split_and_revision(monkeypatch, s
     fake = FakeHub([{"question": "q", "answer": "so\n#### 1,000"}])
     monkeypatch.setitem(sys.modules, "datasets", fake)
     (pair,) = load_source(source, ReadOptions(), split=split).pairs
-    assert (pair.prompt, pair.answer, pair.where) == ("q", "1000", f"{source}[0]")
+    assert (pair.prompt, pair.answer, pair.place) == ("q", "1000", f"{source}[0]")
     assert fake.asked == [asked]
 
 

@@ -35,7 +35,7 @@ def test_every_reader_reads_every_container_alike(record, container, tmp_path, m
     plain = load_source(lines(tmp_path, record(*GOOD), record(*ANOTHER)), ReadOptions())
     assert [pair.prompt for pair in read.pairs] == [pair.prompt for pair in plain.pairs]
     places = {"lines": ":1", "gz": ":1", "list": ":1", "list.gz": ":1", "parquet": "[0]", "hub": "[0]"}
-    assert read.pairs[0].where == source + places[container]
+    assert read.pairs[0].place == source + places[container]
 
 
 @pytest.mark.parametrize("blanks", [" ", "\n", "\r\n", "\t", "\u00a0"])

@@ -79,7 +79,7 @@ def test_its_pair_is_pure_and_has_what_the_row_says(row):
     record = copy.deepcopy(row.sample)
     pair = row.pair(PLACE, record, ReadOptions())
     assert record == row.sample and row.pair(PLACE, record, ReadOptions()) == pair
-    assert pair.where == PLACE and pair.prompt.strip() and pair.answer.strip()
+    assert pair.place == PLACE and pair.prompt.strip() and pair.answer.strip()
     assert tuple(name for name, _ in pair.parts) == row.pieces
     assert all(text in pair.prompt for _, text in pair.parts)
     assert pair.answer not in pair.aliases and len(set(pair.aliases)) == len(pair.aliases)

@@ -120,5 +120,5 @@ def test_what_does_not_come_back_is_counted_and_named(tokenizer):
         assert told == ""
     else:
         first = changed[0]
-        assert told.startswith(f"the tokenizer changes {len(changed)} of {len(placed)} gold answers: {first.where} (")
+        assert told.startswith(f"the tokenizer changes {len(changed)} of {len(placed)} gold answers: {first.place} (")
         assert repr(first.example.answer_text) in told and told.count("a.jsonl:") == min(3, len(changed))
