@@ -86,19 +86,28 @@ class TrainingSequence:
 class Coefficients:
     """Constants of the surrogate loss -(1/B) sum_b (1/M_b) sum_m [rationale ln p(z|x) + answer ln p(y|x,z)].
 
-    Both float64 [B, M], already divided by B and M_b (or K), without gradient. A masked entry is exactly zero.
+    All float64 [B, M], already divided by B and M_b (or K), without gradient. A masked entry is exactly zero.
+    kl_weight_BM: beta of the penalty on the KL to a reference, which the loss adds; None without one.
     """
 
     rationale_BM: torch.Tensor
     answer_BM: torch.Tensor
+    kl_weight_BM: torch.Tensor | None = None
 
-    def times(self, factor: float) -> "Coefficients":
-        """Return those of `factor` times the loss."""
-        return Coefficients(self.rationale_BM * factor, self.answer_BM * factor)
+    def of_loss(self, scale: float = 1.0) -> "Coefficients":
+        """Return what ln p is multiplied by in `scale` times the loss: the one place where the sign changes."""
+        kl_weight_BM = None if self.kl_weight_BM is None else self.kl_weight_BM * scale
+        return Coefficients(self.rationale_BM * -scale, self.answer_BM * -scale, kl_weight_BM)
+
+    @property
+    def weighed_BM(self) -> torch.Tensor:
+        """Which sequences have a gradient: those with a coefficient that is not zero. bool [B, M]."""
+        weighed_BM = (self.rationale_BM != 0) | (self.answer_BM != 0)
+        return weighed_BM if self.kl_weight_BM is None else weighed_BM | (self.kl_weight_BM != 0)
 
     @property
     def largest(self) -> float:
-        """Largest magnitude in both tables; 0 where there is none."""
+        """Largest magnitude of a coefficient of ln p; 0 where there is none."""
         return max((t.abs().max().item() for t in (self.rationale_BM, self.answer_BM) if t.numel()), default=0.0)
 
 

@@ -1,12 +1,13 @@
 """F4: instruments: a clock from barrier to barrier, counters of positions, memory and messages, a matrix product."""
 
+import contextlib
 import ctypes
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_jq.model.policy import Policy
 from megatron_jq.model.rows import Rows
 from megatron_jq.parallel.runtime import Runtime, peak_memory_bytes
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Memory:
 
 
 class Meter:
-    """Runs a piece of work on all processes at once and says what it took.
+    """Enter its instruments around work that all processes do at once.
 
     The clock runs alone: counting messages and giving memory back would slow down what is timed. policy: the first of
     this rank's model chunks, which every row passes once.
@@ -74,22 +73,24 @@ class Meter:
         self.memory = Memory(runtime)
         self._policy, self._runtime = policy, runtime
 
-    def together(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait until every process and device has done what was asked of it so far."""
         if self._runtime.device.type == "cuda":
             torch.cuda.synchronize(self._runtime.device)
         dist.barrier()
 
-    def time(self, work: Callable[[], T]) -> tuple[T, float]:
-        """(result, seconds until the last process had finished)."""
-        self.together()
+    @contextlib.contextmanager
+    def time(self, note: Callable[[float], None]) -> Iterator[None]:
+        """Note the seconds until the last process had finished."""
+        self.wait_for_all()
         began = time.perf_counter()
-        result = work()
-        self.together()
-        return result, time.perf_counter() - began
+        yield
+        self.wait_for_all()
+        note(time.perf_counter() - began)
 
-    def examine(self, work: Callable[[], T]) -> tuple[T, Findings]:
-        """(result, all but the time). Positions are counted where they enter the policy, in every phase alike."""
+    @contextlib.contextmanager
+    def examine(self, note: Callable[[Findings], None]) -> Iterator[None]:
+        """Note all but the time. Positions are counted where they enter the policy, in every phase alike."""
         positions = head_positions = 0
 
         def count(policy: Policy, arguments: tuple[Rows]) -> None:
@@ -100,10 +101,9 @@ class Meter:
         hook = self._policy.register_forward_pre_hook(count)
         self.memory.forget_peak()
         with MessageCounter() as counter:
-            result = work()
+            yield
         hook.remove()
-        peak = self.memory.peak_above_baseline()
-        return result, Findings(positions, head_positions, peak, counter.counted())
+        note(Findings(positions, head_positions, self.memory.peak_above_baseline(), counter.counted()))
 
 
 class MessageCounter(TorchDispatchMode):

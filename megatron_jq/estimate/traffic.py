@@ -164,7 +164,7 @@ def _rollout(plan: Plan, stage: int) -> list[Message]:
         Message("rollout", "pp", "broadcast", "drawn tokens", draws, 2 * drawn * rationales * FLOAT64, plan.pp)
     )
     if plan.tail_tokens:
-        messages.append(Message("rollout", "pp", "broadcast", "ln w", len(waves), 2 * rationales * FLOAT64, plan.pp))
+        messages.append(Message("rollout", "pp", "broadcast", "ln w", len(waves), rationales * FLOAT64, plan.pp))
     return messages
 
 

@@ -28,9 +28,9 @@ from megatron_jq.evaluate.loop import fill
 from megatron_jq.evaluate.report import make_folder, write_results
 from megatron_jq.evaluate.reward import Reward, reward_of
 from megatron_jq.evaluate.samples import Header, SampleFile, read_samples
-from megatron_jq.model.build import build_options, build_policies
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
+from megatron_jq.rollout.build import build_sampler
 from megatron_jq.rollout.engine import SamplingOptions
 from megatron_jq.rollout.megatron import MegatronEngine
 from megatron_jq.seeds import evaluation_seed
@@ -144,13 +144,12 @@ def _open(path: Path, job: EvaluationJob) -> SampleFile:
 
 
 def _engine(job: EvaluationJob, checkpoint: Found, runtime: Runtime) -> MegatronEngine:
-    config, bf16 = job.config, job.config.model.bf16
-    options = build_options(config, job.architecture.vocab_size)
-    policies = build_policies(job.architecture, options, runtime)
-    if bf16:
-        policies = [policy.bfloat16() for policy in policies]  # as Megatron-core's mixed-precision wrapper does
-    load_weights(checkpoint, policies, runtime)
-    return MegatronEngine(policies, runtime, max_rows=config.rollout.rollout_batch_size)
+    sampler = build_sampler(job.config, job.architecture, job.architecture.vocab_size, runtime)
+    if job.config.model.bf16:
+        for policy in sampler.policies:
+            policy.bfloat16()  # as Megatron-core's mixed-precision wrapper does
+    load_weights(checkpoint, sampler.policies, runtime)
+    return sampler.engine
 
 
 def _generate(

@@ -4,6 +4,8 @@ It sees only rows whose next token is scored, keeps the vocabulary split over te
 are split over context-parallel ranks, adds the ranks' partial sums. No power of a likelihood is taken here.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +13,23 @@ from torch import Tensor
 from megatron_jq.model.rows import ScoreHead
 from megatron_jq.parallel.logprob import linear_log_probs
 from megatron_jq.parallel.weighted_logprob import log_probs_as_trained, weighted_log_probs
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What the head returns for a micro-batch of n sequences; float64, nats, [n]. N scored tokens.
+
+    log_z_n: ln p(z|x) over the sampled tokens (0 where they are not scored). log_w_n: ln p(y|x,z) of the answer that
+    the sequence holds. Both without gradient where there is a loss. loss: the sum over tokens of coefficient · ln p, or
+    what head.rule makes of it; None where the head has no coefficients. log_prob_N: with head.by_token. rule_sums: with
+    head.rule (TokenRule.figures).
+    """
+
+    log_z_n: Tensor
+    log_w_n: Tensor
+    loss: Tensor | None = None
+    log_prob_N: Tensor | None = None
+    rule_sums: Tensor | None = None
 
 
 def score_rows(
@@ -22,12 +41,11 @@ def score_rows(
     cp=None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-) -> Tensor | tuple[Tensor, ...]:
-    """Table [n, 2] float64 of log-likelihoods; with head.coefficient_N (loss, table), the table without gradient. With
-    head.by_token ln p of each token, [N], comes last: (loss, table, tokens), or (table, tokens) without gradient.
+) -> HeadOutput:
+    """Return the log-likelihoods of each sequence, and with head.coefficient_N the loss.
 
     hidden_NH: states at head.position_N, alike on all ranks of tp; weight_VH: this rank's shard. cp: the rows are split
-    over this group and the table is summed over it; the loss stays this rank's part, whose gradients Megatron-core adds
+    over this group and the sums are added over it; the loss stays this rank's part, whose gradients Megatron-core adds
     over data- and context-parallel ranks.
     """
     options = {
@@ -35,36 +53,33 @@ def score_rows(
         "vocab_size": vocab_size,
         "inverse_temperature_T": head.inverse_temperature_N,
     }
-    coefficient_N = head.coefficient_N
+    targets = (hidden_NH, weight_VH, head.target_N)
     if head.by_token:
-        return _by_token(hidden_NH, weight_VH, head, tp, cp, options)
-    if coefficient_N is not None and head.top_p_N is None:
-        loss, log_prob_N = weighted_log_probs(hidden_NH, weight_VH, head.target_N, coefficient_N, tp, **options)
-        return loss, _table(log_prob_N, head, cp)
-    log_prob_N = linear_log_probs(hidden_NH, weight_VH, head.target_N, tp, top_p_T=head.top_p_N, **options)
-    if coefficient_N is not None:
-        return (coefficient_N * log_prob_N).sum(), _table(log_prob_N.detach(), head, cp)
-    return _table(log_prob_N, head, cp)
-
-
-def _by_token(hidden_NH: Tensor, weight_VH: Tensor, head: ScoreHead, tp, cp, options) -> tuple[Tensor, ...]:
-    """score_rows with ln p of each token."""
-    assert head.top_p_N is None, "a token outside another policy's nucleus has probability zero there"
+        assert head.top_p_N is None, "a token outside another policy's nucleus has probability zero there"
+    if head.coefficient_N is None and head.by_token:
+        log_prob_N = log_probs_as_trained(*targets, tp, **options)
+        return HeadOutput(*_by_sequence(log_prob_N, head, cp), log_prob_N=log_prob_N)
+    if head.coefficient_N is not None and head.top_p_N is None:
+        rule = head.rule
+        loss, log_prob_N = weighted_log_probs(*targets, head.coefficient_N, tp, rule=rule, **options)
+        table = _by_sequence(log_prob_N, head, cp)
+        if rule is None:
+            return HeadOutput(*table, loss)
+        return HeadOutput(*table, loss, log_prob_N, rule.figures(head.coefficient_N, log_prob_N))
+    log_prob_N = linear_log_probs(*targets, tp, top_p_T=head.top_p_N, **options)
     if head.coefficient_N is None:
-        log_prob_N = log_probs_as_trained(hidden_NH, weight_VH, head.target_N, tp, **options)
-        return _table(log_prob_N, head, cp), log_prob_N
-    loss, log_prob_N = weighted_log_probs(
-        hidden_NH, weight_VH, head.target_N, head.coefficient_N, tp, rule=head.rule, **options
-    )
-    return loss, _table(log_prob_N, head, cp), log_prob_N
+        return HeadOutput(*_by_sequence(log_prob_N, head, cp))
+    return HeadOutput(*_by_sequence(log_prob_N.detach(), head, cp), (head.coefficient_N * log_prob_N).sum())
 
 
-def _table(log_prob_N: Tensor, head: ScoreHead, cp) -> Tensor:
-    """Sums by sequence and column. They run over hundreds of tokens and are exponentiated next: float64."""
-    table = torch.zeros(2 * head.num_sequences, dtype=torch.float64, device=log_prob_N.device)
-    # Not index_add: on CUDA its order of summation varies, and tensor-parallel ranks must find the same table.
-    table = table.index_put((head.cell_N,), log_prob_N.double(), accumulate=True)
+def _by_sequence(log_prob_N: Tensor, head: ScoreHead, cp) -> tuple[Tensor, Tensor]:
+    """Sums by sequence: (ln p(z|x), ln p(y|x,z)). They run over hundreds of tokens and are exponentiated next: float64.
+    """
+    sum_2n = torch.zeros(2 * head.num_sequences, dtype=torch.float64, device=log_prob_N.device)
+    # Not index_add: on CUDA its order of summation varies, and tensor-parallel ranks must find the same sums.
+    sum_2n = sum_2n.index_put((head.cell_N,), log_prob_N.double(), accumulate=True)
     if cp is not None and cp.size() > 1:
-        assert not table.requires_grad, "under context parallelism gradients flow through the loss, not the table"
-        dist.all_reduce(table, group=cp)
-    return table.view(-1, 2)
+        assert not sum_2n.requires_grad, "under context parallelism gradients flow through the loss, not these sums"
+        dist.all_reduce(sum_2n, group=cp)
+    log_z_n, log_w_n = sum_2n.view(-1, 2).t().contiguous()
+    return log_z_n, log_w_n

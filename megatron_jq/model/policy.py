@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_jq.model.head import score_rows
+from megatron_jq.model.head import HeadOutput, score_rows
 from megatron_jq.model.moe import balances_experts
 from megatron_jq.model.rows import LogitsHead, Rows
 from megatron_jq.parallel.vocabulary import mask_vocabulary_padding
@@ -33,10 +33,9 @@ class RowsForward:
         self.true_vocab_size = true_vocab_size
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, rows: Rows) -> Tensor | tuple[Tensor, ...]:
-        """Last pipeline stage: logits [N, V/tp] for LogitsHead; for ScoreHead a float64 table [n, 2] of
-        log-likelihoods, after the scalar loss where it brings coefficients (the table is then without gradient), and
-        before the tokens' own where it asks for them.
+    def forward(self, rows: Rows) -> Tensor | HeadOutput:
+        """Return, on the last pipeline stage, logits [N, V/tp] for LogitsHead or a HeadOutput for ScoreHead.
+
         Other stages: hidden states [T, 1, H] (T/tp under sequence parallelism) for the next stage.
         """
         hidden_T1H = None  # what the stage before sent: Megatron-core's schedules hand it to the decoder
@@ -73,7 +72,7 @@ class RowsForward:
             member_nT = member_nT.chunk(tp.size(), dim=1)[tp.rank()]
         return member_nT
 
-    def _head(self, hidden_T1H: Tensor, rows: Rows) -> Tensor | tuple[Tensor, ...]:
+    def _head(self, hidden_T1H: Tensor, rows: Rows) -> Tensor | HeadOutput:
         if self.config.sequence_parallel:
             # The head's gradient is a share of the vocabulary on each rank: sum the shares while splitting the row
             # again.

@@ -17,12 +17,12 @@ from megatron_jq.objective.clipping import TokenRule
 from megatron_jq.parallel.transfers import to_device
 from megatron_jq.records import TrainingSequence
 
-RATIONALE, ANSWER = 0, 1  # columns of the head's [n, 2] table
+RATIONALE, ANSWER = 0, 1  # what a scored token belongs to
 
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """Ask for ln p of given next tokens, summed into a [n, 2] table: column 0 ln p(z|x), column 1 ln p(y|x,z).
+    """Ask for ln p of given next tokens, summed by sequence into ln p(z|x) and ln p(y|x,z) (head.py: HeadOutput).
 
     Forced tokens are absent: they were not sampled. Temperature and top-p, where given, are those of the distribution
     that a token was drawn from; a gold answer was not drawn, and w is the policy's own p(y*|x,z).
@@ -30,12 +30,12 @@ class ScoreHead:
 
     position_N: torch.Tensor  # row position that predicts the token
     target_N: torch.Tensor
-    cell_N: torch.Tensor  # 2 · sequence + column
+    cell_N: torch.Tensor  # 2 · sequence + RATIONALE or ANSWER
     num_sequences: int
     inverse_temperature_N: torch.Tensor | None = None
     top_p_N: torch.Tensor | None = None
     coefficient_N: torch.Tensor | None = None  # float64; asks for the loss too, as sum(coefficient · ln p)
-    by_token: bool = False  # asks for ln p of each token too, [N], behind the rest; not of a nucleus
+    by_token: bool = False  # asks for ln p of each token too, [N]; not of a nucleus
     rule: TokenRule | None = None  # the loss is another function of ln p and the coefficients; with by_token
 
 
@@ -134,7 +134,7 @@ def pack_sequences(
 ) -> Rows:
     """Lay sequences behind one another in the order given. An empty list gives a row of padding that scores nothing.
 
-    coefficients: (rationale, answer) by sequence: a training head, whose loss is -sum(coefficient · ln p).
+    coefficients: (rationale, answer) by sequence: a training head, whose loss is sum(coefficient · ln p).
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
     were sampled as the rationales were, so temperature and top_p hold for them too. row_multiple: the row's
     length becomes a multiple of it (sequence parallelism splits it evenly). sequence_multiple: so does every
@@ -174,7 +174,7 @@ def pack_sequences(
         len(sequences),
         _where_sampled(cell_N, 1.0 / temperature, tempered_answers),
         _where_sampled(cell_N, top_p, tempered_answers),
-        None if coefficients is None else -_doubles(coefficients, device).view(-1)[cell_N],
+        None if coefficients is None else _doubles(coefficients, device).view(-1)[cell_N],
     )
     return Rows(ints(row.tokens), ints(row.positions), attention, head, ints(row.owners).view(-1, 2))
 

@@ -200,10 +200,9 @@ class MegatronEngine:
         device = self.runtime.device
         plan = TailPlan(cache, due, cached, lengths, device)
         head = ScoreHead(*(to_device(torch.tensor(x), device) for x in (where, targets, cells)), len(due))
-        table = self._forward(tokens, positions, plan, head)
-        if table is None:
-            table = torch.empty(len(due), 2, dtype=torch.float64, device=device)
-        for i, log_w in zip(due, self.runtime.groups.from_last_stage(table)[:, ANSWER].tolist(), strict=True):
+        output = self._forward(tokens, positions, plan, head)
+        log_w_n = torch.empty(len(due), dtype=torch.float64, device=device) if output is None else output.log_w_n
+        for i, log_w in zip(due, self.runtime.groups.from_last_stage(log_w_n).tolist(), strict=True):
             active[i].log_w = log_w
 
     def _prefill(self, wave: list[RolloutRequest], cache: WaveCache) -> torch.Tensor | None:

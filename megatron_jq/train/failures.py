@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_jq.errors import PeerFailure, RunFailure
@@ -26,7 +27,7 @@ class Phase:
     now: str = "set-up"
     since: float = field(default_factory=time.monotonic)
 
-    def enter(self, step: int, name: str) -> None:
+    def enter_phase(self, step: int, name: str) -> None:
         self.now, self.since = f"step {step}, phase {name}", time.monotonic()
 
 
@@ -61,6 +62,20 @@ def show_stacks() -> None:
     """Every thread's Python stack to standard error."""
     sys.stderr.flush()
     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+
+
+@dataclass
+class NonFinite(Exception):
+    """A quantity of a step is not finite, on every rank. sequences: this replica's, of which it was computed."""
+
+    what: str
+    sequences: list[TrainingSequence]
+
+
+def check_finite(what: str, values: torch.Tensor, sequences: list[TrainingSequence]) -> None:
+    """Raise NonFinite unless all of `values`, which are alike on all ranks, are finite."""
+    if not torch.isfinite(values).all():
+        raise NonFinite(what, sequences)
 
 
 def non_finite(

@@ -31,8 +31,8 @@ class LossScale:
     on as one whose float32 had a wider range. value None: auto, undecided.
     """
 
-    def __init__(self, setting: float | str, *, adam: bool, say: Callable[[str], None] = lambda text: None):
-        self.setting, self._adam, self._say = setting, adam, say
+    def __init__(self, setting: float | str, *, adam: bool, log: Callable[[str], None] = lambda text: None):
+        self.setting, self._adam, self._log = setting, adam, log
         self.value: float | None = None if setting == "auto" else float(setting)
 
     def for_step(self, step: int, largest: float, optimizer: MegatronOptimizer) -> float:
@@ -51,7 +51,7 @@ class LossScale:
             before, self.value = self.value, 2.0 ** -math.floor(math.log2(largest))
             if before is not None:
                 self._rescale(optimizer, self.value / before)
-            self._say(
+            self._log(
                 f"step {step}: the loss scale is {_power(self.value)}"
                 + (f", after {_power(before)}" if before is not None else "")
                 + f" (largest coefficient {largest:.2g})"

@@ -30,8 +30,8 @@ from megatron_jq.train.start_point import StartPoint
 class Numerics:
     """A run's loss scale and its judgements of precision. Every method is called on all ranks alike.
 
-    Order in a step: `scored` once ln P is known, `begin` before the passes, then for each update `prepare`, and `apply`
-    where the norm is finite. say: what to do with a line for the user.
+    Order in a step: `start`, `scored` once ln P is known, `begin` before the passes, then for each update `prepare`,
+    and `apply` where the norm is finite. log: what to do with a line for the user.
     """
 
     def __init__(
@@ -40,14 +40,15 @@ class Numerics:
         model: TrainingModel,
         optimizer: MegatronOptimizer,
         runtime: Runtime,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self._config, self._model, self._optimizer, self._runtime = config, model, optimizer, runtime
-        self.scale = LossScale(config.optimizer.loss_scale, adam=config.optimizer.optimizer == "adam", say=say)
-        self._watch = PrecisionWatch(config, say)
+        self.scale = LossScale(config.optimizer.loss_scale, adam=config.optimizer.optimizer == "adam", log=log)
+        self._watch = PrecisionWatch(config, log)
         count = torch.tensor(sum(p.numel() for _, p in model.named_parameters()), device=device_of_collectives())
         dist.all_reduce(count)  # replicas and their copies of norms included: a bound is made of its root
         self._elements, self._log_p, self._facts = int(count), math.nan, None
+        self._step, self._q, self._sequences = 0, None, 0
 
     def load(self, beginning: StartPoint) -> None:
         """Continue with the scale of the checkpoint whose optimizer was loaded, and know the ln P of its last steps.
@@ -64,7 +65,11 @@ class Numerics:
         """What a checkpoint keeps of it, beside the optimizer's name."""
         return {**self.scale.state(), "log_p_per_token": self._watch.falls.recent}
 
-    def scored(self, step: int, log_w_BM: torch.Tensor, valid_BM: torch.Tensor, answer_tokens_B: list[float]) -> None:
+    def start(self, step: int, q: float | None, *, sequences: int) -> None:
+        """Begin a step. q: None for an estimator that has none. sequences: valid ones, over all replicas."""
+        self._step, self._q, self._sequences = step, q, sequences
+
+    def scored(self, log_w_BM: torch.Tensor, valid_BM: torch.Tensor, answer_tokens_B: list[float]) -> None:
         """Judge the weights by the step's ln w. RunFailure where the update before destroyed the policy.
 
         answer_tokens_B: of each prompt's gold.
@@ -73,20 +78,11 @@ class Numerics:
         log_p_B = log_mean_weight(log_w_BM, valid_BM)[scored_B]
         self._log_p = log_p_B.mean().item()  # nan where no prompt has a valid rationale
         answer_tokens = torch.tensor(answer_tokens_B, dtype=torch.float64)[scored_B.cpu()].mean().item()
-        self._watch.scored(step, self._log_p, answer_tokens)
+        self._watch.scored(self._step, self._log_p, answer_tokens)
 
-    def begin(
-        self,
-        step: int,
-        coefficients: Coefficients,
-        kl_weight_BM: torch.Tensor | None,
-        *,
-        sequences: int,
-        q: float | None,
-    ) -> float:
-        """Return the factor on the step's loss. sequences: valid ones, over all replicas; q: None for an estimator that
-        knows none.
-        """
+    def begin(self, coefficients: Coefficients) -> float:
+        """Return the factor on the step's loss."""
+        step, q, sequences, kl_weight_BM = self._step, self._q, self._sequences, coefficients.kl_weight_BM
         largest, others = coefficients.largest, 0.0
         if kl_weight_BM is not None and kl_weight_BM.numel():
             others = kl_weight_BM.abs().max().item()

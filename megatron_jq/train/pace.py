@@ -2,6 +2,7 @@
 
 import socket
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +34,13 @@ class PaceMaker:
         self._nodes: list[str] = [""] * runtime.world_size
         dist.all_gather_object(self._nodes, socket.gethostname())
 
-    def compare(self, seconds: tuple[float, float, float]) -> Pace:
-        """Alike on every rank.
+    def compare(self, seconds_of: Mapping[str, float]) -> Pace:
+        """Alike on every rank. seconds_of: this rank's, by phase; a phase that a step does not have took none.
 
         A slow rank lets the others wait where they next meet: of several phases with a slow rank, the first has it.
         """
         device, size = self._runtime.device, self._runtime.world_size
+        seconds = [seconds_of.get(phase, 0.0) for phase in PHASES]
         table = torch.empty(size * len(PHASES), dtype=torch.float64, device=device)
         all_gather_flat(table, torch.tensor(seconds, dtype=torch.float64, device=device), dist.group.WORLD)
         columns = list(zip(*table.view(size, len(PHASES)).tolist(), strict=True))

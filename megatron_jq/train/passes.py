@@ -4,15 +4,17 @@ Gradients are plain sums over micro-batches and replicas of -coefficient · ln p
 (docs/loss-scaling.md). So a sequence contributes the same wherever it lies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_jq.model.build import TrainingModel
+from megatron_jq.model.head import HeadOutput
 from megatron_jq.model.moe import balances_experts, begin_balancing, mean_balance
 from megatron_jq.model.rows import Rows, ScoreHead, pack_sequences, padded, prompt_groups
+from megatron_jq.objective.table import StepTable
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, Rollout, TrainingSequence
 from megatron_jq.train.batching import Unit, balance, in_step_with_expert_peers, micro_batches
@@ -39,18 +41,19 @@ class BatchOptions:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Log-likelihoods of the step's table, float64 [B, M], alike on every rank; NaN where no sequence came in.
+class PassResult:
+    """The step's table as one pass found it, alike on every rank, and what the pass counted.
 
-    present_BM says where one came in. A NaN there is a fault of the model, not a rationale that failed.
+    In the table valid_BM says where a sequence came in, and the rest is NaN elsewhere: a NaN where valid_BM holds is an
+    error of the model, not a rationale that failed. log_w_BM is of the answers that the sequences hold (a training pass
+    of an estimator that samples answers: of those). log_z_BM is 0 where a pass did not score rationales.
     """
 
-    log_rationale_BM: torch.Tensor
-    log_answer_BM: torch.Tensor
-    present_BM: torch.Tensor
+    table: StepTable
     tokens_computed: int = 0  # through the layers in this pass, padding included, over all replicas
     tokens_saved: int = 0  # that would have come on top, had no prompt been shared
     expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P, where training balances experts
+    log_w_mismatch_max: float | None = None  # nats to another pass over the same sequences, where there was one
 
 
 def score(
@@ -61,7 +64,7 @@ def score(
     options: BatchOptions,
     *,
     with_rationale: bool = False,
-) -> Scores:
+) -> PassResult:
     """ln p(y|x,z) of every sequence (and ln p(z|x) with_rationale, else 0), completed over all ranks.
 
     sequences: this replica's. shape: (B, M). No power is taken here: partial sums over the vocabulary meet in the head,
@@ -71,19 +74,20 @@ def score(
         sequences = balance(sequences, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
     batches = _cut(model, sequences, runtime, options)
     with torch.no_grad():
-        results = run_batches(model, batches, runtime, options, with_rationale=with_rationale, coefficients=None)
-    return complete_table(model, results, batches, shape, runtime, options)
+        outputs = run_batches(model, batches, runtime, options, with_rationale=with_rationale, coefficients=None)
+    return complete_table(model, outputs, batches, shape, runtime, options)
 
 
-def scores_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime: Runtime) -> Scores:
+def table_of_rollouts(rollouts: list[Rollout], shape: tuple[int, int], runtime: Runtime) -> PassResult:
     """The engine's own ln w as the step's table: one all-reduce over replicas, no forward pass."""
-    flat, whole = _empty_table(shape, runtime)
-    here = torch.zeros(whole.shape, dtype=torch.float64)  # on the host: a copy to the device for all, not one each
+    message, entry_BM3 = _empty_message(shape, runtime)
+    host_BM3 = torch.zeros(entry_BM3.shape, dtype=torch.float64)  # one copy to the device for all, not one each
     for r in rollouts:
         if r.valid:
             assert r.log_w is not None, "the engine was not given y*"
-            here[r.prompt_slot, r.rationale_slot, 1:] = torch.tensor([r.log_w, 1.0], dtype=torch.float64)
-    return _over_replicas(flat, whole.copy_(here), runtime)
+            host_BM3[r.prompt_slot, r.rationale_slot, 1:] = torch.tensor([r.log_w, 1.0], dtype=torch.float64)
+    entry_BM3.copy_(host_BM3)
+    return _over_replicas(message, entry_BM3, runtime)
 
 
 def train(
@@ -92,7 +96,7 @@ def train(
     coefficients: Coefficients,
     runtime: Runtime,
     options: BatchOptions,
-) -> Scores:
+) -> PassResult:
     """Accumulate the gradient of the surrogate loss (times options.loss_scale, like that of the experts' balance) into
     the model's gradient buffers, reduced over replicas.
 
@@ -101,10 +105,9 @@ def train(
     """
     batches = training_batches(model, sequences, coefficients, runtime, options)
     begin_expert_balance(model, batches, runtime, options)
-    scaled = coefficients.times(options.loss_scale)
-    results = run_batches(model, batches, runtime, options, with_rationale=True, coefficients=scaled)
+    outputs = run_batches(model, batches, runtime, options, with_rationale=True, coefficients=coefficients)
     shape = tuple(coefficients.answer_BM.shape)
-    return with_expert_balance(model, complete_table(model, results, batches, shape, runtime, options), runtime)
+    return with_expert_balance(model, complete_table(model, outputs, batches, shape, runtime, options), runtime)
 
 
 def training_batches(
@@ -113,25 +116,18 @@ def training_batches(
     coefficients: Coefficients,
     runtime: Runtime,
     options: BatchOptions,
-    *,
-    kl_weight_BM: torch.Tensor | None = None,
 ) -> list[list[TrainingSequence]]:
     """This replica's micro-batches of a training pass; over all replicas the same sequences as came in.
 
-    Sequences whose two coefficients are zero, and whose weight in the KL is, are left out: they have no gradient, but
-    where experts are balanced, which goes over all.
+    Sequences whose coefficients are all zero are left out: they have no gradient, but where experts are balanced, which
+    goes over all.
     """
-    kept = sequences
     if not balances_experts(model.config):
-        pairs = _pairs(coefficients, sequences)
-        kept = [s for s, pair in zip(sequences, pairs, strict=True) if pair != (0.0, 0.0) or _weighs(kl_weight_BM, s)]
+        weight_BM = coefficients.weighed_BM
+        sequences = [s for s in sequences if weight_BM[s.prompt_slot, s.rationale_slot]]
     if options.max_tokens is not None:
-        kept = balance(kept, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
-    return _cut(model, kept, runtime, options)
-
-
-def _weighs(kl_weight_BM: torch.Tensor | None, sequence: TrainingSequence) -> bool:
-    return kl_weight_BM is not None and kl_weight_BM[sequence.prompt_slot, sequence.rationale_slot].item() != 0.0
+        sequences = balance(sequences, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
+    return _cut(model, sequences, runtime, options)
 
 
 def begin_expert_balance(
@@ -143,11 +139,11 @@ def begin_expert_balance(
         begin_balancing(model, runtime.groups.sum_over_replicas(count).item(), options.loss_scale)
 
 
-def with_expert_balance(model: TrainingModel, scores: Scores, runtime: Runtime) -> Scores:
-    """The pass's figures with how evenly experts were used, where they are balanced."""
+def with_expert_balance(model: TrainingModel, result: PassResult, runtime: Runtime) -> PassResult:
+    """The pass's result with how evenly experts were used, where they are balanced."""
     if not balances_experts(model.config):
-        return scores
-    return replace(scores, expert_balance=mean_balance(model, model.config, runtime.groups.world))
+        return result
+    return replace(result, expert_balance=mean_balance(model, model.config, runtime.groups.world))
 
 
 def _pairs(coefficients: Coefficients, sequences: list[TrainingSequence]) -> list[tuple[float, float]]:
@@ -174,7 +170,7 @@ def _cut(model, sequences, runtime, options) -> list[list[TrainingSequence]]:
 
 
 def run_batches(
-    model,
+    model: TrainingModel,
     batches: list[list[TrainingSequence]],
     runtime: Runtime,
     options: BatchOptions,
@@ -182,22 +178,22 @@ def run_batches(
     with_rationale: bool,
     coefficients: Coefficients | None,
     head_of: Callable[[int, ScoreHead], ScoreHead] | None = None,
-) -> list:
-    """All micro-batches through Megatron-core's schedule. What the head found in each, on the last stage, else [].
+) -> list[HeadOutput]:
+    """All micro-batches through Megatron-core's schedule. The head's output for each, on the last stage, else [].
 
-    head_of(number, head): what to ask the head instead, for a micro-batch by its number. A head by token gives
-    (table, ln p of tokens), in training with the rule's figures behind; another one the table.
+    coefficients None: forward alone. Their loss is multiplied by options.loss_scale. head_of(number, head): what to ask
+    the head instead, for a micro-batch by its number.
     """
+    of_loss = None if coefficients is None else coefficients.of_loss(options.loss_scale)
     last_stage = runtime.groups.is_last_stage
 
     def rows_of(number: int) -> Rows:
         batch = batches[number]
-        pairs = None if coefficients is None else _pairs(coefficients, batch)
         rows = pack_sequences(
             batch,
             device=runtime.device,
             with_rationale=with_rationale,
-            coefficients=pairs,
+            coefficients=None if of_loss is None else _pairs(of_loss, batch),
             temperature=options.temperature,
             top_p=options.top_p,
             tempered_answers=options.tempered_answers,
@@ -210,22 +206,15 @@ def run_batches(
         # Only the last stage's head has tokens to ask about.
         return rows if head_of is None or not last_stage else replace(rows, head=head_of(number, rows.head))
 
-    def forward_step(iterator, stage_model):
+    def forward_step(iterator: Iterator[int], stage_model: torch.nn.Module):
         rows = rows_of(next(iterator))
         with runtime.native():
             output = stage_model(rows)
 
-        def loss_function(result):
-            """(loss, Megatron-core's own divisor, which is not used, figures to keep)"""
-            count = torch.zeros([], dtype=torch.int, device=runtime.device)
-            if coefficients is None:
-                table_n2 = result if head_of is None else result[0]
-                return table_n2.sum(), count, result
-            if head_of is None:
-                loss, table_n2 = result
-                return loss, count, table_n2
-            loss, table_n2, log_prob_N = result
-            return loss, count, (table_n2, log_prob_N, rows.head.rule.figures(rows.head.coefficient_N, log_prob_N))
+        def loss_function(output: HeadOutput) -> tuple[torch.Tensor, torch.Tensor, HeadOutput]:
+            """(loss, Megatron-core's own divisor, which is not used, what to keep)"""
+            loss = output.log_w_n.sum() if output.loss is None else output.loss  # forward alone: not read
+            return loss, torch.zeros([], dtype=torch.int, device=runtime.device), replace(output, loss=None)
 
         return output, loss_function
 
@@ -254,41 +243,44 @@ def row_tokens(batch: list[TrainingSequence], options: BatchOptions, row_multipl
 
 
 def complete_table(
-    model,
-    tables: list[torch.Tensor],
+    model: TrainingModel,
+    outputs: list[HeadOutput],
     batches: list[list[TrainingSequence]],
-    shape,
+    shape: tuple[int, int],
     runtime: Runtime,
     options: BatchOptions,
-) -> Scores:
+) -> PassResult:
     """The whole [B, M] table on every rank: one broadcast over stages, one all-reduce over replicas."""
     row_multiple = _row_multiple(model.config)
     tokens = [row_tokens(batch, options, row_multiple, share_prompts=options.share_prompts) for batch in batches]
     unshared = [row_tokens(batch, options, row_multiple, share_prompts=False) for batch in batches]
     sequences, counts = [s for batch in batches for s in batch], (sum(tokens), sum(unshared) - sum(tokens))
-    flat, whole = _empty_table(shape, runtime)
+    message, entry_BM3 = _empty_message(shape, runtime)
     if sequences and runtime.groups.is_last_stage:
         prompt = torch.tensor([s.prompt_slot for s in sequences], device=runtime.device)
         rationale = torch.tensor([s.rationale_slot for s in sequences], device=runtime.device)
-        whole[prompt, rationale, :2] = torch.cat(tables).double()
-        whole[prompt, rationale, 2] = 1.0
-    flat[-2:] = torch.tensor(counts, dtype=torch.float64)
-    runtime.groups.from_last_stage(flat)
-    return _over_replicas(flat, whole, runtime)
+        entry_BM3[prompt, rationale, 0] = torch.cat([output.log_z_n for output in outputs])
+        entry_BM3[prompt, rationale, 1] = torch.cat([output.log_w_n for output in outputs])
+        entry_BM3[prompt, rationale, 2] = 1.0
+    message[-2:] = torch.tensor(counts, dtype=torch.float64)
+    runtime.groups.from_last_stage(message)
+    return _over_replicas(message, entry_BM3, runtime)
 
 
-def _empty_table(shape: tuple[int, int], runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ranks exchange in one message, and its view as the table [B, M, (ln p(z|x), ln p(y|x,z), is here)]. Behind
-    the table: tokens computed, tokens saved.
+def _empty_message(shape: tuple[int, int], runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ranks exchange at once, and its view as entries [B, M, (ln p(z|x), ln p(y|x,z), 1 where one came in)].
+
+    After the entries: tokens computed, tokens saved.
     """
-    flat = torch.zeros(shape[0] * shape[1] * 3 + 2, dtype=torch.float64, device=runtime.device)
-    return flat, flat[:-2].view(*shape, 3)
+    message = torch.zeros(shape[0] * shape[1] * 3 + 2, dtype=torch.float64, device=runtime.device)
+    return message, message[:-2].view(*shape, 3)
 
 
-def _over_replicas(flat: torch.Tensor, whole: torch.Tensor, runtime: Runtime) -> Scores:
-    runtime.groups.sum_over_replicas(flat)
-    present_BM = whole[..., 2] > 0
-    assert not (whole[..., 2] > 1).any(), "a slot was scored by two replicas"
-    computed, saved = (int(count) for count in flat[-2:].tolist())
-    whole = whole.masked_fill(~present_BM[..., None], float("nan"))
-    return Scores(whole[..., 0].cpu(), whole[..., 1].cpu(), present_BM.cpu(), computed, saved)
+def _over_replicas(message: torch.Tensor, entry_BM3: torch.Tensor, runtime: Runtime) -> PassResult:
+    runtime.groups.sum_over_replicas(message)
+    assert not (entry_BM3[..., 2] > 1).any(), "a slot was scored by two replicas"
+    computed, saved = (int(count) for count in message[-2:].tolist())
+    entry_BM3 = entry_BM3.cpu()
+    valid_BM = entry_BM3[..., 2] > 0
+    log_z_BM, log_w_BM, _ = entry_BM3.masked_fill(~valid_BM[..., None], float("nan")).unbind(dim=-1)
+    return PassResult(StepTable(log_w_BM.contiguous(), valid_BM, log_z_BM.contiguous()), computed, saved)

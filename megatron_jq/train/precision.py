@@ -51,8 +51,8 @@ class PrecisionWatch:
     falls: those of the run before, where it is resumed.
     """
 
-    def __init__(self, config: Config, say: Callable[[str], None]):
-        self._o, self._say = config.optimizer, say
+    def __init__(self, config: Config, log: Callable[[str], None]):
+        self._o, self._log = config.optimizer, log
         self.falls = FallWatch()
         self._said: set[str] = set()
 
@@ -70,7 +70,7 @@ class PrecisionWatch:
                 f"{fell}: the weights are no policy any more. A checkpoint from before it is good. {look}, and at "
                 "docs/loss-scaling.md"
             )
-        self._say(f"warning: {fell}, further than prompts differ. If it does not come back, an update did it. {look}")
+        self._log(f"warning: {fell}, further than prompts differ. If it does not come back, an update did it. {look}")
 
     def coefficients(self, facts: StepFacts, *, vanished: bool) -> None:
         """Judge the step's table. vanished: all of it is 0 though every ln w is finite and q is below 1."""
@@ -171,7 +171,7 @@ class PrecisionWatch:
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            self._say(f"warning: {text}")
+            self._log(f"warning: {text}")
 
 
 def _constant(largest: float) -> str:

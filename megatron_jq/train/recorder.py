@@ -6,20 +6,27 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megatron_jq.config import Config, TrainingConfig
+from megatron_jq.config import Config
+from megatron_jq.config_estimators import schedule_notes
+from megatron_jq.config_reads import unread_note
+from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.data.reading import number_of
+from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import RunFailure
 from megatron_jq.files import reason, sync
-from megatron_jq.model.build import BuildOptions, kernels
+from megatron_jq.model.build import kernels
+from megatron_jq.objective.table import StepTable
+from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime
-from megatron_jq.records import StepMetrics
+from megatron_jq.records import Example, Rollout, StepMetrics
+from megatron_jq.train.build import Parts
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.run_directory import METRICS, TENSORBOARD
 from megatron_jq.train.setup import DataSets
@@ -57,7 +64,7 @@ class Recorder:
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
         self._began, self._steps = time.monotonic(), 0
         if warning is not None:
-            self.say(warning)
+            self.log(warning)
 
     def record(self, metrics: StepMetrics) -> None:
         """A step's line. Where it cannot be kept, `fault` says why."""
@@ -76,7 +83,7 @@ class Recorder:
         with contextlib.suppress(OSError):  # a terminal that is gone
             self._bar.update(1)
         if self._steps % self._interval == 0 or metrics.step + 1 == self._total:
-            self.say(self._progress(metrics))
+            self.log(self._progress(metrics))
 
     def written(self) -> int:
         """Bytes of metrics.jsonl, which are on disk from now on, and so are TensorBoard's events. RunFailure where they
@@ -118,7 +125,7 @@ class Recorder:
             parts.append(f"held-out loss {m.eval_loss:.3f}")
         return " | ".join(parts)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line above the progress bar, at once also where standard output is a file. A run does not end because
         nobody can read it.
         """
@@ -126,13 +133,20 @@ class Recorder:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def sample(
-        self, step: int, *, prompt: str, rationale: str, forced: bool, gold: str, answer: str, log_w: float
+    def show_sample(
+        self, step: int, prompts: Sequence[Example], rollout: Rollout, table: StepTable, tokenizer: Tokenizer
     ) -> None:
         """Show one rationale and what followed it, and keep it as TensorBoard text."""
-        close = " [closed by force]" if forced else ""
-        text = f"prompt: {prompt}\nrationale: {rationale}{close}\nanswer: {answer}\ngold: {gold}  (ln w {log_w:.2f})"
-        self.say("  " + text.replace("\n", "\n  "))
+        example = prompts[rollout.prompt_slot]
+        rationale = tokenizer.decode(list(rollout.rationale_ids[: rollout.num_sampled]))
+        answer = tokenizer.decode(list(rollout.answer_ids)) if rollout.answer_ids else "(none sampled)"
+        log_w = table.log_w_BM[rollout.prompt_slot, rollout.rationale_slot].item()
+        close = " [closed by force]" if rollout.forced else ""
+        text = (
+            f"prompt: {example.prompt_text}\nrationale: {rationale}{close}\nanswer: {answer}\n"
+            f"gold: {example.answer_text}  (ln w {log_w:.2f})"
+        )
+        self.log("  " + text.replace("\n", "\n  "))
         if self._writer is not None:
             with self._noting_fault(TENSORBOARD):
                 self._writer.add_text("sample", text.replace("\n", "  \n"), step)
@@ -148,20 +162,39 @@ class Recorder:
             with self._noting_fault(TENSORBOARD):
                 self._writer.close()
         if self.fault != before:
-            self.say(f"warning: at the run's end {self.fault}")
+            self.log(f"warning: at the run's end {self.fault}")
 
 
-def open_recorder(t: TrainingConfig, beginning: StartPoint) -> Recorder:
-    """A run's, at its beginning, which it tells."""
+@dataclass
+class Log:
+    """Where a run's lines for the user go: to the recorder, while rank 0 has one; elsewhere nowhere."""
+
+    recorder: Recorder | None = None
+
+    def __call__(self, text: str) -> None:
+        if self.recorder is not None:
+            self.recorder.log(text)
+
+
+def open_recorder(
+    start: StartPoint, config: Config, data: DataSets, estimator: Estimator, parts: Parts, runtime: Runtime
+) -> Recorder:
+    """Open a run's recorder and show where it starts, what is about to run, and what the user should know of it."""
+    t = config.training
     recorder = Recorder(
         Path(t.run_dir),
         total_steps=t.train_iters,
         log_interval=t.log_interval,
         tensorboard=t.tensorboard,
-        first_step=beginning.step,
-        metrics_bytes=beginning.metrics_bytes,
+        first_step=start.step,
+        metrics_bytes=start.metrics_bytes,
     )
-    recorder.say(beginning.described(t.seed, t.train_iters))
+    recorder.log(start.described(t.seed, t.train_iters))
+    recorder.log(opening_line(config, data, estimator, parts, runtime))
+    unread = unread_note("train", config, resolve_architecture(config))
+    for note in (unread, *schedule_notes(config), versions.deprecation_note()):
+        if note is not None:
+            recorder.log(note)
     return recorder
 
 
@@ -203,30 +236,22 @@ def finite_values(metrics: StepMetrics) -> dict[str, float | None]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(metrics).items()}
 
 
-def opening_line(
-    config: Config,
-    data: DataSets,
-    estimator: Estimator,
-    options: BuildOptions,
-    runtime: Runtime,
-    *,
-    with_experts: bool,
-) -> str:
+def opening_line(config: Config, data: DataSets, estimator: Estimator, parts: Parts, runtime: Runtime) -> str:
     """What is about to run, on what, and where its results go."""
     o, r, g = config.objective, config.rollout, runtime.groups
     dropped = f", {data.dropped} overlong examples dropped" if data.dropped else ""
-    expert = f" EP {g.collection.ep.size()}" if with_experts else ""
+    expert = f" EP {g.collection.ep.size()}" if parts.model.config.num_moe_experts is not None else ""
     batch = f"{r.prompts_per_step} prompts x {r.num_rationales} rationales a step"
     if estimator.imitates:
         of = f"rows of {estimator.row_tokens} tokens" if estimator.row.pretrains else "given rationales"
         batch = f"{r.prompts_per_step} {of} a step"
-    parts = [
+    facts = [
         f"{o.estimator} q={o.q:g}" if estimator.uses_q else o.estimator,
         f"{len(data.train)} training and {number_of(len(data.heldout), data.heldout_total)} held-out examples{dropped}",
         batch,
         f"TP {g.tp.size()} PP {g.pp.size()} DP {g.dp.size()}{expert} on {runtime.device.type}, "
-        f"{kernels(options, runtime)}",
+        f"{kernels(parts.options, runtime)}",
         f"tokenizer {data.tokenizer_path}",
         config.training.run_dir,
     ]
-    return " | ".join(parts)
+    return " | ".join(facts)

@@ -10,6 +10,7 @@ from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import on_all_ranks
 from megatron_jq.rollout.engines import engine_row
+from megatron_jq.train.assemble import assemble
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, peers_must_answer
 from megatron_jq.train.run_directory import RunFolders
@@ -17,7 +18,6 @@ from megatron_jq.train.saving import Saving
 from megatron_jq.train.setup import prepare_data
 from megatron_jq.train.start_point import find_start_point
 from megatron_jq.train.stopping import StopRequest
-from megatron_jq.train.trainer import Trainer
 from megatron_jq.train.watch import Watch
 
 
@@ -36,22 +36,20 @@ def run_training(config: Config) -> int:
         on_all_ranks(runtime, lambda: engine_row(config))
         on_all_ranks(runtime, lambda: reward_of(config))  # the user's own module: before any work
         on_all_ranks(runtime, lambda: Estimator.of(config, derived).rehearse(config.rollout.num_rationales))
-        beginning = find_start_point(config, runtime)
-        carried = None if beginning.found is None else beginning.found.tokenizer
+        start = find_start_point(config, runtime)
+        carried = None if start.found is None else start.found.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
-        trainer = Trainer(config, derived, data, runtime, phase)
-        vocab_size = trainer.build_options.vocab_size
-        parts = (trainer.model, trainer.optimizer, trainer.numerics)
-        saving = Saving(config, derived, vocab_size, data, runtime, *parts, deadline, began, folders)
-        saving.load(beginning)
-        if trainer.reference is not None:
-            trainer.reference.begin(beginning, trainer.model.policies)
-        trainer.schedule.step(increment=beginning.step)
+        loop = assemble(config, derived, data, runtime, phase)
+        saving = Saving(config, derived, data, runtime, loop.parts, loop.numerics, deadline, began, folders)
+        saving.load(start)
+        if loop.reference is not None:
+            loop.reference.begin(start, loop.model.policies)
+        loop.parts.schedule.step(increment=start.step)
         # Last: a folder whose run was refused for another fault stays free for the next try.
         on_all_ranks(runtime, folders.claim, main_only=True)
-        if trainer.reference is not None:
-            trainer.reference.keep(beginning, deadline, folders.run)
+        if loop.reference is not None:
+            loop.reference.keep(start, deadline, folders.run)
         with StopRequest(announce=runtime.is_main).listening() as stop:
-            trainer.run(beginning, saving, stop)
+            loop.run(start, saving, stop)
             runtime_module.stop()
     return 0

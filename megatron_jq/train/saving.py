@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_jq.checkpoint.folder import Manifest, package_versions
 from megatron_jq.checkpoint.lineage import Branches
@@ -23,9 +22,9 @@ from megatron_jq.checkpoint.store import (
 from megatron_jq.config import Config, settings_of_text, to_toml
 from megatron_jq.config_validate import Derived
 from megatron_jq.errors import RunFailure, UserError
-from megatron_jq.model.build import TrainingModel
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks, raise_on_all_ranks
 from megatron_jq.records import StepMetrics
+from megatron_jq.train.build import Parts
 from megatron_jq.train.numerics import Numerics
 from megatron_jq.train.recorder import Recorder, finite_values
 from megatron_jq.train.resume_rules import Rule, changed
@@ -42,11 +41,9 @@ class Saving:
         self,
         config: Config,
         derived: Derived,
-        vocab_size: int,
         data: DataSets,
         runtime: Runtime,
-        model: TrainingModel,
-        optimizer: MegatronOptimizer,
+        parts: Parts,
         numerics: Numerics,
         deadline: timedelta,
         began: float,
@@ -55,8 +52,9 @@ class Saving:
         """began: time.monotonic() at the process's start, for --exit-duration-in-mins. folders: rank 0's are open, the
         others' are not used.
         """
-        self._config, self._derived, self._vocab_size, self._runtime = config, derived, vocab_size, runtime
-        self._model, self._optimizer, self._numerics = model, optimizer, numerics
+        self._config, self._derived, self._runtime = config, derived, runtime
+        self._model, self._optimizer, self._numerics = parts.model, parts.optimizer, numerics
+        self._vocab_size = parts.options.vocab_size
         self._data, self._answer_budget = data.fingerprint, data.answer_budget
         self._tokenizer = data.tokenizer.fingerprint()
         self._began, self._saved_at = began, time.monotonic()
@@ -164,7 +162,7 @@ class Saving:
             if recorder is not None and not last:
                 why = signal_name(signalled) if signalled else "--exit-duration-in-mins"
                 left = f"{self._config.training.train_iters - done} steps are left; continue with --resume"
-                recorder.say(f"{why}: step {done} is done and saved in {self._folder}; {left}")
+                recorder.log(f"{why}: step {done} is done and saved in {self._folder}; {left}")
         return stopping
 
     def _times_up(self) -> tuple[bool, bool]:
@@ -183,7 +181,7 @@ class Saving:
             self.writer.wait()
         except RunFailure as fault:
             if recorder is not None:
-                recorder.say(f"warning: {fault}")
+                recorder.log(f"warning: {fault}")
 
     def _save(self, metrics: StepMetrics, recorder: Recorder | None, *, by_time: bool = False) -> None:
         written = on_all_ranks(self._runtime, lambda: recorder.written(), main_only=True)

@@ -7,7 +7,6 @@ import torch
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.model.build import BuildOptions, build_policies, wrap_for_training
-from megatron_jq.objective.table import StepTable
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Coefficients, TrainingSequence
 from megatron_jq.rollout.engine import share_of_replica
@@ -72,9 +71,9 @@ def estimator(name: str) -> Estimator:
 class Pass:
     """What one score-and-train pass left on one rank."""
 
-    scores: passes.Scores
+    scores: passes.PassResult
     coefficients: Coefficients
-    trained: passes.Scores
+    trained: passes.PassResult
     gradients: tuple  # named_tensors of the gradient buffers
 
 
@@ -89,8 +88,7 @@ def score_and_train(
 ) -> Pass:
     """Score, coefficients, forward-backward, as a training step does, for this replica's sequences."""
     scores = passes.score(model, sequences, shape, runtime, options, with_rationale=True)
-    table = StepTable(scores.log_answer_BM, scores.present_BM)
-    coefficients = estimator(name).coefficients(table, q=Q, step=0)
+    coefficients = estimator(name).coefficients(scores.table, q=Q, step=0)
     return train_with(runtime, policy, model, sequences, options, coefficients, scores)
 
 

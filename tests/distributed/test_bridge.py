@@ -10,7 +10,7 @@ from megatron_jq.architecture import Architecture
 from megatron_jq.records import Example, TrainingSequence
 from megatron_jq.rollout.engine import SamplingOptions, request_for, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.passes import BatchOptions, score, scores_of_rollouts
+from megatron_jq.train.passes import BatchOptions, score, table_of_rollouts
 from tests.distributed import generation, reference
 from tests.distributed.cases import SMALL, build, build_options
 from tests.distributed.ranks import run_apart, run_ranks
@@ -47,7 +47,7 @@ def _scores(runtime, examples: list[Example]):
         ]
         shape = (1, len(rows))
         scores = score(model, rows, shape, runtime, BatchOptions(16), with_rationale=True)
-        results.append((scores.log_rationale_BM[0], scores.log_answer_BM[0]))
+        results.append((scores.table.log_z_BM[0], scores.table.log_w_BM[0]))
     return results
 
 
@@ -147,9 +147,9 @@ def _both(runtime, answer_budget: int):
         z = e.joined(r.rationale_ids)
         rows.append(TrainingSequence(r.prompt_slot, r.rationale_slot, e.prompt_ids, z, r.num_sampled, e.answer_ids))
     shared, alone = (score(model, rows, TABLE, runtime, BatchOptions(8, share_prompts=s)) for s in (True, False))
-    engine = scores_of_rollouts(rollouts, TABLE, runtime)
+    engine = table_of_rollouts(rollouts, TABLE, runtime)
     lengths = [len(r.rationale_ids) for r in rollouts]
-    return engine.log_answer_BM, shared.log_answer_BM, alone.log_answer_BM, lengths
+    return engine.table.log_w_BM, shared.table.log_w_BM, alone.table.log_w_BM, lengths
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}])

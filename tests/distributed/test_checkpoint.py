@@ -25,7 +25,6 @@ from megatron_jq.checkpoint.torch_dist import ShardReader
 from megatron_jq.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_jq.errors import UserError
 from megatron_jq.model.build import build_policies, wrap_for_training
-from megatron_jq.objective.table import StepTable
 from megatron_jq.train import passes
 from megatron_jq.train.optimizer import build_optimizer, build_schedule
 from tests.distributed.cases import SMALL, TABLE, Q, batch, build_options, estimator, share
@@ -68,15 +67,14 @@ class Run:
             sequences = share(batch(VOCABULARY, seed=number), self.runtime)
             options = passes.BatchOptions(micro_batch_size=2)
             scores = passes.score(self.model, sequences, TABLE, self.runtime, options)
-            table = StepTable(scores.log_answer_BM, scores.present_BM)
-            coefficients = estimator("garl").coefficients(table, q=Q, step=number)
+            coefficients = estimator("garl").coefficients(scores.table, q=Q, step=number)
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
             passes.train(self.model, sequences, coefficients, self.runtime, options)
             with self.runtime.megatron():
                 self.schedule.step(increment=1)
                 self.optimizer.step()
-            found.append(scores.log_answer_BM)
+            found.append(scores.table.log_w_BM)
         return torch.stack(found)
 
     def save(self, folder, number, **options):

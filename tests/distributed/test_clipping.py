@@ -8,9 +8,10 @@ import torch
 from megatron_jq.config import Config, OptimizerConfig
 from megatron_jq.model.build import TrainingModel, build_policies, wrap_for_training
 from megatron_jq.records import Coefficients
+from megatron_jq.train.clipped_learner import ClippedLearner, OffPolicy, token_log_probs, train_by_token
+from megatron_jq.train.learner import UpdateResult
 from megatron_jq.train.optimizer import build_optimizer
 from megatron_jq.train.passes import BatchOptions, train, training_batches
-from megatron_jq.train.updates import OffPolicy, Trained, Updates, token_log_probs, train_by_token
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, TABLE, batch, build_options, gather_gradient_shards, share
 from tests.distributed.ranks import run_apart, run_ranks
@@ -26,11 +27,11 @@ SGD = Config(optimizer=OptimizerConfig(optimizer="sgd", lr=0.005, sgd_momentum=0
 QUIET, ALONE, ABSENT = 2, (0, 1), (1, 2)
 
 
-def coefficients() -> Coefficients:
+def coefficients(*, with_kl: bool = False) -> Coefficients:
     """One advantage a sequence, as GRPO's, of both signs, denominators included."""
     advantage_BM = torch.randn(TABLE, dtype=torch.float64, generator=torch.Generator().manual_seed(11)) / 9
     advantage_BM[QUIET], advantage_BM[ALONE], advantage_BM[ABSENT] = 0.0, 0.0, 0.0
-    return Coefficients(advantage_BM, advantage_BM.clone())
+    return Coefficients(advantage_BM, advantage_BM.clone(), kl_weights() if with_kl else None)
 
 
 def kl_weights() -> torch.Tensor:
@@ -65,7 +66,7 @@ class Left:
 
     gradients: list
     between: list
-    trained: Trained
+    trained: UpdateResult
 
 
 def _frozen(runtime, options) -> TrainingModel:
@@ -97,22 +98,36 @@ def _two_updates(runtime, case: Case) -> Left:
     def named(of):
         return [named_tensors(policy, runtime, of) for policy in policies]
 
-    def update(scores):
-        gather_gradient_shards(model)
-        gradients.append(named(lambda p: p.main_grad.clone()))
-        if optimizer is None:
-            _descend(model)
-        else:
-            with runtime.megatron():
-                assert optimizer.step()[0]
-        between.append(named(lambda p: p))
-        return float(len(gradients))
+    class Observed(ClippedLearner):
+        """Plain steps of SGD in place of schedule, checks and clipping; notes what each leaves."""
 
-    updates = Updates(
-        model, _NoOptimizer() if optimizer is None else optimizer, _frozen(runtime, options) if case.beta else None,
-        2, LOWER, UPPER, runtime, case.batch,
-    )  # fmt: skip
-    trained = updates.run(share(batch(), runtime), coefficients(), kl_weights() if case.beta else None, update)
+        def begin(self, coefficients):
+            return self.options
+
+        def apply(self, sequences, table):
+            gather_gradient_shards(model)
+            gradients.append(named(lambda p: p.main_grad.clone()))
+            if optimizer is None:
+                _descend(model)
+            else:
+                with runtime.megatron():
+                    assert optimizer.step()[0]
+            between.append(named(lambda p: p))
+            return float(len(gradients))
+
+    learner = Observed(
+        model,
+        _NoOptimizer() if optimizer is None else optimizer,
+        schedule=None,
+        numerics=None,
+        runtime=runtime,
+        options=case.batch,
+        reference=_frozen(runtime, options) if case.beta else None,
+        iterations=2,
+        lower=LOWER,
+        upper=UPPER,
+    )
+    trained = learner.update(share(batch(), runtime), coefficients(with_kl=case.beta))
     return Left(gradients, between[0], trained)
 
 
@@ -191,7 +206,7 @@ def test_both_updates_gradients_are_those_of_the_unsharded_formula(name, first):
         assert found.grad_norm == 2.0  # the last update's
         assert found.clipped_fraction == pytest.approx(clipped / 2, rel=1e-12)  # none in the first update
         assert found.kl_reference_mean == (pytest.approx(first[True][2], rel=1e-5) if case.beta else None)
-        present = found.scores.present_BM
+        present = found.trained.table.valid_BM
         assert not present[ABSENT] and present[ALONE].item() is present[QUIET].all().item() is case.beta
 
 
@@ -201,14 +216,14 @@ def _at_the_start(runtime, options: BatchOptions):
     policies, model = _trained(runtime, built)
     frozen = TrainingModel(_trained(runtime, built)[0])
     mine, gradients = share(batch(), runtime), []
-    batches = training_batches(model, mine, coefficients(), runtime, options, kl_weight_BM=kl_weights())
+    batches = training_batches(model, mine, coefficients(with_kl=True), runtime, options)
     other = token_log_probs(frozen, batches, runtime, options)
     model.zero_grad_buffer()
-    with_kl = OffPolicy(LOWER, UPPER, kl_weights(), None, other)
-    done = train_by_token(model, batches, coefficients(), with_kl, runtime, options)
+    with_kl = OffPolicy(LOWER, UPPER, None, other)
+    done = train_by_token(model, batches, coefficients(with_kl=True), with_kl, runtime, options)
     same = [torch.equal(a, b) for a, b in zip(done.log_prob, other, strict=True)]
     model.zero_grad_buffer()
-    zero = Coefficients(torch.zeros(TABLE).double(), torch.zeros(TABLE).double())
+    zero = Coefficients(torch.zeros(TABLE).double(), torch.zeros(TABLE).double(), kl_weights())
     train_by_token(model, batches, zero, with_kl, runtime, options)
     still = all((p.main_grad == 0).all() for _, p in model.named_parameters())
     for plain in (True, False):
@@ -238,8 +253,8 @@ def _one_sequence(runtime):
     _, model = _trained(runtime, options)
     batches = training_batches(model, share(batch()[:1], runtime), coefficients(), runtime, OPTIONS)
     other = token_log_probs(_frozen(runtime, options), batches, runtime, OPTIONS)
-    rule = OffPolicy(LOWER, UPPER, kl_weights(), other, other)  # ratios against another policy, too
-    return train_by_token(model, batches, coefficients(), rule, runtime, OPTIONS).figures
+    rule = OffPolicy(LOWER, UPPER, other, other)  # ratios against another policy, too
+    return train_by_token(model, batches, coefficients(with_kl=True), rule, runtime, OPTIONS).figures
 
 
 def test_figures_are_alike_where_a_replica_has_no_sequence():

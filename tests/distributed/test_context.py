@@ -50,9 +50,10 @@ def _head_on_a_rank(runtime, context, tensor):
     hidden_mine = hidden[mine].clone().requires_grad_()
     shard = weight.chunk(tensor)[tp.rank()].clone().requires_grad_()
     head = head_of_rank(rows.head, len(hidden), cp.rank(), cp.size())
-    loss, table = score_rows(
+    output = score_rows(
         hidden_mine[head.position_N], shard, head, tp=tp, cp=cp, vocab_size=VOCABULARY, chunk_tokens=2
     )
+    loss, table = output.loss, torch.stack([output.log_z_n, output.log_w_n], dim=1)
     loss.backward()
     # What Megatron-core does with a replica's part: sum over context-parallel ranks (and over the shards, for hidden).
     dist.all_reduce(loss := loss.detach(), group=cp)

@@ -82,8 +82,8 @@ def test_scores_coefficients_and_gradients_equal_the_unsharded_model(references,
         (log_rationale, log_answer), coefficients, gradients = references[policy]
         for rank in ranks:
             done = rank[case]
-            torch.testing.assert_close(done.scores.log_rationale_BM, torch.tensor(log_rationale).double(), **close())
-            torch.testing.assert_close(done.scores.log_answer_BM, torch.tensor(log_answer).double(), **close())
+            torch.testing.assert_close(done.scores.table.log_z_BM, torch.tensor(log_rationale).double(), **close())
+            torch.testing.assert_close(done.scores.table.log_w_BM, torch.tensor(log_answer).double(), **close())
             for mine, theirs in zip(_both(done.coefficients), coefficients[which], strict=True):
                 theirs = torch.tensor(theirs).double()
                 assert (mine - theirs).norm() < TOLERANCE * theirs.norm(), (case, mine, theirs)

@@ -20,7 +20,6 @@ from megatron_jq.model import build as building
 from megatron_jq.model.initialise import mark_partitions
 from megatron_jq.model.norm import LocalRMSNorm
 from megatron_jq.model.policy import RowsForward
-from megatron_jq.objective.table import StepTable
 from megatron_jq.train import passes
 from tests.distributed import reference
 from tests.distributed.cases import POLICIES, TABLE, batch, build, build_options, estimator, share
@@ -103,8 +102,7 @@ def _pass(policy, model, runtime, options, names):
     """Log-likelihoods, and gradients by GPTModel's names, on this rank."""
     sequences = share(batch(), runtime)
     scores = passes.score(model, sequences, TABLE, runtime, options, with_rationale=True)
-    table = StepTable(scores.log_answer_BM, scores.present_BM)
-    coefficients = estimator("garl").coefficients(table, q=0.75, step=0)
+    coefficients = estimator("garl").coefficients(scores.table, q=0.75, step=0)
     model.zero_grad_buffer()
     passes.train(model, sequences, coefficients, runtime, options)
     gradients = {names(name): p.main_grad.clone() for name, p in policy.named_parameters()}
@@ -124,8 +122,8 @@ def _both(runtime, sequence_parallel: bool):
             scores, gradients = _pass(hybrid, hybrid_model, runtime, batch_options, gpt_name)
             assert gradients.keys() == expected_gradients.keys()
             gaps = {
-                "ln p(z|x)": (scores.log_rationale_BM - expected.log_rationale_BM).abs().max().item(),
-                "ln p(y|x,z)": (scores.log_answer_BM - expected.log_answer_BM).abs().max().item(),
+                "ln p(z|x)": (scores.table.log_z_BM - expected.table.log_z_BM).abs().max().item(),
+                "ln p(y|x,z)": (scores.table.log_w_BM - expected.table.log_w_BM).abs().max().item(),
             }
             for parameter, gradient in gradients.items():
                 gaps[parameter] = (gradient - expected_gradients[parameter]).abs().max().item()

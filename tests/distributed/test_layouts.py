@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron_jq.model.build import build_policies, wrap_for_training
-from megatron_jq.objective.table import StepTable
 from megatron_jq.train import passes
 from megatron_jq.train.passes import BatchOptions
 from tests.distributed import reference
@@ -78,13 +77,12 @@ def _gradients(runtime, layout: Layout, dtype: torch.dtype):
             sequences = batch() if runtime.groups.dp.rank() == 0 else []
         for _ in range(2):  # the second pass finds what the first may have left behind
             scores = passes.score(model, sequences, TABLE, runtime, layout.batch)
-            table = StepTable(scores.log_answer_BM, scores.present_BM)
-            coefficients = estimator("garl").coefficients(table, q=0.75, step=0)
+            coefficients = estimator("garl").coefficients(scores.table, q=0.75, step=0)
             model.zero_grad_buffer()
             trained = passes.train(model, sequences, coefficients, runtime, layout.batch)
         gather_gradient_shards(model)
         gradients = [named_tensors(policy, runtime, lambda p: p.main_grad) for policy in policies]
-        results[name] = (coefficients.rationale_BM, trained.log_rationale_BM, scores.log_answer_BM, gradients)
+        results[name] = (coefficients.rationale_BM, trained.table.log_z_BM, scores.table.log_w_BM, gradients)
     return results
 
 

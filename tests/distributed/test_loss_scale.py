@@ -10,11 +10,11 @@ import torch
 from megatron_jq.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_jq.errors import RunFailure
 from megatron_jq.records import Coefficients
+from megatron_jq.train.clipped_learner import OffPolicy, train_by_token
 from megatron_jq.train.loss_scale import LossScale
 from megatron_jq.train.optimizer import build_optimizer, clip_and_step, gradient_norm, parts_of, rounded
 from megatron_jq.train.passes import BatchOptions, train, training_batches
 from megatron_jq.train.precision import PrecisionWatch, StepFacts
-from megatron_jq.train.updates import OffPolicy, train_by_token
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, TABLE, batch, build, build_options, share
 from tests.distributed.ranks import run_ranks
@@ -42,9 +42,10 @@ def _steps(runtime, architecture, scale, *, optimizer="adam", bf16=False, sharde
     adam, norms, figures = build_optimizer(model, config, runtime), [], []
     passes = replace(OPTIONS, loss_scale=scale, top_p=top_p)
     mine, coefficients = share(batch(), runtime), plain_coefficients(batch())
-    kl_weight_BM = torch.full(TABLE, 0.3 / 9, dtype=torch.float64)
+    if by_token:
+        coefficients = replace(coefficients, kl_weight_BM=torch.full(TABLE, 0.3 / 9, dtype=torch.float64))
     batches = training_batches(model, mine, coefficients, runtime, passes)
-    off_policy = OffPolicy(0.2, 0.3, kl_weight_BM if by_token else None)
+    off_policy = OffPolicy(0.2, 0.3)
     for _ in range(STEPS):
         model.zero_grad_buffer()
         adam.zero_grad()
@@ -69,7 +70,7 @@ def settings_of(bf16: bool) -> ModelConfig:
 
 
 def _shifted(model, batches, runtime, passes):
-    from megatron_jq.train.updates import token_log_probs
+    from megatron_jq.train.clipped_learner import token_log_probs
 
     return [log_prob - 0.1 for log_prob in token_log_probs(model, batches, runtime, passes)]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_jq.config import Config
+from megatron_jq.objective.table import StepTable
 from megatron_jq.records import Rollout
 from megatron_jq.train.mismatch import MismatchWatch
 from tests.distributed.ranks import run_ranks
@@ -34,7 +35,7 @@ def _watch(runtime, steps, bf16: bool, top_p: float, alarm: float):
     results = []
     for step, gaps in enumerate(steps):
         share = drawn(gaps)[dp.rank() :: dp.size()]
-        results.append(watch.log_prob(step, share, TRAINER, PRESENT))
+        results.append(watch.log_prob(step, share, StepTable(None, PRESENT, TRAINER)))
     return results, said
 
 

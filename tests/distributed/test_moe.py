@@ -24,10 +24,10 @@ from megatron_jq.model.moe import balance_losses
 from megatron_jq.records import Coefficients, TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
+from megatron_jq.train.assemble import assemble
 from megatron_jq.train.optimizer import build_optimizer
 from megatron_jq.train.passes import BatchOptions, score, train
 from megatron_jq.train.setup import prepare_data
-from megatron_jq.train.trainer import Trainer
 from tests.distributed import reference
 from tests.distributed.cases import (
     SMALL,
@@ -141,7 +141,7 @@ def check(ranks, expected):
         scored, balance, gradients = expected[case[0]]
         for rank in ranks:
             for scores in (rank[case].scores, rank[case].trained):
-                found = torch.stack([scores.log_rationale_BM.flatten(), scores.log_answer_BM.flatten()], dim=1)
+                found = torch.stack([scores.table.log_z_BM.flatten(), scores.table.log_w_BM.flatten()], dim=1)
                 torch.testing.assert_close(found, torch.tensor(scored).double(), rtol=1e-6, atol=1e-5)
             if case[1] == "both":
                 assert rank[case].trained.expert_balance == pytest.approx(balance, rel=1e-5)
@@ -206,7 +206,7 @@ def test_float64_gradients_are_those_of_one_process(exact_alone, name):
     trained, expected = exact_alone
     for rank in ranks:
         assert rank[0].expert_balance == pytest.approx(trained.expert_balance, rel=1e-10)
-        assert (rank[0].log_answer_BM - trained.log_answer_BM).norm() < 1e-10 * trained.log_answer_BM.norm()
+        assert (rank[0].table.log_w_BM - trained.table.log_w_BM).norm() < 1e-10 * trained.table.log_w_BM.norm()
     found = join([chunk for rank in ranks for chunk in rank[1]], 70, padding=0.0)
     gap = reference.norm_difference(found, join(expected, 70, padding=0.0))
     print(f"\n{name}: {max(gap.values()):.1e}")
@@ -436,8 +436,8 @@ def test_rollouts_are_those_of_one_process_however_the_work_is_split(sampled_alo
         for slot, rollout in found.items():
             ids = (rollout.rationale_ids, rollout.num_sampled, rollout.answer_ids)
             assert ids == (alone[slot].rationale_ids, alone[slot].num_sampled, alone[slot].answer_ids), (split, slot)
-            assert rollout.log_prob == pytest.approx(table.log_rationale_BM[slot].item(), abs=1e-4)
-            assert rollout.log_w == pytest.approx(table.log_answer_BM[slot].item(), abs=1e-4)
+            assert rollout.log_prob == pytest.approx(table.table.log_z_BM[slot].item(), abs=1e-4)
+            assert rollout.log_w == pytest.approx(table.table.log_w_BM[slot].item(), abs=1e-4)
 
 
 # A run
@@ -446,8 +446,10 @@ def test_rollouts_are_those_of_one_process_however_the_work_is_split(sampled_alo
 def _run_steps(runtime, config):
     derived = derive(config, runtime.world_size)
     data = prepare_data(config, derived.architecture, runtime, Path(config.training.run_dir))
-    trainer = Trainer(config, derived, data, runtime)
-    return [trainer.step(step) for step in range(2)], trainer.evaluate(2)
+    loop = assemble(config, derived, data, runtime)
+    steps = [loop.step(step) for step in range(2)]
+    evaluated = loop.with_evaluation(steps[-1])
+    return steps, (evaluated.eval_exact_match, evaluated.eval_pass_at_k, evaluated.eval_maj_at_k)
 
 
 def _config(folder: Path, ep: int, tp: int) -> Config:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_jq.records import TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.passes import BatchOptions, score, scores_of_rollouts
+from megatron_jq.train.passes import BatchOptions, score, table_of_rollouts
 from tests.distributed import generation, reference
 from tests.distributed.cases import POLICIES, SMALL, build, build_options
 from tests.distributed.ranks import run_apart, run_ranks
@@ -130,7 +130,7 @@ def _sample(runtime):
         batch = BatchOptions(micro_batch_size=64, temperature=options.temperature, top_p=options.top_p)
         shape = (PROMPTS, RATIONALES)
         scores = score(model, rows, shape, runtime, batch, with_rationale=True)
-        carried = scores_of_rollouts(rollouts, shape, runtime)
+        carried = table_of_rollouts(rollouts, shape, runtime)
         results[options] = by_slot(rollouts), scores, carried
     waves = MegatronEngine([policy], runtime, max_rows=60).generate(requests, SAMPLE)
     return results, by_slot(waves)
@@ -199,12 +199,12 @@ def test_the_rollouts_ln_p_and_ln_w_are_the_trainers(samples, layout, options):
     found = drawn(samples[layout], options)
     for results, _ in samples[layout]:
         _, scores, carried = results[options]
-        assert scores.present_BM.all() and carried.present_BM.all()
-        rationale_gap = max(abs(r.log_prob - scores.log_rationale_BM[slot].item()) for slot, r in found.items())
-        answer_gap = max(abs(r.log_w - scores.log_answer_BM[slot].item()) for slot, r in found.items())
+        assert scores.table.valid_BM.all() and carried.table.valid_BM.all()
+        rationale_gap = max(abs(r.log_prob - scores.table.log_z_BM[slot].item()) for slot, r in found.items())
+        answer_gap = max(abs(r.log_w - scores.table.log_w_BM[slot].item()) for slot, r in found.items())
         assert rationale_gap < 1e-4 and answer_gap < 1e-4
-        torch.testing.assert_close(carried.log_answer_BM, scores.log_answer_BM, rtol=0, atol=1e-4)
-        assert len({round(x, 6) for x in scores.log_rationale_BM.flatten().tolist()}) > 150
+        torch.testing.assert_close(carried.table.log_w_BM, scores.table.log_w_BM, rtol=0, atol=1e-4)
+        assert len({round(x, 6) for x in scores.table.log_z_BM.flatten().tolist()}) > 150
     print(f"{layout}: ln p(z|x) within {rationale_gap:.1e}, ln w within {answer_gap:.1e}")
 
 

@@ -46,7 +46,7 @@ def _log_w(runtime, row: int):
     load_whole(policies[0], runtime, reference.noisy_weights(LONG))
     model, sequences = wrap_for_training(policies, options, runtime), _sequences(row)
     return {
-        name: score(model, sequences, (1, len(sequences)), runtime, batch).log_answer_BM
+        name: score(model, sequences, (1, len(sequences)), runtime, batch).table.log_w_BM
         for name, batch in ROWS[row].items()
     }
 

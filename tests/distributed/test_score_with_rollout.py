@@ -9,7 +9,7 @@ from megatron_jq.model.build import build_policies, wrap_for_training
 from megatron_jq.records import TrainingSequence
 from megatron_jq.rollout.engine import RolloutRequest, SamplingOptions, share_of_replica
 from megatron_jq.rollout.megatron import MegatronEngine
-from megatron_jq.train.passes import BatchOptions, score, scores_of_rollouts
+from megatron_jq.train.passes import BatchOptions, score, table_of_rollouts
 from tests.distributed import reference
 from tests.distributed.cases import SMALL, build_options
 from tests.distributed.ranks import run_ranks
@@ -61,9 +61,9 @@ def _both(runtime, sequence_parallel: bool, virtual_stages: int):
             for r in rollouts
         ]
         trainer = score(model, rows, TABLE, runtime, BatchOptions(8))
-        engine = scores_of_rollouts(rollouts, TABLE, runtime)
+        engine = table_of_rollouts(rollouts, TABLE, runtime)
         texts = {(r.prompt_slot, r.rationale_slot): (r.rationale_ids, r.answer_ids) for r in rollouts}
-        results.append((texts, engine.log_answer_BM, trainer.log_answer_BM))
+        results.append((texts, engine.table.log_w_BM, trainer.table.log_w_BM))
     return results
 
 

@@ -101,8 +101,8 @@ def trained(runtime, batch: list[Example], estimator: Estimator, options: BatchO
     table = StepTable(unknown, everything, reward_BM=unknown)
     coefficients = estimator.coefficients(table, q=0.5, step=0)
     done = train_with(runtime, *model, sequences_of(batch, dp.rank(), dp.size()), options, coefficients)
-    table = coefficients.rationale_BM * done.trained.log_rationale_BM
-    loss = -(table + coefficients.answer_BM * done.trained.log_answer_BM).sum().item()
+    table = coefficients.rationale_BM * done.trained.table.log_z_BM
+    loss = -(table + coefficients.answer_BM * done.trained.table.log_w_BM).sum().item()
     # The gradient buffers themselves: train_with keeps float32 copies.
     return loss, named_tensors(model[0], runtime, lambda p: p.main_grad)
 

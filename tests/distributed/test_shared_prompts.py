@@ -65,7 +65,7 @@ def _passes(runtime, architecture, groups, options, batches: list[BatchOptions])
         trained = passes.train(model, mine, coefficients, runtime, batch)
         gather_gradient_shards(model)
         gradients = [named_tensors(policy, runtime, lambda p: p.main_grad.clone()) for policy in policies]
-        found.append((scores.log_answer_BM, trained, gradients))
+        found.append((scores.table.log_w_BM, trained, gradients))
     return found
 
 
@@ -74,7 +74,7 @@ def assert_same(groups, options, batch: BatchOptions, ranks: dict, architecture=
     ranks_found = run_ranks(_passes, architecture, groups, options, ways, **ranks)
     shared, plain = ([rank[way] for rank in ranks_found] for way in (0, 1))
     for mine, theirs in zip(shared, plain, strict=True):
-        for a, b in ((mine[0], theirs[0]), *((getattr(mine[1], n), getattr(theirs[1], n)) for n in TABLES)):
+        for a, b in ((mine[0], theirs[0]), *((getattr(mine[1].table, n), getattr(theirs[1].table, n)) for n in TABLES)):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, equal_nan=True)
     gradients, expected = (
         join([chunk for rank in way for chunk in rank[2]], SMALL.vocab_size, padding=0.0) for way in (shared, plain)
@@ -84,7 +84,7 @@ def assert_same(groups, options, batch: BatchOptions, ranks: dict, architecture=
     return shared[0][1], plain[0][1]
 
 
-TABLES = ("log_rationale_BM", "log_answer_BM")
+TABLES = ("log_z_BM", "log_w_BM")
 RAGGED = [
     Group(9, [(5, 5, 2), (1, 0, 1), (12, 11, 3)]),
     Group(1, [(4, 4, 1), (2, 1, 1)]),
@@ -203,7 +203,7 @@ def test_gradients_are_those_of_transformers_on_plain_sequences(family, tmp_path
     table, expected = run_apart(_hugging_face, source, groups, coefficients)
     [(trained, gradients)] = run_ranks(_ours, folder, source, groups, coefficients)
     slots = [(s.prompt_slot, s.rationale_slot) for s in sequences_of(groups)]
-    found = torch.stack([torch.stack([getattr(trained, name)[slot] for name in TABLES]) for slot in slots])
+    found = torch.stack([torch.stack([getattr(trained.table, name)[slot] for name in TABLES]) for slot in slots])
     # transformers rounds the rotary angles' cosines to float32
     torch.testing.assert_close(found, table, rtol=1e-6, atol=1e-6)
     assert trained.tokens_saved > 0

@@ -188,7 +188,7 @@ def test_gradient_equals_the_unsharded_model_with(name, ranks, expected):
 
 def test_a_failed_rationale_is_absent_from_every_ranks_table(ranks):
     for rank in ranks:
-        absent = ~rank["failed"].scores.present_BM
+        absent = ~rank["failed"].scores.table.valid_BM
         assert absent.nonzero().tolist() == [list(FAILED)]
         coefficients = rank["failed"].coefficients
         assert coefficients.rationale_BM[FAILED] == 0 and coefficients.answer_BM[FAILED] == 0
@@ -197,7 +197,7 @@ def test_a_failed_rationale_is_absent_from_every_ranks_table(ranks):
 def test_forced_tokens_have_no_gradient_and_no_share_in_ln_p_of_the_rationale(ranks):
     before, after = (gradients_of(ranks, name) for name in ("forced", "other forced ids"))
     assert max(reference.norm_difference(after, {n: g.double() for n, g in before.items()}).values()) < 1e-6
-    tables = [ranks[0][name].trained.log_rationale_BM for name in ("forced", "other forced ids")]
+    tables = [ranks[0][name].trained.table.log_z_BM for name in ("forced", "other forced ids")]
     torch.testing.assert_close(tables[0], tables[1], rtol=0, atol=1e-5)
     assert tables[0][2, 0] == 0.0  # forced throughout: p of an empty draw is 1
     embedding = before["embedding.word_embeddings.weight"]
@@ -208,7 +208,7 @@ def test_padding_and_neighbours_change_no_ln_p_beyond_rounding(ranks, expected):
     right = torch.tensor(expected["padded"], dtype=torch.float64)
     for rank in ranks:
         tables = [
-            torch.stack([s.log_rationale_BM.flatten(), s.log_answer_BM.flatten()], dim=1)
+            torch.stack([s.table.log_z_BM.flatten(), s.table.log_w_BM.flatten()], dim=1)
             for s in rank["padded"].values()
         ]
         spread = max((table - tables[0]).abs().max().item() for table in tables)

@@ -139,7 +139,7 @@ def test_bf16_is_close_to_the_unsharded_model_and_steps(tp, pp, dp):
     scored, gradients = run_apart(_expected_bf16)
     ranks = run_ranks(_bf16_pass, tp=tp, pp=pp, dp=dp)
     trained = ranks[0][0].trained
-    found = torch.stack([trained.log_rationale_BM.flatten(), trained.log_answer_BM.flatten()], dim=1)
+    found = torch.stack([trained.table.log_z_BM.flatten(), trained.table.log_w_BM.flatten()], dim=1)
     worst_score = (found - scored).abs().max().item()
     gradient = join([rank[0].gradients for rank in ranks], 70, padding=0.0)
     worst = max(reference.norm_difference(gradient, gradients).values())

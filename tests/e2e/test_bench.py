@@ -196,10 +196,12 @@ def test_messages_are_counted_by_kind_with_their_bytes_and_those_to_oneself_are_
 def _peaks(runtime):
     (policy,) = build_policies(PRESETS["tiny"], BuildOptions(vocab_size=128), runtime)
     meter = Meter(policy, runtime)
-    small = [meter.examine(lambda: torch.ones(100))[1].peak_memory_bytes]
-    large = meter.examine(lambda: torch.ones(25_000_000).sum())[1].peak_memory_bytes
-    small.append(meter.examine(lambda: torch.ones(100))[1].peak_memory_bytes)
-    return small, large
+    findings = []
+    for size in (100, 25_000_000, 100):
+        with meter.examine(findings.append):
+            torch.ones(size).sum()
+    before, large, after = (examined.peak_memory_bytes for examined in findings)
+    return (before, after), large
 
 
 @pytest.mark.skipif(not Memory.STATUS.exists(), reason="only Linux forgets a process's peak")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.cli.main import main
-from megatron_jq.train import trainer
+from megatron_jq.train import heldout
 from tests.e2e.launch import SMALL, run
 from tests.e2e.records import FINQA, GSM8K, RECORDS, chat_folder
 from tools.prepare_data import main as prepare_main
@@ -106,8 +106,8 @@ def test_automatic_normalisation_goes_by_the_format_that_was_found(is_prepared, 
         flags = ["--train-data", str(tmp_path / "set")]
 
     def tell_the_judge(_rank: int) -> None:
-        evaluate = trainer.evaluate
-        trainer.evaluate = lambda *given, judge, **named: print(judge) or evaluate(*given, judge=judge, **named)
+        evaluate = heldout.evaluate
+        heldout.evaluate = lambda *given, judge, **named: print(judge) or evaluate(*given, judge=judge, **named)
 
     argv = [*SMALL, *flags, "--run-dir", str(tmp_path / "run"), "--train-iters", "1", "--normalise", "auto"]
     (ended,) = run(argv, tmp_path, prepare=tell_the_judge)

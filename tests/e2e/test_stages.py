@@ -23,8 +23,8 @@ from megatron_jq.config_validate import validate
 from megatron_jq.corpus import reading
 from megatron_jq.corpus.reading import Rows
 from megatron_jq.data.tokenizers import train_sentencepiece
+from megatron_jq.train.imitation import Imitation
 from megatron_jq.train.pretraining import Batch
-from megatron_jq.train.trainer import Trainer
 from tests.e2e.launch import Ranks, run
 from tests.e2e.test_resume import metrics as compared
 from tests.e2e.test_training import metrics
@@ -254,13 +254,13 @@ def test_a_replica_reads_the_rows_that_it_trains_on_and_all_numbers_are_the_same
 def test_a_bad_row_that_one_replica_meets_ends_all_of_them(folder, tmp_path):
     def blind(rank: int) -> None:
         if rank == 1:
-            step = Trainer.step
+            step = Imitation.step
 
             def last(self, number: int):
                 self.data.train._vocab_size = 3 if number == 1 else 384
                 return step(self, number)
 
-            Trainer.step = last
+            Imitation.step = last
 
     argv = ["train", *QUIET, *pretraining(folder), "--run-dir", str(tmp_path / "run")]
     ended = run(argv, tmp_path, size=2, prepare=blind)

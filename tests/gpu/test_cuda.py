@@ -52,5 +52,5 @@ def test_two_gpus_under_tensor_parallelism_find_the_same(on_cpu):
     for found, rollouts in run_ranks(_parallel, device="cuda", tp=2):
         for case, step in found.items():
             expected = on_cpu[0]["float32"][1][case]
-            torch.testing.assert_close(step.log_answer_BM, expected.log_answer_BM, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(step.log_w_BM, expected.log_w_BM, rtol=1e-4, atol=1e-3)
         same_rollouts(rollouts, on_cpu[1], 1e-3)

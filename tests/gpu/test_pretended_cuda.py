@@ -87,7 +87,7 @@ def test_what_ranks_exchange_lies_on_the_device(layout, on_cpu):
     for found, rollouts in run_ranks(_parallel, device="cuda", around=pretended_cuda, **layout):
         for case, step in found.items():
             expected = on_cpu["steps"]["float32"][case]
-            torch.testing.assert_close(step.log_answer_BM, expected.log_answer_BM, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(step.log_w_BM, expected.log_w_BM, rtol=1e-5, atol=1e-4)
         same_rollouts(rollouts, on_cpu["greedy"], 1e-4)
 
 

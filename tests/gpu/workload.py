@@ -34,8 +34,8 @@ LAYOUTS = {
 class Step:
     """Of one scoring and training pass. gradients: by parameter, float32."""
 
-    log_rationale_BM: torch.Tensor
-    log_answer_BM: torch.Tensor
+    log_z_BM: torch.Tensor
+    log_w_BM: torch.Tensor
     gradients: dict[str, torch.Tensor]
 
 
@@ -51,7 +51,7 @@ def one_step(runtime: Runtime, policy, model, estimator: str, options: BatchOpti
     done = score_and_train(runtime, policy, model, share(batch(), runtime), options, estimator)
     scores = done.scores
     gradients = {name: gradient.cpu() for name, gradient in done.gradients[1].items()}
-    return Step(scores.log_rationale_BM, scores.log_answer_BM, gradients)
+    return Step(scores.table.log_z_BM, scores.table.log_w_BM, gradients)
 
 
 def steps(
@@ -116,7 +116,7 @@ def same_rollouts(found: list[Rollout], expected: list[Rollout], tolerance: floa
 
 def same_step(found: Step, expected: Step, tolerance: float) -> None:
     """Log-likelihoods in nats; gradients by the norm of their difference, against that of the largest."""
-    for name in ("log_rationale_BM", "log_answer_BM"):
+    for name in ("log_z_BM", "log_w_BM"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=tolerance, atol=10 * tolerance)
     assert found.gradients.keys() == expected.gradients.keys()
     largest = max(gradient.norm() for gradient in expected.gradients.values())

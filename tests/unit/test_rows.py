@@ -101,13 +101,13 @@ def test_the_plain_distribution_carries_no_temperature_and_no_nucleus():
     assert head.inverse_temperature_N is None and head.top_p_N is None
 
 
-def test_a_token_carries_minus_its_sequences_coefficient_for_its_column():
+def test_a_token_carries_its_sequences_coefficient_for_its_column():
     batch = sequences()
     pairs = [(0.5 + n, -10.0 * n) for n in range(len(batch))]
     head = pack_sequences(batch, device=CPU, with_rationale=True, coefficients=pairs).head
     assert head.coefficient_N.dtype == torch.float64
     for cell, coefficient in zip(head.cell_N.tolist(), head.coefficient_N.tolist(), strict=True):
-        assert coefficient == -pairs[cell // 2][cell % 2]
+        assert coefficient == pairs[cell // 2][cell % 2]
     assert pack_sequences(batch, device=CPU, with_rationale=True).head.coefficient_N is None
 
 
