@@ -14,6 +14,7 @@ from megatron_jq.config import SETTINGS, settings_of_text
 from megatron_jq.data.template import template_of
 from megatron_jq.toml_files import tomllib
 from tests.e2e.documents import DOCUMENTS, REPOSITORY
+from tests.unit.test_floors import FLOORS
 from tools.reference_pages import PAGES
 
 SOURCES = ("tools/*.py", "megatron_jq/cli/*.py", "examples/**/*.py", "launch/**/*.py")
@@ -210,3 +211,10 @@ def test_every_toml_fragment_is_read(document, tmp_path):
 def test_generated_pages_are_complete_and_current(page):
     """Every setting and every metric has its line, with what the code says today."""
     assert text_of(f"docs/{page}") == PAGES[page](), f"run python tools/reference_pages.py: docs/{page} is not current"
+
+
+def test_the_table_of_floors_names_every_room():
+    """docs/architecture.md explains the floors; tests/unit/test_floors.py holds imports to them."""
+    rows = re.findall(r"^\| F(\d) \| ([^|]+) \|", text_of("docs/architecture.md"), re.MULTILINE)
+    rooms = {room: int(floor) for floor, names in rows for room in re.findall(r"`(\w+)`", names)}
+    assert rooms == {room: floor for room, floor in FLOORS.items() if room != "__init__"}
