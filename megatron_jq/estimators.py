@@ -9,7 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megatron_jq.errors import UserError
 
@@ -76,7 +76,6 @@ class EstimatorRow:
     reads: tuple[str, ...] = ()  # what the function reads of its knobs: settings of [objective], generator
     settings: tuple[str, ...] = ()  # what the step reads besides, for this estimator
     aliases: tuple[tuple[str, float], ...] = ()  # published names that are this estimator at one q
-    mean_over: Literal["rationales", "resamples"] = "rationales"  # the inner mean of the loss: over M_b, or K draws
     binary_rewards: bool = False  # whether a reward other than 0 and 1 has no meaning
     effective_reward: str | None = None  # "MODULE:FUNCTION" of the figure, f(table, knobs) → [B]; None: from function's
 
@@ -103,6 +102,11 @@ class EstimatorRow:
     @property
     def uses_q(self) -> bool:
         return "q" in self.reads
+
+    @property
+    def resamples(self) -> bool:
+        """Whether the function draws num_resamples of the rationales: the loss's inner mean is then over these."""
+        return "num_resamples" in self.reads
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -138,7 +142,6 @@ ROWS = (
         function=f"{_AT}:paft",
         reads=("q", "normalize", "num_resamples", GENERATOR),
         aliases=(("trice", 1.0),),
-        mean_over="resamples",
     ),
     EstimatorRow(
         name="grpo",
@@ -224,8 +227,6 @@ def row_problems(row: EstimatorRow) -> list[str]:
         )
     if row.minimum_rationales < 1 or (row.imitates and row.minimum_rationales > 1):
         problems.append(f"{at}: minimum_rationales {row.minimum_rationales} is not possible; write 1")
-    if row.mean_over == "resamples" and "num_resamples" not in row.reads:
-        problems.append(f'{at}: a mean over resamples needs "num_resamples" in reads')
     if row.aliases and not row.uses_q:
         problems.append(f'{at}: aliases stand for a q, which needs "q" in reads')
     if row.binary_rewards and not row.samples_answers:

@@ -72,7 +72,7 @@ class Estimator:
         table: the whole step's. Random numbers come from a stream keyed by (seed, step). UserError where the table
         lacks what the estimator's row needs.
         """
-        resamples = self.num_resamples if self.row.mean_over == "resamples" else None
+        resamples = self.num_resamples if self.row.resamples else None
         scale_B1 = prompt_mean_scale(table.valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
         scale_B1 = scale_B1 / self.row_tokens
         rationale_BM, answer_BM = self._call(self.row.function, table, q, step)

@@ -96,7 +96,7 @@ _MEANING: dict[str, Callable[[Config], Any]] = {
         else c.objective.q_schedule_iters or max(c.training.train_iters - 1, 1)
     ),
     "num_resamples": lambda c: (
-        (c.objective.num_resamples or c.rollout.num_rationales) if "num_resamples" in c.objective.row.reads else None
+        (c.objective.num_resamples or c.rollout.num_rationales) if c.objective.row.resamples else None
     ),
     "sgd_momentum": lambda c: c.optimizer.sgd_momentum if c.optimizer.optimizer == "sgd" else None,
     **{

@@ -392,7 +392,6 @@ def test_a_least_number_that_is_too_low_is_refused_at_start(monkeypatch):
         ({"needs": Needs.GOLD_SCORE | Needs.CORPUS_ROW}, "needs says ln p of the gold answer, a row of --data-path"),
         ({"minimum_rationales": 0}, "minimum_rationales 0 is not possible"),
         ({"name": "paft"}, "its name or an alias stands in the table twice"),
-        ({"mean_over": "resamples"}, 'a mean over resamples needs "num_resamples" in reads'),
         ({"reads": ("normalize",)}, 'aliases stand for a q, which needs "q" in reads'),
         ({"reads": ("q", "normalise")}, "reads says normalise, which is no setting of .objective.; .*normalize"),
         ({"settings": ("grpo_beta",)}, "settings says grpo_beta, which is no setting"),
