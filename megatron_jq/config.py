@@ -38,6 +38,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "OLD_NAMES",
     "PATHS",
     "ModelConfig",
     "ObjectiveConfig",
@@ -48,6 +49,7 @@ __all__ = [
     "TrainingConfig",
     "explicit_settings",
     "load_toml",
+    "old_name_notes",
     "parse_args",
     "settings_of_text",
     "to_argv",
@@ -100,6 +102,9 @@ def parse_args(argv: list[str], prog: str = "megatron-jq train", base: Config = 
     raise AssertionError(f"each of {flags} parses alone, together they do not")
 
 
+#: Names that settings had before → their names now. Both are read: as flags, in files and in the records of runs.
+OLD_NAMES = {"normalise": "match_rule"}
+
 #: Settings that may be a path, beginning with ~ where no shell replaced it: --run-dir=~/runs, or a line of a file.
 PATHS = (
     "model", "train_data", "eval_data", "prompt_template", "tokenizer_model", "data_path", "data_cache_path", "run_dir",
@@ -144,6 +149,7 @@ def _tokenise(argv: list[str]) -> tuple[str | None, list[str]]:
             raise UserError(f"unexpected argument {token!r}; settings are given as --name value")
         written, has_value, value = token.removeprefix("--").partition("=")
         name = written.replace("-", "_")
+        name = OLD_NAMES.get(name, name)
         plain = name.removeprefix("no_")
         if plain in SETTINGS and bool in _alternatives(SETTINGS[plain][1]):
             if has_value:
@@ -195,7 +201,7 @@ def _with_tables(base: Config, tables: dict[str, Any], path: str | Path) -> Conf
         if isinstance(value, dict) and key not in groups:
             raise UserError(f"{path}: unknown table [{key}]; {did_you_mean(key, groups, f'valid: {list(groups)}')}")
         for name, setting in table.items():
-            name = name.replace("-", "_")
+            name = OLD_NAMES.get(name.replace("-", "_"), name.replace("-", "_"))
             if name not in SETTINGS:
                 raise UserError(f"{path}: unknown key {name}; {did_you_mean(name, SETTINGS, 'see --help')}")
             group, kind = SETTINGS[name]
@@ -205,6 +211,19 @@ def _with_tables(base: Config, tables: dict[str, Any], path: str | Path) -> Conf
                 raise UserError(f"{path}: {name} is given twice")
             groups[group][name] = _typed(setting, kind, f"{path}: {name}")
     return replace(base, **{name: replace(getattr(base, name), **values) for name, values in groups.items()})
+
+
+def old_name_notes(argv: list[str]) -> list[str]:
+    """Return a line for each old name by which a command line, or its `--config` file, gives a setting."""
+    config_file, _ = _tokenise(argv)
+    names = {token.removeprefix("--").partition("=")[0] for token in argv if token.startswith("--")}
+    for key, value in ({} if config_file is None else read_toml(config_file)).items():
+        names.update(value if isinstance(value, dict) else (key,))
+    return [
+        f"--{_kebab(old)} is now --{_kebab(new)} ({new} in a file); the next version does not read the old name"
+        for old, new in OLD_NAMES.items()
+        if {old, _kebab(old)} & names
+    ]
 
 
 def to_argv(config: Config) -> list[str]:

@@ -33,7 +33,7 @@ _RECORDS = {
 _MODEL = {name for name, (group, _) in SETTINGS.items() if group == "model"}
 
 #: Settings that say how a sample is judged: also one that was drawn before.
-JUDGING = {"match", "normalise", "answer_extract"}
+JUDGING = {"match", "match_rule", "answer_extract"}
 
 #: Command → the settings that it reads. Training is not here: it reads all that NEEDS and READ_BY do not take from it.
 READS: dict[str, frozenset[str]] = {
@@ -138,7 +138,7 @@ NEEDS = (
         "no --max-tokens-per-micro-batch, which bounds a micro-batch instead",
     ),
     Need(("init_method_std",), lambda c, a: begins_at_random(c), "random weights (no --load, no --model with weights)"),
-    Need(("normalise",), lambda c, a: c.training.match != "math", "another --match: math compares by rule number"),
+    Need(("match_rule",), lambda c, a: c.training.match != "math", "another --match: math compares by rule number"),
     Need(("eval_top_p",), lambda c, a: c.training.eval_temperature > 0, "--eval-temperature above 0"),
     Need(("ffn_hidden_size",), lambda c, a: a.num_experts is None, "a model without experts"),
     Need(
@@ -154,7 +154,7 @@ NEEDS_IN_TRAINING = (
     ),
     Need(("answer_extract",), lambda c, a: has_heldout(c), "--eval-data"),
     Need(
-        ("match", "normalise"), lambda c, a: has_heldout(c) or c.objective.row.samples_answers, "--eval-data"
+        ("match", "match_rule"), lambda c, a: has_heldout(c) or c.objective.row.samples_answers, "--eval-data"
     ),
     Need(
         ("eval_examples", "eval_samples", "eval_temperature", "eval_top_p"), lambda c, a: has_heldout(c), "--eval-data"

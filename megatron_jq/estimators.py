@@ -46,7 +46,7 @@ _DRAWN = ("rollout_engine", "temperature", "top_p", "score_with", "score_check_i
 _PROMPTED = (
     "rationale_budget", "answer_budget", "max_prompt_tokens", "overlong_prompts", "prompt_field", "answer_field",
     "id_field", "data_format", "finqa_answer", "bad_records", "prompt_style", "prompt_template", "train_examples",
-    "tokenizer_vocab_size", "match", "normalise", "answer_extract", "eval_temperature", "eval_top_p", "eval_samples",
+    "tokenizer_vocab_size", "match", "match_rule", "answer_extract", "eval_temperature", "eval_top_p", "eval_samples",
     "train_data", "eval_data", "rollout_batch_size", "share_prompts", "sample_interval", "add_bos_token", "chat_date",
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_jq.config import SETTINGS, parse_args
+from megatron_jq.config import OLD_NAMES, SETTINGS, parse_args
 from megatron_jq.errors import UserError
 from megatron_jq.files import inside
 from megatron_jq.toml_files import did_you_mean, read_toml
@@ -30,7 +30,7 @@ def read_grid(path: str | Path) -> list[Point]:
     """The file's points; its last list varies fastest. UserError names the key at fault."""
     lists: list[tuple[str, list, bool]] = []
     for key, value in read_toml(path).items():
-        name = key.replace("-", "_")
+        name = OLD_NAMES.get(key.replace("-", "_"), key.replace("-", "_"))
         if isinstance(value, dict):
             raise UserError(f"{path}: [{key}]: a grid has no tables; write its keys at the top level")
         if name not in SETTINGS:

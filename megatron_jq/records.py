@@ -151,6 +151,6 @@ class StepMetrics:
     clipped_fraction: float | None = None  # of tokens with an advantage; mean over --grpo-iterations, where several
     expert_balance: float | None = None  # mean over sequences and layers of E·Σ f·P; 1 where experts are used evenly
     eval_exact_match: float | None = None  # share of held-out samples that are the gold answer as it is
-    eval_pass_at_k: float | None = None  # --match, --normalise: held-out prompts that one of --eval-samples solved
+    eval_pass_at_k: float | None = None  # --match, --match-rule: held-out prompts that one of --eval-samples solved
     eval_maj_at_k: float | None = None  # and prompts whose majority vote over them is right (the paper's m@16)
     eval_loss: float | None = None  # pretraining: cross-entropy of held-out rows, nats a token

@@ -17,6 +17,7 @@ else:
     EstimatorName = Annotated[Literal[estimators.NAMES], tyro.conf.arg(help=estimators.help_text())]
 
 from megatron_jq.formats.finqa import FINQA_ANSWERS
+from megatron_jq.formats.row import RULES
 from megatron_jq.formats.table import FORMATS
 
 
@@ -184,7 +185,7 @@ class TrainingConfig:
     eval_samples: int = 1  # samples a held-out prompt; `evaluate`: 16
     # evaluated answers are right if equal to, or if they hold, the gold; as math-verify says; or if reward is 1
     match: Literal["exact", "substring", "math", "reward"] = "exact"
-    normalise: Literal["auto", "none", "text", "squad", "number"] = "auto"  # rule for both texts; auto: the data's own
+    match_rule: Literal[("auto", *RULES)] = "auto"  # what both texts go through first; auto: the data format's
     answer_extract: Literal["none", "last-number", "boxed", "answer-is"] = "none"  # what is judged of a sampled text
     reward: str | None = None  # MODULE:FUNCTION of your own for grpo, rloo, maxrl, star; None: exact match
     tensorboard: bool = True  # also write TensorBoard events

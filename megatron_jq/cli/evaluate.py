@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from megatron_jq.cli.parser import CommandParser, as_path
+from megatron_jq.cli.parser import CommandParser, as_path, print_old_name_notes
 from megatron_jq.config import Config, TrainingConfig, explicit_settings, parse_args
 from megatron_jq.config_reads import READS, refuse_unread, unread_note
 from megatron_jq.config_validate import resolve_architecture
@@ -56,6 +56,7 @@ def run_evaluate(argv: list[str], before_imports: Callable[[], None]) -> int:
     # Refused whatever the checkpoint's settings are, and before Megatron-core is imported.
     refuse_unread("evaluate", Config(), shape, flags - READS["evaluate"])
     config = parse_args(rest, PROG)
+    print_old_name_notes(rest)
     before_imports()
     from megatron_jq.evaluate.run import EvaluateArgs, evaluate_policy
     from megatron_jq.train.failures import Phase, peers_must_answer
@@ -80,6 +81,7 @@ def _rescore(args: argparse.Namespace, rest: list[str], before_imports: Callable
     command, flags, shape = "evaluate --rescore", explicit_settings(rest), resolve_architecture(Config())
     refuse_unread(command, Config(), shape, flags)
     parse_args(rest, PROG)
+    print_old_name_notes(rest)
     before_imports()
     from megatron_jq.evaluate.judging import Interval, judge_of
     from megatron_jq.evaluate.math_judge import check_installed
@@ -88,7 +90,7 @@ def _rescore(args: argparse.Namespace, rest: list[str], before_imports: Callable
 
     header, prompts = read_samples(args.rescore)
     written_by = TrainingConfig(
-        match=header.match, normalise=header.rule, answer_extract=header.answer_extract, seed=header.seed
+        match=header.match, match_rule=header.rule, answer_extract=header.answer_extract, seed=header.seed
     )
     config = parse_args(rest, PROG, Config(training=written_by))
     refuse_unread(command, config, shape, flags)

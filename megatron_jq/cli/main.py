@@ -16,7 +16,7 @@ from megatron_jq import __version__, streams
 from megatron_jq.cli.convert import run_convert
 from megatron_jq.cli.evaluate import run_evaluate
 from megatron_jq.cli.grid import run_grid
-from megatron_jq.cli.parser import exit_code
+from megatron_jq.cli.parser import exit_code, print_old_name_notes
 from megatron_jq.cli.preflight import run_preflight
 from megatron_jq.config import explicit_settings, parse_args
 from megatron_jq.config_reads import refuse_unread
@@ -98,6 +98,7 @@ def _run(argv: list[str]) -> int:
     world_size = os.environ.get("WORLD_SIZE")
     validate_training(config, None if world_size is None else int(world_size))
     refuse_unread("train", config, resolve_architecture(config), explicit_settings(rest))
+    print_old_name_notes(rest)
     _silence_known_warnings()
     if config.data.show_example is not None:
         from megatron_jq.train.setup import show_example

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_jq import streams
+from megatron_jq.config import old_name_notes
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.interrupts import ending_at_once
 
@@ -62,6 +63,13 @@ def exit_code(name: str, work: Callable[[], int], *, prints_its_result: bool = T
         # One write: several ranks share the terminal, and lines of several writes would mix.
         sys.stderr.write("".join(f"{prefix}{name}: error: {line}\n" for line in str(error).splitlines()))
         return 3 if isinstance(error, RunFailure) else 2
+
+
+def print_old_name_notes(argv: list[str]) -> None:
+    """Print, on the main rank, which settings a command line or its `--config` file gives by names of before."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in old_name_notes(argv):
+            print(note, flush=True)
 
 
 def json_output_problems(path: Path | None) -> list[str]:

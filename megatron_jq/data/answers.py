@@ -37,7 +37,7 @@ def rule_of(choice: str, data_format: str) -> str:
         return format_named(data_format).rule
     if choice not in RULES:
         hint = did_you_mean(choice, RULES, f"it is one of auto, {', '.join(RULES)}")
-        raise UserError(f"--normalise {choice} is not known; {hint}")
+        raise UserError(f"--match-rule {choice} is not known; {hint}")
     return choice
 
 

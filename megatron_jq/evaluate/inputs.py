@@ -106,7 +106,7 @@ def settings_of(checkpoint: Found) -> Config:
             eval_temperature=t.eval_temperature or saved.rollout.temperature,
             eval_top_p=t.eval_top_p,
             match=t.match,
-            normalise=t.normalise,
+            match_rule=t.match_rule,
             answer_extract=t.answer_extract,
             max_tokens_per_micro_batch=t.max_tokens_per_micro_batch,
         ),

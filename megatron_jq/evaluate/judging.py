@@ -68,7 +68,7 @@ class Judge:
 
 def judge_of(settings: TrainingConfig, data_format: str) -> Judge:
     """The judge that the settings name, for data of a format. Under math match numbers are compared by rule number."""
-    rule = "number" if settings.match == "math" else rule_of(settings.normalise, data_format)
+    rule = "number" if settings.match == "math" else rule_of(settings.match_rule, data_format)
     return Judge(settings.match, rule, settings.answer_extract, format_named(data_format).ratios)
 
 

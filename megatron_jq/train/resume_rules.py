@@ -45,7 +45,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
     )),
     (Rule.FREE, "evaluation, which no gradient reads", (
         "eval_data", "eval_examples", "eval_interval", "eval_temperature", "eval_top_p", "eval_samples", "match",
-        "normalise", "answer_extract",
+        "match_rule", "answer_extract",
     )),
     (Rule.FREE, "where and when it is saved; a folder of another run is refused", (
         "run_dir", "save", "save_interval", "save_interval_minutes", "exit_duration_in_mins", "async_save",

@@ -40,6 +40,15 @@ def test_show_example_of_a_task_trains_its_tokenizer_and_keeps_nothing(tmp_path,
     assert os.listdir() == []
 
 
+def test_an_old_name_of_a_setting_is_noted_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.toml").write_text('normalise = "text"\n')
+    assert main(["train", "--config", "old.toml", "--show-example", "5"]) == 0
+    note = "--normalise is now --match-rule (match_rule in a file); the next version does not read the old name\n"
+    out = capsys.readouterr().out
+    assert out.startswith(note) and out.count("--normalise") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -109,7 +118,7 @@ def test_automatic_normalisation_goes_by_the_format_that_was_found(is_prepared, 
         evaluate = heldout.evaluate
         heldout.evaluate = lambda *given, judge, **named: print(judge) or evaluate(*given, judge=judge, **named)
 
-    argv = [*SMALL, *flags, "--run-dir", str(tmp_path / "run"), "--train-iters", "1", "--normalise", "auto"]
+    argv = [*SMALL, *flags, "--run-dir", str(tmp_path / "run"), "--train-iters", "1", "--match-rule", "auto"]
     (ended,) = run(argv, tmp_path, prepare=tell_the_judge)
     assert ended.code == 0, ended
     assert "Judge(match='exact', rule='number', extract='none', ratios=False)" in ended.out

@@ -143,7 +143,7 @@ def test_judging_again_needs_no_model_and_gives_the_same_figures(alone, tmp_path
     assert again.code == 0, again
     assert (tmp_path / "new" / "evaluation.json").read_bytes() == (alone / "evaluation.json").read_bytes()
     [other] = run(
-        ["evaluate", "--rescore", file, "--match", "exact", "--normalise=text", "--metrics", "maj@3,pass@2"],
+        ["evaluate", "--rescore", file, "--match", "exact", "--match-rule=text", "--metrics", "maj@3,pass@2"],
         tmp_path,
     )
     assert other.code == 0, other
@@ -258,7 +258,7 @@ BAD = {
     "no file": ("--eval-data nowhere.jsonl", "--eval-data nowhere.jsonl: No such file"),
     "greedy repeats": ("--eval-temperature 0", "--eval-samples above 1 needs --eval-temperature above 0"),
     "unknown match": ("--match fuzzy", "--match fuzzy: expected one of exact, substring"),
-    "unknown rule": ("--normalise numbers", "--normalise numbers: expected one of auto, none"),
+    "unknown rule": ("--match-rule numbers", "--match-rule numbers: expected one of auto, none"),
     "unknown flag": ("--eval-sample 3", "unknown flag --eval-sample; did you mean --eval-samples"),
     "no room": ("--rationale-budget 600", "cannot hold a prompt of 1, a rationale of 600"),
     "all overlong": ("--max-prompt-tokens 2", f"{NUM_PROMPTS} of {NUM_PROMPTS} examples exceed 2 prompt tokens"),

@@ -115,5 +115,5 @@ def test_evaluation_reports_the_reward_judges_by_it_and_never_runs_it_unasked(fo
     plain_file = str(folder / "plain" / "samples.jsonl")
     [none] = run(["evaluate", "--rescore", plain_file, "--match", "reward"], folder)
     assert none.code == 2, none
-    [refused] = run(["evaluate", "--rescore", file, "--match", "math", "--normalise", "text"], folder)
-    assert refused.code == 2 and "--normalise is not read by evaluate --rescore" in refused.err, refused
+    [refused] = run(["evaluate", "--rescore", file, "--match", "math", "--match-rule", "text"], folder)
+    assert refused.code == 2 and "--match-rule is not read by evaluate --rescore" in refused.err, refused

@@ -214,13 +214,13 @@ def test_the_rule_follows_the_data_set_unless_it_is_named():
     with pytest.raises(UserError, match="--data-format nothing is not known"):
         rule_of("auto", "nothing")
     assert rule_of("text", "gsm8k") == "text"
-    with pytest.raises(UserError, match="--normalise numbers is not known; did you mean number"):
+    with pytest.raises(UserError, match="--match-rule numbers is not known; did you mean number"):
         rule_of("numbers", "gsm8k")
 
 
 def test_where_golds_are_ratios_a_percentage_is_no_number_without_its_sign():
     for data_format, equal in (("finqa", False), ("gsm8k", True), ("jsonl", True)):
-        judge = judge_of(TrainingConfig(normalise="number"), data_format)
+        judge = judge_of(TrainingConfig(match_rule="number"), data_format)
         for text, gold in (("0.093%", "0.093"), ("0.5 percent", "0.5")):
             assert judge.is_right(Answer(text, True), [gold]) == equal
         assert judge.is_right(Answer("9.3", True), ["9.3%"]) and not judge.is_right(Answer("5 bps", True), ["0.05"])

@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from megatron_jq.architecture import PRESETS
 from megatron_jq.architecture_files import architecture_to_toml
 from megatron_jq.cli.main import main
-from megatron_jq.config import ALIASES, SETTINGS, Config, load_toml, parse_args, to_argv, to_toml, with_one_rationale
+from megatron_jq.config import (
+    ALIASES,
+    SETTINGS,
+    Config,
+    explicit_settings,
+    load_toml,
+    old_name_notes,
+    parse_args,
+    settings_of_text,
+    to_argv,
+    to_toml,
+    with_one_rationale,
+)
 from megatron_jq.config_estimators import READ_BY, schedule_notes
 from megatron_jq.config_reads import unread_note
 from megatron_jq.config_validate import AT_LEAST, derive, validate, validate_training
@@ -50,6 +62,26 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
     assert (config.objective.estimator, config.rollout.num_rationales) == ("paft", 4)  # file
     assert config.optimizer.lr == 2.0 and isinstance(config.optimizer.lr, float)
     assert config.data == Config().data  # defaults
+
+
+def test_an_old_name_of_a_setting_is_read_and_noted_wherever_it_stands(tmp_path):
+    file = tmp_path / "old.toml"
+    file.write_text('[training]\nnormalise = "squad"\n')
+    note = ["--normalise is now --match-rule (match_rule in a file); the next version does not read the old name"]
+    for argv, rule in ((["--normalise", "text"], "text"), (["--config", str(file)], "squad")):
+        assert parse_args(argv).training.match_rule == rule and old_name_notes(argv) == note
+        assert explicit_settings(argv) <= {"match_rule"}
+    assert old_name_notes(["--normalise=text", "--config", str(file)]) == note  # once
+    assert old_name_notes(["--match-rule", "text", "--run-dir", "normalise"]) == []
+    # The record of a run from before, and what is written now.
+    assert settings_of_text(file.read_text(), "config.toml").training.match_rule == "squad"
+    assert "match_rule" in to_toml(Config()) and "normalise" not in to_toml(Config())
+    file.write_text('normalise = "squad"\nmatch_rule = "text"\n')
+    with pytest.raises(UserError, match="old.toml: match_rule is given twice"):
+        parse_args(["--config", str(file)])
+    file.write_text('normalise = "squat"\n')
+    with pytest.raises(UserError, match="old.toml: match_rule = 'squat': expected one of auto, none"):
+        parse_args(["--config", str(file)])
 
 
 def test_switches_and_spellings():

@@ -200,7 +200,7 @@ UNCOUNTED = {
     "eval_top_p": [],
     "init_method_std": ["--load", "x"], "ffn_hidden_size": ["--model", "tiny-moe"], "moe_ffn_hidden_size": None,
     "moe_router_topk": [],
-    "moe_aux_loss_coeff": [], "match": FILE, "normalise": FILE, "eval_examples": FILE, "eval_samples": FILE,
+    "moe_aux_loss_coeff": [], "match": FILE, "match_rule": FILE, "eval_examples": FILE, "eval_samples": FILE,
     "eval_temperature": FILE, "answer_extract": FILE, "reward": [],
 }  # fmt: skip
 
