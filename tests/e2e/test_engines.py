@@ -78,7 +78,7 @@ def test_an_engine_that_does_not_know_its_ln_p_is_said_once(uniform, tmp_path):
 FORGOTTEN = {
     "the close token": ("answer[\"ids\"] + forced", 'answer["ids"]', "the rationale does not end with the close token"),
     "the weights": (
-        "        for name, tensor in named_weights():\n            pass", "        pass", "took 0 of the policy's",
+        "        for _ in named_weights():\n            pass", "        pass", "took 0 of the policy's",
     ),
     "the server's port": ("*self.server.server_address", '"127.0.0.1", 1', "ConnectionRefusedError"),
 }  # fmt: skip
