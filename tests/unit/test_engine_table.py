@@ -140,7 +140,7 @@ def test_the_estimator_s_needs_choose_the_engine_and_refuse_what_it_lacks(monkey
     for flags, lacking, words in (
         ("--rollout-engine mute --estimator rloo", "samples_answers", "samples no answers, which"),
         ("--rollout-engine mute --score-with rollout", "scores_gold", "use --score-with trainer"),
-        ("--rollout-engine nowhere", "scores_gold", "--rollout-engine nowhere: there is no such engine; choose megatron or "),
+        ("--rollout-engine nowhere", "scores_gold", "nowhere: there is no such engine; choose megatron or"),
         ("--rollout-engine given", "scores_gold", "--rollout-engine given: there is no such engine"),
     ):
         with pytest.raises(UserError, match=words):
