@@ -30,7 +30,7 @@ from megatron_jq.architecture import PRESETS
 from megatron_jq.config import Config
 from megatron_jq.model.build import BuildOptions, build_policies
 from megatron_jq.model.policy import Policy
-from megatron_jq.model.rows import ANSWER, RATIONALE, pack_sequences
+from megatron_jq.model.rows import pack_sequences
 from megatron_jq.objective.garl import garl_coefficients
 from megatron_jq.objective.paft import paft_coefficients
 from megatron_jq.objective.tsallis import log_mean_weight
@@ -64,8 +64,8 @@ def log_likelihoods(policy: Policy, sequences: list[TrainingSequence]) -> tuple[
     force (the close token at the end of the budget) does not count in ln p(z|x): nobody sampled it.
     """
     rows = pack_sequences(sequences, device=torch.device("cpu"), with_rationale=True)
-    table_BM2 = policy(rows).view(-1, M, 2)
-    return table_BM2[..., RATIONALE], table_BM2[..., ANSWER]
+    scores = policy(rows)
+    return scores.log_z_n.view(-1, M), scores.log_w_n.view(-1, M)
 
 
 def garl(log_w_BM: Tensor, q: float) -> Coefficients:
