@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 from megatron_jq import __version__, streams
@@ -49,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # These write their results to files: what they print is a view of them.
     prints_its_result = argv[:1] not in (["train"], ["evaluate"])
-    return exit_code("megatron-jq", lambda: _run(argv), prints_its_result=prints_its_result)
+    with exit_code("megatron-jq", prints_its_result=prints_its_result) as end:
+        end.code = _command(argv)()
+    return end.code
 
 
 def program() -> NoReturn:
@@ -72,41 +76,50 @@ def program() -> NoReturn:
     sys.exit(code)
 
 
-def _run(argv: list[str]) -> int:
+def _command(argv: list[str]) -> Callable[[], int]:
+    """The command's work, once its flags are read and checked. UserError for bad input."""
     if not argv:
         raise UserError(f"a command must follow: {', '.join(COMMANDS)} (megatron-jq --help)")
     command, *rest = argv
     if command in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
+        return partial(_show, USAGE.removesuffix("\n"))
     if command == "--version":
-        print(f"megatron-jq {__version__} ({', '.join(versions.versions_of_engine())})")
-        return 0
-    if command == "convert":
-        return run_convert(rest, _silence_known_warnings)
-    if command == "evaluate":
-        return run_evaluate(rest, _silence_known_warnings)
-    if command == "preflight":
-        return run_preflight(rest)
-    if command == "grid":
-        return run_grid(rest)
+        return partial(_show, f"megatron-jq {__version__} ({', '.join(versions.versions_of_engine())})")
+    others = {
+        "convert": partial(run_convert, rest, _silence_known_warnings),
+        "evaluate": partial(run_evaluate, rest, _silence_known_warnings),
+        "preflight": partial(run_preflight, rest),
+        "grid": partial(run_grid, rest),
+    }
+    if command in others:
+        return others[command]
     if command != "train":
         hint = did_you_mean(command, COMMANDS, f"there are: {', '.join(COMMANDS)}")
         raise UserError(f"unknown command {command}; {hint}")
-    config = parse_args(rest)
-    # Before the imports below, which take many seconds. The trainer checks again once it knows the number of processes.
+    return _train(rest)
+
+
+def _show(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _train(argv: list[str]) -> Callable[[], int]:
+    """train's work. What follows the checks imports for many seconds."""
+    config = parse_args(argv)
+    # The trainer checks again once it knows the number of processes.
     world_size = os.environ.get("WORLD_SIZE")
     validate_training(config, None if world_size is None else int(world_size))
-    refuse_unread("train", config, resolve_architecture(config), explicit_settings(rest))
-    print_old_name_notes(rest)
+    refuse_unread("train", config, resolve_architecture(config), explicit_settings(argv))
+    print_old_name_notes(argv)
     _silence_known_warnings()
     if config.data.show_example is not None:
         from megatron_jq.train.setup import show_example
 
-        return show_example(config)
+        return partial(show_example, config)
     from megatron_jq.train.run import run_training
 
-    return run_training(config)
+    return partial(run_training, config)
 
 
 def _silence_known_warnings() -> None:

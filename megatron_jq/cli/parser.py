@@ -1,9 +1,11 @@
 """F5: how commands and tools parse their flags, and how they report errors."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,30 +41,39 @@ def as_path(text: str) -> Path:
 
 
 def run_tool(file: str, work: Callable[[], int]) -> int:
-    """Return exit_code of tools/NAME.py, by its name. A signal ends it with one line."""
+    """Return the exit code of tools/NAME.py, by its name. A signal ends it with one line."""
     streams.protect()
-    with ending_at_once(Path(file).stem):
-        return exit_code(Path(file).stem, work)
+    with ending_at_once(Path(file).stem), exit_code(Path(file).stem) as end:
+        end.code = work()
+    return end.code
 
 
-def exit_code(name: str, work: Callable[[], int], *, prints_its_result: bool = True) -> int:
-    """Return what work returns; 2 for bad input, 3 for a run that had to stop. Both are printed on standard error as
-    `NAME: error: …`, one line per error, with the rank where there are several.
+@dataclass
+class End:
+    """How a command ended."""
 
+    code: int = 0
+
+
+@contextlib.contextmanager
+def exit_code(name: str, *, prints_its_result: bool = True) -> Iterator[End]:
+    """Enter around a command's work, which sets `code`; it becomes 2 for bad input, 3 for a run that had to stop.
+
+    Both are printed on standard error as `NAME: error: …`, one line per error, with the rank where there are several.
     prints_its_result: output that a full disk refused is a failure, not just a warning.
     """
+    end = End()
     try:
-        code = work()
-        if code == 0 and (reason := streams.loss()) is not None:
+        yield end
+        if end.code == 0 and (reason := streams.loss()) is not None:
             sys.stderr.write(f"{name}: {'error' if prints_its_result else 'warning'}: standard output: {reason}\n")
-            return 3 if prints_its_result else 0
-        return code
+            end.code = 3 if prints_its_result else 0
     except (UserError, RunFailure) as error:
         ranked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
         prefix = f"[rank {os.environ['RANK']}] " if ranked else ""
         # One write: several ranks share the terminal, and lines of several writes would mix.
         sys.stderr.write("".join(f"{prefix}{name}: error: {line}\n" for line in str(error).splitlines()))
-        return 3 if isinstance(error, RunFailure) else 2
+        end.code = 3 if isinstance(error, RunFailure) else 2
 
 
 def print_old_name_notes(argv: list[str]) -> None:

@@ -48,7 +48,21 @@ class RowsForward:
             packed_seq_params=rows.attention,
             padding_mask=self._members(rows),
         )
-        return self._head(hidden_T1H, rows) if self.post_process else hidden_T1H
+        if not self.post_process:
+            return hidden_T1H
+        head, weight, tp = rows.head, self.head_weight, self.pg_collection.tp
+        hidden_NH = self._whole_row(hidden_T1H).squeeze(1)[head.position_N]
+        if isinstance(head, LogitsHead):
+            return mask_vocabulary_padding((hidden_NH @ weight.t()).float(), tp, self.true_vocab_size)
+        return score_rows(
+            hidden_NH,
+            weight,
+            head,
+            tp=tp,
+            cp=self.pg_collection.cp,
+            vocab_size=self.true_vocab_size,
+            chunk_tokens=self.chunk_tokens,
+        )
 
     @property
     def head_weight(self) -> torch.nn.Parameter:
@@ -72,27 +86,13 @@ class RowsForward:
             member_nT = member_nT.chunk(tp.size(), dim=1)[tp.rank()]
         return member_nT
 
-    def _head(self, hidden_T1H: Tensor, rows: Rows) -> Tensor | HeadOutput:
+    def _whole_row(self, hidden_T1H: Tensor) -> Tensor:
+        """The row's hidden states, alike on all ranks of tp. The head's gradient is a share of the vocabulary on each
+        rank: the shares are summed here, under sequence parallelism while the row is split again.
+        """
         if self.config.sequence_parallel:
-            # The head's gradient is a share of the vocabulary on each rank: sum the shares while splitting the row
-            # again.
-            hidden = gather_from_sequence_parallel_region(hidden_T1H, group=self.pg_collection.tp)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_T1H, group=self.pg_collection.tp)
-        weight, head = self.head_weight, rows.head
-        rows_NH = hidden.squeeze(1)[head.position_N]
-        if isinstance(head, LogitsHead):
-            logits = (rows_NH @ weight.t()).float()
-            return mask_vocabulary_padding(logits, self.pg_collection.tp, self.true_vocab_size)
-        return score_rows(
-            rows_NH,
-            weight,
-            head,
-            tp=self.pg_collection.tp,
-            cp=self.pg_collection.cp,
-            vocab_size=self.true_vocab_size,
-            chunk_tokens=self.chunk_tokens,
-        )
+            return gather_from_sequence_parallel_region(hidden_T1H, group=self.pg_collection.tp)
+        return copy_to_tensor_model_parallel_region(hidden_T1H, group=self.pg_collection.tp)
 
 
 class Policy(RowsForward, GPTModel):

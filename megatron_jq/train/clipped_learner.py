@@ -7,6 +7,7 @@ and under the reference, wait on the last stage of the rank that needs them: not
 from dataclasses import dataclass, fields, replace
 
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_jq.model.build import TrainingModel
 from megatron_jq.model.rows import ScoreHead
@@ -19,7 +20,7 @@ from megatron_jq.train.passes import (
     PassResult,
     begin_expert_balance,
     complete_table,
-    run_batches,
+    schedule_arguments,
     training_batches,
     with_expert_balance,
 )
@@ -73,9 +74,9 @@ def train_by_token(
         return replace(head, by_token=True, rule=rule)
 
     begin_expert_balance(model, batches, runtime, options)
-    outputs = run_batches(
-        model, batches, runtime, options, with_rationale=True, coefficients=coefficients, head_of=head_of
-    )
+    arguments = schedule_arguments(model, batches, runtime, options, coefficients=coefficients, head_of=head_of)
+    with runtime.megatron():
+        outputs = get_forward_backward_func()(**arguments)
     shape = tuple(coefficients.answer_BM.shape)
     result = complete_table(model, outputs, batches, shape, runtime, options)
     sums = torch.zeros(len(fields(TokenFigures)), dtype=torch.float64, device=runtime.device)
@@ -94,10 +95,9 @@ def token_log_probs(
     model's where the weights are.
     """
     by_token = lambda number, head: replace(head, by_token=True)  # noqa: E731
-    with torch.no_grad():
-        outputs = run_batches(
-            model, batches, runtime, options, with_rationale=True, coefficients=None, head_of=by_token
-        )
+    arguments = schedule_arguments(model, batches, runtime, options, head_of=by_token)
+    with torch.no_grad(), runtime.megatron():
+        outputs = get_forward_backward_func()(**arguments)
     return [output.log_prob_N for output in outputs]
 
 

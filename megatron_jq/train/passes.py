@@ -6,6 +6,7 @@ Gradients are plain sums over micro-batches and replicas of -coefficient · ln p
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -73,8 +74,9 @@ def score(
     if options.max_tokens is not None:
         sequences = balance(sequences, model.config.hidden_size, runtime, share_prompts=options.share_prompts)
     batches = _cut(model, sequences, runtime, options)
-    with torch.no_grad():
-        outputs = run_batches(model, batches, runtime, options, with_rationale=with_rationale, coefficients=None)
+    arguments = schedule_arguments(model, batches, runtime, options, with_rationale=with_rationale)
+    with torch.no_grad(), runtime.megatron():
+        outputs = get_forward_backward_func()(**arguments)
     return complete_table(model, outputs, batches, shape, runtime, options)
 
 
@@ -105,7 +107,9 @@ def train(
     """
     batches = training_batches(model, sequences, coefficients, runtime, options)
     begin_expert_balance(model, batches, runtime, options)
-    outputs = run_batches(model, batches, runtime, options, with_rationale=True, coefficients=coefficients)
+    arguments = schedule_arguments(model, batches, runtime, options, coefficients=coefficients)
+    with runtime.megatron():
+        outputs = get_forward_backward_func()(**arguments)
     shape = tuple(coefficients.answer_BM.shape)
     return with_expert_balance(model, complete_table(model, outputs, batches, shape, runtime, options), runtime)
 
@@ -169,17 +173,18 @@ def _cut(model, sequences, runtime, options) -> list[list[TrainingSequence]]:
     return batches
 
 
-def run_batches(
+def schedule_arguments(
     model: TrainingModel,
     batches: list[list[TrainingSequence]],
     runtime: Runtime,
     options: BatchOptions,
     *,
-    with_rationale: bool,
-    coefficients: Coefficients | None,
+    with_rationale: bool = True,
+    coefficients: Coefficients | None = None,
     head_of: Callable[[int, ScoreHead], ScoreHead] | None = None,
-) -> list[HeadOutput]:
-    """All micro-batches through Megatron-core's schedule. The head's output for each, on the last stage, else [].
+) -> dict[str, Any]:
+    """Arguments for Megatron-core's schedule, which takes all micro-batches through the model, inside
+    runtime.megatron(). It returns the head's output for each, a HeadOutput, on the last stage, else [].
 
     coefficients None: forward alone. Their loss is multiplied by options.loss_scale. head_of(number, head): what to ask
     the head instead, for a micro-batch by its number.
@@ -218,16 +223,15 @@ def run_batches(
 
         return output, loss_function
 
-    with runtime.megatron():
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(range(len(batches))) for _ in model.chunks],
-            model=model.chunks,
-            num_microbatches=len(batches),
-            seq_length=1,  # not used: lengths vary and stages exchange them
-            micro_batch_size=1,
-            forward_only=coefficients is None,
-        )
+    return {
+        "forward_step_func": forward_step,
+        "data_iterator": [iter(range(len(batches))) for _ in model.chunks],
+        "model": model.chunks,
+        "num_microbatches": len(batches),
+        "seq_length": 1,  # not used: lengths vary and stages exchange them
+        "micro_batch_size": 1,
+        "forward_only": coefficients is None,
+    }
 
 
 def _row_multiple(config) -> int:

@@ -136,7 +136,7 @@ def _auto(runtime):
         optimizer, scale, values = build_optimizer(model, config, runtime), LossScale(setting, adam=True), []
         for step, size in enumerate((2.0**-40, 2.0**-38, 2.0**-3, 2.0**-3)):
             c = plain_coefficients(batch())
-            c = c.times(size / c.largest)
+            c = Coefficients(c.rationale_BM * (size / c.largest), c.answer_BM * (size / c.largest))
             values.append(scale.for_step(step, c.largest, optimizer))
             model.zero_grad_buffer()
             train(model, share(batch(), runtime), c, runtime, replace(OPTIONS, loss_scale=values[-1]))
@@ -311,5 +311,5 @@ def test_a_gradient_that_the_scale_does_not_lift_is_said_with_the_ways_out(setti
 def test_coefficients_know_their_largest():
     rationale, answer = torch.tensor([[0.5, -3.0]]), torch.tensor([[1.0, 2.0]])
     assert Coefficients(rationale, answer).largest == 3.0
-    assert Coefficients(rationale, answer).times(-0.5).answer_BM.tolist() == [[-0.5, -1.0]]
+    assert Coefficients(rationale, answer).of_loss(0.5).answer_BM.tolist() == [[-0.5, -1.0]]
     assert Coefficients(torch.zeros(0, 2), torch.zeros(0, 2)).largest == 0.0
