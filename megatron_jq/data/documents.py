@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy
 
 from megatron_jq.data.bad_records import BadRecords
-from megatron_jq.data.jsonl import as_text, read_records, text_field
+from megatron_jq.data.jsonl import read_records
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.fields import as_text, text_field
 from megatron_jq.formats.record_error import RecordError
 
 FLAG = "--input"
