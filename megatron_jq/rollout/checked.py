@@ -126,7 +126,8 @@ class CheckedEngine:
         raise RunFailure(f"{self._label}: {what} failed: {_last_line(error)}") from error
 
     def _check(self, rollouts: list[Rollout], requests: list[RolloutRequest], options: SamplingOptions) -> None:
-        if self.version is None or self.engine.version != self.version:
+        stale = self.version is None or self.engine.version != self.version
+        if self._capabilities.draws and stale:
             raise RunFailure(
                 f"{self._label} draws with weights of version {self.engine.version}, and the trainer's are of version "
                 f"{self.version}: update_weights must note the version whose weights it has taken"
