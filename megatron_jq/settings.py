@@ -31,12 +31,12 @@ class ModelConfig:
     ffn_hidden_size: int | None = None  # width of the SwiGLU block
     num_attention_heads: int | None = None  # query heads
     num_query_groups: int | None = None  # key/value heads
-    kv_channels: int | None = None  # channels a head
+    kv_channels: int | None = None  # channels per head
     max_position_embeddings: int | None = None  # context length in tokens
     untie_embeddings_and_output_weights: bool | None = None  # an output layer of its own
     make_vocab_size_divisible_by: int = 128  # the embedding is padded to a multiple of this x TP
     init_method_std: float | None = None  # standard deviation of the initial weights
-    num_experts: int | None = None  # experts a layer (Mixture of Experts)
+    num_experts: int | None = None  # experts per layer (Mixture of Experts)
     moe_ffn_hidden_size: int | None = None  # width of one expert
     moe_router_topk: int | None = None  # experts that a token visits
     moe_aux_loss_coeff: float | None = None  # of the experts' load-balancing loss; 0: without it
@@ -56,12 +56,12 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1  # processes among which layers are cut into stages
     expert_model_parallel_size: int = 1  # processes among which a layer's experts are shared out
     expert_tensor_parallel_size: int | None = None  # processes that share each expert; None: tensor-model-parallel-size
-    num_virtual_stages_per_pipeline_rank: int = 1  # model chunks a stage: above 1, the interleaved schedule
+    num_virtual_stages_per_pipeline_rank: int = 1  # model chunks per stage: above 1, the interleaved schedule
     pipeline_model_parallel_layout: str | None = None  # layers of each stage, Megatron's "Et|tt|tL"; None: even
     context_parallel_size: int = 1  # must be 1: needs an attention that this build does not have
-    recompute_granularity: Literal["full", "selective"] | None = None  # activations made again in the backward pass
+    recompute_granularity: Literal["full", "selective"] | None = None  # activations computed again in the backward pass
     recompute_method: Literal["uniform", "block"] | None = None  # under full
-    recompute_num_layers: int | None = None  # under full: layers a checkpoint (uniform), or in all (block)
+    recompute_num_layers: int | None = None  # under full: layers per checkpoint (uniform), or in all (block)
     sequence_parallel: bool = False  # split activations between layers over the tensor-parallel ranks
     use_distributed_optimizer: bool = False  # shard the optimizer's state over the data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
@@ -80,7 +80,7 @@ class ObjectiveConfig:
     q_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"  # the way from q to q-final
     q_final: float | None = None  # q at the schedule's end
     q_schedule_iters: int | None = None  # q is q-final from this step on, counted from 0; None: at the last step
-    num_resamples: int | None = None  # PAFT's draws a prompt; None: num-rationales
+    num_resamples: int | None = None  # PAFT's draws per prompt; None: num-rationales
     normalize: bool = True  # the factor 1/M^q, which bounds the effective reward by 1
     grpo_iterations: int = 1  # GRPO: optimizer updates on one rollout; the learning rate counts steps, not updates
     grpo_clamp_eps_lower: float = 0.2  # GRPO: p/p_old of a token counts down to 1 - this, from the second update on
@@ -97,14 +97,14 @@ class ObjectiveConfig:
 class RolloutConfig:
     """How rationales are drawn."""
 
-    num_rationales: int = 8  # rationales a prompt, M
-    prompts_per_step: int = 16  # prompts a step, B, over all data-parallel replicas
+    num_rationales: int = 8  # rationales per prompt, M
+    prompts_per_step: int = 16  # prompts per step, B, over all data-parallel replicas
     rationale_budget: int = 64  # most tokens sampled for a rationale; then its close token is forced
     answer_budget: int | None = None  # most tokens of a sampled answer; None: the longest gold answer
     rollout_engine: str = "megatron"  # what draws: a row of rollout/engines.py (docs/extending.md)
     temperature: float = 1.0  # of sampling and of ln p(z|x) alike
     top_p: float = 1.0  # nucleus mass, of sampling and of ln p(z|x) alike
-    score_with: Literal["trainer", "rollout"] = "trainer"  # rollout: from the engine's cache, |y*| tokens a rationale
+    score_with: Literal["trainer", "rollout"] = "trainer"  # rollout: from the engine's cache, |y*| tokens per rationale
     score_check_interval: int = 10  # steps between comparisons of the two under rollout; 0: never
     score_mismatch_alarm: float = 0.01  # nats; a warning when |ln w| or |ln p(z|x)| of engine - trainer exceeds it
     rollout_batch_size: int | None = None  # most rationales decoded at once on a replica; None: all
@@ -136,7 +136,7 @@ class DataConfig:
     data_path: str | None = None  # for pretrain: PREFIX of .bin and .idx files, or "WEIGHT PREFIX WEIGHT PREFIX …"
     split: str = "969,30,1"  # shares of data-path's documents to train, validate and test on
     seq_length: int | None = None  # next tokens that a row of pretraining predicts; None: what the context holds
-    eod_mask_loss: bool = False  # for pretrain: the token behind an end of text is not predicted
+    eod_mask_loss: bool = False  # for pretrain: the token after an end of text is not predicted
     reset_attention_mask: bool = False  # for pretrain: nothing attends over an end of text
     data_cache_path: str | None = None  # folder of data-path's sample indices; None: run-dir/data_cache
     tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"  # kind of tokenizer-model
@@ -171,7 +171,7 @@ class TrainingConfig:
     """The loop and what it shows."""
 
     train_iters: int = 100  # optimizer steps
-    micro_batch_size: int = 16  # sequences a forward-backward pass
+    micro_batch_size: int = 16  # sequences per forward-backward pass
     max_tokens_per_micro_batch: int | None = None  # bound its tokens instead; replicas then share sequences by cost
     share_prompts: Literal["auto", "off"] = "auto"  # compute a prompt once for all its rationales in a micro-batch
     pad_sequences_to_multiple_of: int = 1  # pad a micro-batch's length up to a multiple
@@ -182,7 +182,7 @@ class TrainingConfig:
     eval_interval: int = 0  # steps between evaluations; 0: only at the end, where there is evaluation data
     eval_temperature: float = 0.0  # 0: greedy
     eval_top_p: float = 1.0  # nucleus mass of an evaluation's samples
-    eval_samples: int = 1  # samples a held-out prompt; `evaluate`: 16
+    eval_samples: int = 1  # samples per held-out prompt; `evaluate`: 16
     # evaluated answers are right if equal to, or if they hold, the gold; as math-verify says; or if reward is 1
     match: Literal["exact", "substring", "math", "reward"] = "exact"
     match_rule: Literal[("auto", *RULES)] = "auto"  # what both texts go through first; auto: the data format's
@@ -193,7 +193,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run leaves on disk and takes up again (docs/checkpoints.md). SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP
+    """What a run leaves on disk and resumes from (docs/checkpoints.md). SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP
     save and end it.
     """
 
@@ -201,13 +201,13 @@ class CheckpointConfig:
     save_interval: int = 0  # steps between checkpoints; 0: only by time, at the end, and on a signal
     save_interval_minutes: float = 10.0  # also save this long after the last save; the newest two stay; 0: never
     exit_duration_in_mins: float | None = None  # save and end, exit code 0, once the run has lasted this long
-    async_save: bool = False  # write while training goes on, from a copy in host memory
+    async_save: bool = False  # write while training continues, from a copy in host memory
     keep_last: int | None = None  # newest checkpoints to keep; None: all
     # with keep-last: the checkpoint with the highest value of this metric stays too
     keep_best: (
         Literal["eval_exact_match", "eval_pass_at_k", "eval_maj_at_k", "log_p_mean", "p_mean", "reward_mean"] | None
     ) = None
-    resume: bool = False  # continue run-dir's run from its newest whole checkpoint; without one, begin (from load)
+    resume: bool = False  # continue run-dir's run from its newest complete checkpoint; without one, begin (from load)
     load: str | None = None  # begin from another run's (or a converted) checkpoint: its folder, or one iter_NNNNNNN
     finetune: bool = False  # of load: take the weights alone, and count steps from 0
 
