@@ -2,9 +2,10 @@
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from megatron_jq.errors import UserError
 from megatron_jq.files import inside
@@ -24,7 +25,8 @@ class DamagedCheckpoint(UserError):
 class Described(Protocol):
     """A manifest, as far as it lists files."""
 
-    files: dict[str, dict[str, Any]]
+    @property
+    def files(self) -> dict[str, dict[str, Any]]: ...
 
 
 def carry_tokenizer(source: Path, partial: Path) -> None:
@@ -37,17 +39,17 @@ def carry_tokenizer(source: Path, partial: Path) -> None:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """name → {"bytes", "sha256"} of files in a folder."""
-    found = {}
+    """Return name → {"bytes", "sha256"} of files in a folder."""
+    entries = {}
     for name in names:
         with open(inside(folder, name, folder / MANIFEST, DamagedCheckpoint), "rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-            found[name] = {"bytes": file.tell(), "sha256": digest.hexdigest()}
-    return found
+            digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else _digest(file)
+            entries[name] = {"bytes": file.tell(), "sha256": digest.hexdigest()}
+    return entries
 
 
-def verify(folder: Path, manifest: "Described", names: Iterable[str]) -> None:
-    """DamagedCheckpoint for the first of these files that is not what was written."""
+def verify(folder: Path, manifest: Described, names: Iterable[str]) -> None:
+    """Raise DamagedCheckpoint for the first of these files that is not what was written."""
     for name in names:
         promised, path = manifest.files[name], inside(folder, name, folder / MANIFEST, DamagedCheckpoint)
         try:
@@ -56,18 +58,18 @@ def verify(folder: Path, manifest: "Described", names: Iterable[str]) -> None:
                 raise DamagedCheckpoint(f"{path} has {size} bytes instead of {promised['bytes']}")
             if checksums(folder, [name])[name]["sha256"] != promised["sha256"]:
                 raise DamagedCheckpoint(f"{path} does not match its checksum")
-        except FileNotFoundError as fault:
-            raise DamagedCheckpoint(f"{path} is missing") from fault
-        except OSError as fault:
-            raise DamagedCheckpoint(f"{path} cannot be read: {fault.strerror}") from fault
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{path} is missing") from error
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
 
 
 def file_names(folder: Path) -> list[str]:
-    """Of all files below a folder, as paths from it."""
+    """Return the names of all files below a folder, as paths from it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _digest(file) -> "hashlib._Hash":
+def _digest(file: BinaryIO) -> "hashlib._Hash":
     digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
     while block := file.read(1 << 20):
         digest.update(block)

@@ -1,6 +1,6 @@
 """F4: checkpoints from Hugging Face folders and back, tensor by tensor: memory holds one tensor at a time.
 
-Nothing appears under its name before it is whole and was checked; a conversion that fails or is killed leaves at most a
+Nothing appears under its name before it is complete and checked; a conversion that fails or is killed leaves at most a
 folder named .NAME.partial, which the next one removes.
 """
 
@@ -29,46 +29,48 @@ from megatron_jq.checkpoint.huggingface import (
     refuse_existing,
     write_weights,
 )
-from megatron_jq.checkpoint.slabs import Box, Cut, SlabReader, check_stored, main_weight, slab_axes
+from megatron_jq.checkpoint.slabs import ShardLayout, SlabReader, SlabShard, check_stored, main_weight, slab_axes
 from megatron_jq.checkpoint.small_files import companions, says, write_companions
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.errors import RunFailure, UserError
-from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, Slab, Span, hugging_face_tensors, rows_of_slabs
+from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, RowSpan, Slab, hugging_face_tensors, rows_of_slabs
 
 
-def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
-    """SAVE/iter_0000000 from a Hugging Face folder, in the folder's dtypes; returns it. UserError for bad input.
+def hf_to_megatron(source: Path, save: Path, layout: ShardLayout) -> Path:
+    """Write SAVE/iter_0000000 from a Hugging Face folder, in the folder's dtypes; return it. UserError for bad input.
 
-    cut: the tensor-parallel size that the files are cut for; a job of any other reads them too.
+    layout: the tensor-parallel size that the shards are for; a job of any other reads them too.
     """
     reader = HuggingFaceReader(source)
     architecture = read_hugging_face_config(source / CONFIG)
+    vocab_size = architecture.vocab_size
+    assert vocab_size is not None
     tensors = hugging_face_tensors(architecture)
-    kept = own_tensors(reader.signature, architecture)
-    check_tensors(kept, {tensor.name: tensor.shape for tensor in tensors}, source)
+    signature = own_tensors(reader.signature, architecture)
+    check_tensors(signature, {tensor.name: tensor.shape for tensor in tensors}, source)
     check_duplicates(reader, architecture)
-    parts, axes = rows_of_slabs(tensors), slab_axes(architecture)
-    shapes, dtypes = cut.shapes(architecture), _dtype_of_keys(parts, kept, source)
-    boxes = [box for key, shape in shapes.items() for box in cut.boxes(key, shape, axes[key])]
-    total = sum(num_bytes((box.slab_shape, dtypes[box.slab.key])) for box in boxes)
+    spans, axes = rows_of_slabs(tensors), slab_axes(architecture)
+    shapes, dtypes = layout.shapes(architecture), _dtype_of_keys(spans, signature, source)
+    slab_shards = [shard for key, shape in shapes.items() for shard in layout.shards(key, shape, axes[key])]
+    total = sum(num_bytes((shard.slab_shape, dtypes[shard.slab.key])) for shard in slab_shards)
     with new_checkpoint(save, 0) as partial, progress("to Megatron", total) as bar:
 
-        def shard(box: Box) -> Shard:
-            key, dtype = box.slab.key, dtypes[box.slab.key]
+        def stored(shard: SlabShard) -> Shard:
+            key, dtype = shard.slab.key, dtypes[shard.slab.key]
 
             def data() -> torch.Tensor:
-                bar.update(num_bytes((box.slab_shape, dtype)))
-                return assemble(reader, parts[box.slab], box, dtype).view(box.shape)
+                bar.update(num_bytes((shard.slab_shape, dtype)))
+                return assemble(reader, spans[shard.slab], shard, dtype).view(shard.shape)
 
-            return Shard(key, shapes[key], box.offset, box.shape, dtype, data)
+            return Shard(key, shapes[key], shard.offset, shard.shape, dtype, data)
 
-        write_shards([shard(box) for box in boxes], partial)
+        write_shards([stored(shard) for shard in slab_shards], partial)
         contents.carry_tokenizer(source, partial)
         manifest = Manifest(
             step=0,
             architecture=asdict(architecture),
-            vocab_size=architecture.vocab_size,
-            bf16=kept["model.embed_tokens.weight"][1] == torch.bfloat16,
+            vocab_size=vocab_size,
+            bf16=signature["model.embed_tokens.weight"][1] == torch.bfloat16,
             versions=folders.package_versions("safetensors"),
             source={"kind": "huggingface", "folder": source.resolve().name},
         )
@@ -76,12 +78,12 @@ def hf_to_megatron(source: Path, save: Path, cut: Cut) -> Path:
 
 
 def _dtype_of_keys(
-    parts: dict[Slab, list[tuple[HuggingFaceTensor, Span]]], found: Signature, source: Path
+    spans_of_slabs: dict[Slab, list[tuple[HuggingFaceTensor, RowSpan]]], signature: Signature, source: Path
 ) -> dict[str, torch.dtype]:
     dtypes: dict[str, torch.dtype] = {}
-    for slab, spans in parts.items():
+    for slab, spans in spans_of_slabs.items():
         for tensor, _ in spans:
-            dtype = found[tensor.name][1]
+            dtype = signature[tensor.name][1]
             if dtypes.setdefault(slab.key, dtype) != dtype:
                 raise UserError(
                     f"{source}: {tensor.name} has {dtype}, its counterparts in other tensors or layers "
@@ -97,12 +99,12 @@ def megatron_to_hf(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     with_tokenizer: bool = True,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Path:
-    """A Hugging Face folder from the newest whole checkpoint in (or at) `load`; returns the checkpoint. UserError else.
+    """Write a Hugging Face folder from the newest whole checkpoint in (or at) `load`; return the checkpoint.
 
-    with_tokenizer: whether the tokenizer goes along, which is refused where transformers would read another. say: gets
-    lines for the user.
+    with_tokenizer: whether the tokenizer goes along, which is refused where transformers would read another. log:
+    gets lines for the user.
 
     dtype: None leaves each tensor as it is stored. Float32 takes a bfloat16 run's float32 main weights where it left
     them. What was written is read again and held against the family's names, shapes and dtypes before it appears.
@@ -129,7 +131,7 @@ def megatron_to_hf(
                 return _gather(slabs, tensors[name], keys).to(signature[name][1])
 
             write_weights(partial, signature, read, max_shard_bytes)
-            write_companions(beside, partial, say)
+            write_companions(beside, partial, log)
             _check_written(partial, signature, architecture)
     return folder
 
@@ -141,19 +143,19 @@ def _source_of(slabs: SlabReader, key: str, dtype: torch.dtype | None) -> str:
 
 
 def _gather(slabs: SlabReader, tensor: HuggingFaceTensor, keys: dict[str, str]) -> torch.Tensor:
-    parts = []
+    slices = []
     for span in tensor.spans:
         rows = tensor.shape[0] if span.slab.key in VOCABULARY else None
         slab = slabs.read(Slab(keys[span.slab.key], span.slab.index), rows)
-        parts.append(slab[span.at : span.at + span.count])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        slices.append(slab[span.at : span.at + span.count])
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
 
 
 def _check_written(partial: Path, expected: Signature, architecture: Architecture) -> None:
-    found = HuggingFaceReader(partial)
-    check_tensors(found.signature, {name: shape for name, (shape, _) in expected.items()}, partial)
+    written = HuggingFaceReader(partial)
+    check_tensors(written.signature, {name: shape for name, (shape, _) in expected.items()}, partial)
     for name, (_, dtype) in expected.items():
-        assert found.signature[name][1] == dtype, f"{name} was written as {found.signature[name][1]}"
+        assert written.signature[name][1] == dtype, f"{name} was written as {written.signature[name][1]}"
     assert says(partial / CONFIG, architecture), "config.json does not describe the weights"
 
 
@@ -172,13 +174,13 @@ def whole_checkpoint(load: Path) -> Iterator[tuple[Path, Manifest]]:
     """
     try:
         damaged: list[str] = []
-        folder = folders.find(load, say=damaged.append)
+        folder = folders.find(load, log=damaged.append)
         if damaged:
             texts = "; ".join(text.removeprefix("warning: ").replace(" and skipped", "") for text in damaged)
-            raise UserError(f"--load {load}: {texts}; to take the newest whole one, give --load {folder}")
+            raise UserError(f"--load {load}: {texts}; to take the newest intact one, give --load {folder}")
         yield folder, folders.read_manifest(folder)
-    except DamagedCheckpoint as fault:
-        raise UserError(f"--load {load}: {fault}") from fault
+    except DamagedCheckpoint as error:
+        raise UserError(f"--load {load}: {error}") from error
 
 
 @contextmanager
@@ -187,19 +189,19 @@ def new_checkpoint(save: Path, step: int) -> Iterator[Path]:
     something already, or cannot be written.
     """
     refuse_existing(save, "--save", but=f".{folders.folder_name(step)}.partial")
-    ours = not save.exists()
+    is_new = not save.exists()
     try:
         partial = folders.begin(save, step)
         try:
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if ours and not any(save.iterdir()):
+            if is_new and not any(save.iterdir()):
                 save.rmdir()
-    except OSError as fault:
-        raise UserError(f"--save {save} cannot be written: {fault.strerror or fault}") from fault
-    except RuntimeError as fault:  # of torch's writer
-        raise RunFailure(f"--save {save} was not written: {fault}") from fault
+    except OSError as error:
+        raise UserError(f"--save {save} cannot be written: {error.strerror or error}") from error
+    except RuntimeError as error:  # of torch's writer
+        raise RunFailure(f"--save {save} was not written: {error}") from error
 
 
 def progress(what: str, total: int) -> tqdm:

@@ -41,7 +41,7 @@ class Manifest:
     layout: dict[str, int] | None = None  # parallel sizes of the run that wrote it
     optimizer: dict[str, Any] | None = None  # None: weights alone
     metrics: dict[str, float | None] | None = None  # of the last step
-    metrics_bytes: int | None = None  # length of metrics.jsonl behind that step
+    metrics_bytes: int | None = None  # length of metrics.jsonl after that step
     data: str | None = None  # fingerprint of the tokenised training set
     tokenizer: str | None = None  # its fingerprint
     answer_budget: int | None = None  # tokens that a sampled answer may take
@@ -72,7 +72,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def begin(save: Path, step: int) -> Path:
-    """An empty folder to write checkpoint `step` into. OSError where that cannot be made."""
+    """Make an empty folder to write checkpoint `step` into. OSError where that cannot be made."""
     save.mkdir(parents=True, exist_ok=True)
     partial = save / f".{folder_name(step)}.partial"
     if partial.exists():
@@ -108,26 +108,26 @@ def commit(partial: Path, manifest: Manifest, files: Mapping[str, dict[str, Any]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """DamagedCheckpoint where there is none that can be read; UserError where a later version wrote it."""
+    """Return a folder's manifest. DamagedCheckpoint where none can be read; UserError for a later version's."""
     path = folder / MANIFEST
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         later = table["format"] > _FORMAT
         known = {f.name for f in fields(Manifest)}
         manifest = None if later else Manifest(**{key: value for key, value in table.items() if key in known})
-    except OSError as fault:
-        raise DamagedCheckpoint(f"{path} cannot be read: {fault.strerror}") from fault
-    except (ValueError, TypeError, KeyError) as fault:
-        raise DamagedCheckpoint(f"{path} is not a manifest: {fault}") from fault
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(f"{path} is not a manifest: {error}") from error
     if manifest is None:
         raise UserError(f"{path} was written by a later version of megatron-jq; update the package")
     return manifest
 
 
 def candidates(load: Path, flag: str = "--load") -> list[Path]:
-    """Checkpoint folders to try, best first: `load` itself where it is one; else the one that the tracker names, then
-    those that it descends from, newest first. Without a tracker, from the one that was written last. Empty where a
-    folder holds none.
+    """Return checkpoint folders to try, best first: `load` itself where it is one; else the one that the tracker
+    names, then those that it descends from, newest first. Without a tracker, from the one that was written last. Empty
+    where a folder holds none.
 
     UserError where `load` is no folder, or the tracker names no checkpoint in it.
     """
@@ -142,9 +142,15 @@ def candidates(load: Path, flag: str = "--load") -> list[Path]:
     if tracked is not None:
         steps = {step: path for step, path in steps.items() if step <= tracked}
     manifests = {step: manifest for step, path in steps.items() if (manifest := readable_manifest(path)) is not None}
-    newest = manifests.get(tracked) or (latest(manifests.values()) if manifests else None)
+    newest = manifests.get(tracked) if tracked is not None else None
+    if newest is None and manifests:
+        newest = latest(manifests.values())
     # What cannot be read is named by whoever verifies it.
-    return [path for step, path in steps.items() if step not in manifests or descends(newest, manifests[step])]
+    return [
+        path
+        for step, path in steps.items()
+        if newest is None or step not in manifests or descends(newest, manifests[step])
+    ]
 
 
 def saved_steps(save: Path) -> dict[int, Path]:
@@ -154,9 +160,9 @@ def saved_steps(save: Path) -> dict[int, Path]:
 
 
 def read_tracker(load: Path, flag: str) -> int | None:
-    """The step that the tracker names; None where there is no tracker.
+    """Return the step that the tracker names; None where there is no tracker.
 
-    UserError where it does not name a checkpoint of the folder: a run must not go on from another step than somebody
+    UserError where it does not name a checkpoint of the folder: a run must not continue from another step than somebody
     wrote there. Only a writer that was killed as it replaced that checkpoint leaves a number without a folder.
     """
     path, steps = load / TRACKER, sorted(saved_steps(load))
@@ -188,9 +194,10 @@ def readable_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def find(load: Path, flag: str = "--load", say: Callable[[str], None] = print) -> Path:
-    """The newest whole checkpoint in (or at) `load`, every file verified by this process; damaged ones are said and
-    skipped. UserError where there is none.
+def find(load: Path, flag: str = "--load", log: Callable[[str], None] = print) -> Path:
+    """Return the newest whole checkpoint in (or at) `load`, every file verified by this process.
+
+    Damaged ones are logged and skipped. UserError where there is none.
     """
     damage = []
     for folder in candidates(load, flag):
@@ -198,22 +205,22 @@ def find(load: Path, flag: str = "--load", say: Callable[[str], None] = print) -
             manifest = read_manifest(folder)
             verify(folder, manifest, manifest.files)
             return folder
-        except DamagedCheckpoint as fault:
-            damage.append(str(fault))
-            say(f"warning: checkpoint {folder.name} is damaged and skipped: {fault}")
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
+            log(f"warning: checkpoint {folder.name} is damaged and skipped: {error}")
     raise none_found(load, damage, flag)
 
 
 def left_aside(load: Path, flag: str = "--load") -> list[int]:
-    """Steps of checkpoints in a folder that its newest one does not descend from: nothing goes on from them."""
+    """Steps of checkpoints in a folder that its newest one does not descend from: no run continues from them."""
     return sorted(set(saved_steps(load)) - {step_of(path) for path in candidates(load, flag)})
 
 
 def none_found(load: Path, damage: list[str], flag: str) -> UserError:
-    """What to raise where no candidate was whole."""
+    """Return what to raise where no candidate was whole."""
     if damage:
         aside = [] if step_of(load) is not None else left_aside(load, flag)
-        hint = f"; to go on from step {' or '.join(map(str, aside))}, write that into {TRACKER}" if aside else ""
+        hint = f"; to continue from step {' or '.join(map(str, aside))}, write that into {TRACKER}" if aside else ""
         return UserError(f"{flag} {load}: no whole checkpoint; {'; '.join(damage)}{hint}")
     hint = ""
     if (load / "checkpoints").is_dir():
@@ -230,7 +237,7 @@ def prune(save: Path, *, keep_last: int | None, keep_best: str | None, newest: M
     Kept are the newest keep_last (None: all), not counting those that were saved for the time alone; of these, the ones
     among the newest two of all checkpoints (with keep_last 1: the newest); and, of those that `newest` descends from,
     the one with the highest metric keep_best. What lies on a branch that the run left counts as older than all that it
-    went on from. Checkpoints of another run, and those whose manifest cannot be read, are not touched.
+    continued from. Checkpoints of another run, and those whose manifest cannot be read, are not touched.
 
     A folder is renamed before it is emptied, so that what is left of a removal that was cut short has no name.
     """
@@ -247,9 +254,8 @@ def prune(save: Path, *, keep_last: int | None, keep_best: str | None, newest: M
     planned = [path for path in newest_first if not run[path].by_time]
     stays = {*planned[:keep_last], *newest_first[: min(2, keep_last or 2)]}
     if keep_best is not None:
-        values = {path: (run[path].metrics or {}).get(keep_best) for path in line}
-        known = [path for path, value in values.items() if value is not None]
-        stays |= {max(known, key=values.__getitem__)} if known else set()
+        values = {path: value for path in line if (value := (run[path].metrics or {}).get(keep_best)) is not None}
+        stays |= {max(values, key=values.__getitem__)} if values else set()
     removed = sorted(path for path in run if path not in stays)
     for path in removed:
         shutil.rmtree(path.rename(path.parent / f".{path.name}.old"), ignore_errors=True)
@@ -257,7 +263,7 @@ def prune(save: Path, *, keep_last: int | None, keep_best: str | None, newest: M
 
 
 def remove_partial(save: Path) -> None:
-    """Remove what writers and removals that were killed left behind. Only where no writer is at work."""
+    """Remove what writers and removals that were killed have left. Only where no writer is at work."""
     for path in leftovers(save):
         shutil.rmtree(path, ignore_errors=True)
 

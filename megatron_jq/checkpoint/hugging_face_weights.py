@@ -1,7 +1,7 @@
 """F4: a Hugging Face folder as a checkpoint to begin from: its weights are read into a policy straight from its files.
 
-Every rank reads the rows and columns that it holds, one box at a time: no second copy is written, and memory holds a
-box beside the policy. convert.py writes the same boxes to disk.
+Every rank reads the rows and columns that it holds, one shard at a time: no second copy is written, and memory holds a
+shard beside the policy. convert.py writes the same shards to disk.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from megatron_jq.architecture_files import has_weights, read_hugging_face_config
 from megatron_jq.checkpoint.contents import checksums
 from megatron_jq.checkpoint.folder import Manifest
 from megatron_jq.checkpoint.huggingface import CONFIG, HuggingFaceReader, Signature, check_tensors
-from megatron_jq.checkpoint.slabs import Box, slab_axes
-from megatron_jq.checkpoint.store import Found
+from megatron_jq.checkpoint.loader import Checkpoint
+from megatron_jq.checkpoint.slabs import SlabShard, slab_axes
 from megatron_jq.checkpoint.torch_dist import Shard
 from megatron_jq.errors import UserError
-from megatron_jq.model.hf import HuggingFaceTensor, Slab, Span, hugging_face_tensors, megatron_tensors, rows_of_slabs
+from megatron_jq.model.hf import HuggingFaceTensor, RowSpan, Slab, hugging_face_tensors, megatron_tensors, rows_of_slabs
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 
 #: Tensors of older files that are computed, not learnt.
@@ -30,7 +30,7 @@ _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class HuggingFaceWeights:
-    """Read as ShardReader reads a checkpoint: boxes of Megatron-core's tensors. Reads are local.
+    """Read as ShardReader reads a checkpoint: shards of Megatron-core's tensors. Reads are local.
 
     UserError, which names the flag or the file, where the folder does not hold exactly the tensors of its config.json.
     """
@@ -39,12 +39,15 @@ class HuggingFaceWeights:
         self.folder = folder
         self.files = HuggingFaceReader(folder, flag)
         self.architecture = read_hugging_face_config(folder / CONFIG)
+        vocab_size = self.architecture.vocab_size
+        assert vocab_size is not None
+        self.vocab_size: int = vocab_size
         tensors = hugging_face_tensors(self.architecture)
         self.signature = own_tensors(self.files.signature, self.architecture)
         check_tensors(self.signature, {tensor.name: tensor.shape for tensor in tensors}, folder)
         self._slabs, self._axes = rows_of_slabs(tensors), slab_axes(self.architecture)
         dtypes = {slab.key: self.signature[spans[0][0].name][1] for slab, spans in self._slabs.items()}
-        shapes = megatron_tensors(self.architecture, self.architecture.vocab_size)
+        shapes = megatron_tensors(self.architecture, vocab_size)
         #: key → (global shape, dtype); the vocabulary without padding
         self.tensors = {key: (shape, dtypes[key]) for key, shape in shapes.items()}
 
@@ -55,13 +58,15 @@ class HuggingFaceWeights:
             extents = [(start, start + length) for start, length in zip(shard.offset, shard.shape, strict=True)]
             rows, *columns = extents[lead:]
             for index in itertools.product(*(range(*extent) for extent in extents[:lead])):
-                box = Box(Slab(shard.key, index), rows, columns[0] if columns else None)
+                slab = Slab(shard.key, index)
+                slab_shard = SlabShard(slab, rows, columns[0] if columns else None)
                 place = tuple(i - start for i, (start, _) in zip(index, extents, strict=False))
-                data[place].copy_(assemble(self.files, self._slabs[box.slab], box, self.tensors[shard.key][1]))
+                dtype = self.tensors[shard.key][1]
+                data[place].copy_(assemble(self.files, self._slabs[slab], slab_shard, dtype))
 
 
 @dataclass(frozen=True)
-class FoundFolder(Found):
+class HuggingFaceCheckpoint(Checkpoint):
     """A Hugging Face folder in a checkpoint's place: weights of step 0, and a tokenizer."""
 
     weights: HuggingFaceWeights
@@ -83,8 +88,8 @@ def is_hugging_face_folder(path: Path) -> bool:
     return has_weights(str(path)) and (path / CONFIG).is_file()
 
 
-def open_folder(folder: Path, flag: str, runtime: Runtime) -> FoundFolder:
-    """All ranks together; no weights are read yet, but to see that a tied output layer is the embedding.
+def open_folder(folder: Path, flag: str, runtime: Runtime) -> HuggingFaceCheckpoint:
+    """Open a folder on all ranks; no weights are read yet, but to see that a tied output layer is the embedding.
 
     UserError on every rank where any cannot read it, or its tensors are not what its config.json describes.
     """
@@ -93,20 +98,20 @@ def open_folder(folder: Path, flag: str, runtime: Runtime) -> FoundFolder:
     manifest = Manifest(
         step=0,
         architecture=asdict(weights.architecture),
-        vocab_size=weights.architecture.vocab_size,
+        vocab_size=weights.vocab_size,
         bf16=weights.signature["model.embed_tokens.weight"][1] == torch.bfloat16,
         source={"kind": "huggingface", "folder": folder.resolve().name},
     )
-    return FoundFolder(folder, manifest, weights)
+    return HuggingFaceCheckpoint(folder, manifest, weights)
 
 
 def digests(weights: HuggingFaceWeights, runtime: Runtime) -> dict[str, dict]:
-    """Checksums of the folder's weight files, shared out over ranks, alike on all of them."""
+    """Return checksums of the folder's weight files, shared out over ranks, alike on all of them."""
     names = sorted({path.name for path in weights.files.paths})
-    own = on_all_ranks(runtime, lambda: checksums(weights.folder, names[runtime.rank :: runtime.world_size]))
-    everyones: list[dict] = [{}] * runtime.world_size
-    dist.all_gather_object(everyones, own)
-    return {name: entry for files in everyones for name, entry in files.items()}
+    local = on_all_ranks(runtime, lambda: checksums(weights.folder, names[runtime.rank :: runtime.world_size]))
+    by_rank: list[dict] = [{}] * runtime.world_size
+    dist.all_gather_object(by_rank, local)
+    return {name: entry for files in by_rank for name, entry in files.items()}
 
 
 def own_tensors(signature: Signature, architecture: Architecture) -> Signature:
@@ -120,7 +125,7 @@ def own_tensors(signature: Signature, architecture: Architecture) -> Signature:
 
 
 def check_duplicates(reader: HuggingFaceReader, architecture: Architecture) -> None:
-    """UserError where a tied model's folder holds an output layer that is not the embedding."""
+    """Raise UserError where a tied model's folder holds an output layer that is not the embedding."""
     embedding, output = "model.embed_tokens.weight", "lm_head.weight"
     if not architecture.tie_embeddings or not {embedding, output} <= reader.signature.keys():
         return
@@ -139,16 +144,16 @@ def check_duplicates(reader: HuggingFaceReader, architecture: Architecture) -> N
 
 
 def assemble(
-    reader: HuggingFaceReader, parts: list[tuple[HuggingFaceTensor, Span]], box: Box, dtype: torch.dtype
+    reader: HuggingFaceReader, spans: list[tuple[HuggingFaceTensor, RowSpan]], shard: SlabShard, dtype: torch.dtype
 ) -> torch.Tensor:
-    """One box of a slab, from the rows of the tensors that it is made of; zero where it is padding."""
-    out = torch.zeros(box.slab_shape, dtype=dtype)
-    for tensor, span in parts:
-        start, end = max(box.rows[0], span.at), min(box.rows[1], span.at + span.count)
+    """Return a slab's shard, from the row spans that make up the slab; zero where it is padding."""
+    out = torch.zeros(shard.slab_shape, dtype=dtype)
+    for tensor, span in spans:
+        start, end = max(shard.rows[0], span.at), min(shard.rows[1], span.at + span.count)
         if start < end:
             shift = span.start - span.at
-            every_column = box.columns is None or box.columns == (0, tensor.shape[1])
-            out[start - box.rows[0] : end - box.rows[0]] = reader.read(
-                tensor.name, (start + shift, end + shift), None if every_column else box.columns
+            every_column = shard.columns is None or shard.columns == (0, tensor.shape[1])
+            out[start - shard.rows[0] : end - shard.rows[0]] = reader.read(
+                tensor.name, (start + shift, end + shift), None if every_column else shard.columns
             )
     return out

@@ -1,4 +1,4 @@
-"""F4: Hugging Face folders of safetensors: read by rows, written tensor by tensor, never left half done.
+"""F4: Hugging Face folders of safetensors: read by rows, written tensor by tensor, never left half written.
 
 Nothing of a folder is run and no pickle of it is read: weights come from *.safetensors alone. Memory is what one
 tensor takes, in reading and in writing; the `safetensors` package writes whole files from memory only, so the writer
@@ -29,7 +29,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Signature = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def _safe_open(path: Path):
+def _safe_open(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -44,10 +44,10 @@ class HuggingFaceReader:
     """A folder's tensors. UserError where it has none, or where index and files do not agree.
 
     signature: name → (shape, dtype). A file is mapped, and what was read of it counts as this process's memory: it is
-    opened anew every now and then. Not for every tensor: a file's header may list thousands.
+    opened again every now and then. Not for every tensor: a file's header may list thousands.
     """
 
-    #: Bytes read before a file is opened anew.
+    #: Bytes read before a file is opened again.
     MAPPED = 1 << 27
 
     def __init__(self, folder: str | Path, flag: str = "--hf"):
@@ -62,13 +62,13 @@ class HuggingFaceReader:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if name in self._file_of:
                         raise UserError(f"{path} and {self._file_of[name].name} both hold {name}; remove one of them")
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
+                    entry = file.get_slice(name)
+                    if entry.get_dtype() not in DTYPES:
                         raise UserError(
-                            f"{path}: {name} has type {part.get_dtype()}; quantised checkpoints cannot be read, "
+                            f"{path}: {name} has type {entry.get_dtype()}; quantised checkpoints cannot be read, "
                             f"only {', '.join(DTYPES)}"
                         )
-                    self.signature[name] = tuple(part.get_shape()), DTYPES[part.get_dtype()]
+                    self.signature[name] = tuple(entry.get_shape()), DTYPES[entry.get_dtype()]
                     self._file_of[name] = path
         self._check_index()
 
@@ -81,7 +81,7 @@ class HuggingFaceReader:
                 raise UserError(f"{path} says that {file} holds {name}, but it does not; download the folder again")
 
     def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor:
-        """Rows [start, end) of a tensor and, of a matrix, columns [start, end), in the file's dtype.
+        """Return rows [start, end) of a tensor and, of a matrix, columns [start, end), in the file's dtype.
 
         It may lie in the mapped file: copy it and let it go.
         """
@@ -90,12 +90,12 @@ class HuggingFaceReader:
             self._open, self._mapped = (None, None), 0  # lets the last one go first
             self._open = path, _safe_open(path)
         try:
-            part = self._open[1].get_slice(name)
-            box = part[slice(*rows)] if columns is None else part[slice(*rows), slice(*columns)]
+            entry = self._open[1].get_slice(name)
+            block = entry[slice(*rows)] if columns is None else entry[slice(*rows), slice(*columns)]
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: {name} cannot be read: {error}; has the file been changed?") from error
-        self._mapped += box.nbytes
-        return box
+        self._mapped += block.nbytes
+        return block
 
 
 def _weight_files(folder: Path, flag: str) -> list[Path]:
@@ -142,19 +142,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def check_tensors(found: Signature, expected: Mapping[str, tuple[int, ...]], where: str | Path) -> None:
-    """UserError where the names or a shape differ from what the family has; it names the first few."""
-    for what, names in (("lacks", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
+def check_tensors(signature: Signature, expected: Mapping[str, tuple[int, ...]], folder: str | Path) -> None:
+    """Raise UserError where the names or a shape differ from what the family has; it names the first few."""
+    present = signature.keys()
+    for what, names in (("lacks", expected.keys() - present), ("has unexpected", present - expected.keys())):
         if names:
             first = ", ".join(sorted(names)[:3])
             raise UserError(
-                f"{where} {what} {len(names)} of the tensors that its config.json asks for: {first}"
+                f"{folder} {what} {len(names)} of the tensors that its config.json asks for: {first}"
                 if what == "lacks"
-                else f"{where} {what} tensors, {len(names)} in all: {first}; its config.json does not describe them"
+                else f"{folder} {what} tensors, {len(names)} in all: {first}; its config.json does not describe them"
             )
     for name, shape in expected.items():
-        if found[name][0] != tuple(shape):
-            raise UserError(f"{where}: {name} has shape {found[name][0]}, by its config.json {tuple(shape)}")
+        if signature[name][0] != tuple(shape):
+            raise UserError(f"{folder}: {name} has shape {signature[name][0]}, by its config.json {tuple(shape)}")
 
 
 def refuse_existing(target: Path, flag: str, but: str | None = None) -> None:
@@ -233,5 +234,5 @@ def _write_safetensors(path: Path, signature: Signature, read: Callable[[str], t
         for name, (shape, dtype) in signature.items():
             tensor = read(name)
             assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{name}: not what was announced"
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             del tensor

@@ -7,7 +7,7 @@ last one. So it descends from every checkpoint of an earlier branch up to the st
 
 import uuid
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 #: Branch of checkpoints that were written before there were names.
 UNNAMED = ""
@@ -17,10 +17,17 @@ Branches = list[list]  # [[name, first step], …]; lists, as JSON has them
 class Saved(Protocol):
     """What a manifest says of the run that wrote it."""
 
-    step: int
-    branches: Branches | None
-    run: dict | None
-    written: float | None
+    @property
+    def step(self) -> int: ...
+    @property
+    def branches(self) -> Branches | None: ...
+    @property
+    def run(self) -> dict | None: ...
+    @property
+    def written(self) -> float | None: ...
+
+
+S = TypeVar("S", bound=Saved)
 
 
 def branches_of(saved: Saved) -> Branches:
@@ -40,7 +47,7 @@ def descends(newest: Saved, other: Saved) -> bool:
 
 
 def resumed_branches(parent: Saved, others: Iterable[Saved]) -> Branches:
-    """The branches of what a run saves that goes on from `parent`: a new one where its branch has later checkpoints."""
+    """Return the branches of what a run saves after `parent`: a new one where its branch has later checkpoints."""
     branches = branches_of(parent)
     name = branches[-1][0]
     left = any(other.step > parent.step and branches_of(other)[-1][0] == name for other in others)
@@ -49,14 +56,14 @@ def resumed_branches(parent: Saved, others: Iterable[Saved]) -> Branches:
 
 def same_run(saved: Saved, other: Saved) -> bool:
     """Whether one run wrote both. One without an id counts where the other's branches begin without a name: a run that
-    is older than ids took it up.
+    is older than ids resumed it.
     """
-    ids = [None if each.run is None else each.run["id"] for each in (saved, other)]
+    ids = [None if manifest.run is None else manifest.run["id"] for manifest in (saved, other)]
     if None not in ids or ids == [None, None]:
         return ids[0] == ids[1]
-    return all(branches_of(each)[0][0] == UNNAMED for each in (saved, other))
+    return all(branches_of(manifest)[0][0] == UNNAMED for manifest in (saved, other))
 
 
-def latest(saved: Iterable[Saved]) -> Saved:
-    """The one that was written last; of those that do not say when, the highest step."""
-    return max(saved, key=lambda each: (each.written or 0.0, each.step))
+def latest(saved: Iterable[S]) -> S:
+    """Return the one that was written last; of those that do not say when, the highest step."""
+    return max(saved, key=lambda manifest: (manifest.written or 0.0, manifest.step))

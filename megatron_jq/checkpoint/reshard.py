@@ -1,4 +1,4 @@
-"""F4: a checkpoint cut anew for another layout, and what a checkpoint holds, in words."""
+"""F4: a checkpoint stored again in another layout's shards, and what a checkpoint holds, in words."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from megatron_jq.checkpoint.convert import architecture_of, new_checkpoint, prog
 from megatron_jq.checkpoint.folder import MANIFEST, Manifest
 from megatron_jq.checkpoint.huggingface import num_bytes
 from megatron_jq.checkpoint.shards import OPTIMIZER_PREFIX, RANDOM_PREFIX
-from megatron_jq.checkpoint.slabs import Box, Cut, SlabReader, check_stored, model_key, slab_axes
+from megatron_jq.checkpoint.slabs import ShardLayout, SlabReader, SlabShard, check_stored, model_key, slab_axes
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.files import inside
 from megatron_jq.model.hf import VOCABULARY
@@ -22,21 +22,21 @@ from megatron_jq.model.hf import VOCABULARY
 _INDEX_FILES = (".metadata", "metadata.json", "common.pt", MANIFEST)
 
 
-def reshard(load: Path, save: Path, cut: Cut) -> Path:
-    """The newest whole checkpoint in (or at) `load` again in SAVE/iter_NNNNNNN, its tensors cut for another
-    tensor-parallel size: weights, main weights, moments; random states and all other files as they are.
+def reshard(load: Path, save: Path, layout: ShardLayout) -> Path:
+    """Write the newest whole checkpoint in (or at) `load` again into SAVE/iter_NNNNNNN, in another tensor-parallel
+    size's shards: weights, main weights, moments. Random states and all other files stay as they are.
 
-    Memory holds one slab and one box of it at a time. UserError for bad input.
+    Memory holds one slab and one shard of it at a time. UserError for bad input.
     """
     with whole_checkpoint(load) as (folder, manifest):
         reader, architecture = ShardReader(folder), architecture_of(manifest)
         slabs = SlabReader(reader)
         check_stored(slabs, architecture, folder)
-        axes, shapes = slab_axes(architecture), cut.shapes(architecture)
+        axes, shapes = slab_axes(architecture), layout.shapes(architecture)
         shards = [
             shard
             for key, (shape, dtype) in reader.tensors.items()
-            for shard in _shards(slabs, cut, key, shape, dtype, axes, shapes)
+            for shard in _shards(slabs, layout, key, shape, dtype, axes, shapes)
         ]
         total = sum(num_bytes((shard.shape, shard.dtype)) for shard in shards)
         with new_checkpoint(save, manifest.step) as partial, progress("reshard", total) as bar:
@@ -46,39 +46,40 @@ def reshard(load: Path, save: Path, cut: Cut) -> Path:
                     target = inside(partial, name, folder / MANIFEST)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(inside(folder, name, folder / MANIFEST), target)
-            origin = {**(manifest.source or {}), "cut_for_tensor_model_parallel_size": cut.tensor_model_parallel_size}
+            size = layout.tensor_model_parallel_size
+            origin = {**(manifest.source or {}), "cut_for_tensor_model_parallel_size": size}
             return folders.commit(partial, replace(manifest, files={}, source=origin))
 
 
 def _shards(
     slabs: SlabReader,
-    cut: Cut,
+    layout: ShardLayout,
     key: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     axes: dict[str, int],
     shapes: dict[str, tuple[int, ...]],
 ) -> list[Shard]:
-    """One stored tensor, cut. axes, shapes: of the model's tensors, by their keys in the table."""
+    """One stored tensor in the layout's shards. axes, shapes: of the model's tensors, by their keys in the table."""
     owner = model_key(key)
-    if owner not in axes:  # no model's tensor: random states
-        boxes = slabs.reader.chunks(key)
+    if owner is None or owner not in axes:  # no model's tensor: random states
+        stored = slabs.reader.stored_shards(key)
         return [
             Shard(key, shape, offset, size, dtype, lambda at=offset, size=size: slabs.reader.read(key, at, size))
-            for offset, size in boxes
+            for offset, size in stored
         ]
     vocabulary = owner in VOCABULARY
-    target = shapes[owner] if vocabulary else shape  # its padding depends on the cut
+    target = shapes[owner] if vocabulary else shape  # its padding depends on the layout
 
-    def shard(box: Box) -> Shard:
+    def resharded(shard: SlabShard) -> Shard:
         def data() -> torch.Tensor:
-            part = slabs.read(box.slab, target[0] if vocabulary else None)[slice(*box.rows)]
-            part = part if box.columns is None else part[:, slice(*box.columns)]
-            return part.clone(memory_format=torch.contiguous_format).view(box.shape)
+            rows = slabs.read(shard.slab, target[0] if vocabulary else None)[slice(*shard.rows)]
+            block = rows if shard.columns is None else rows[:, slice(*shard.columns)]
+            return block.clone(memory_format=torch.contiguous_format).view(shard.shape)
 
-        return Shard(key, target, box.offset, box.shape, dtype, data)
+        return Shard(key, target, shard.offset, shard.shape, dtype, data)
 
-    return [shard(box) for box in cut.boxes(key, target, axes[owner])]
+    return [resharded(shard) for shard in layout.shards(key, target, axes[owner])]
 
 
 def _counted(shard: Shard, bar: tqdm) -> Shard:
@@ -90,7 +91,7 @@ def _counted(shard: Shard, bar: tqdm) -> Shard:
 
 
 def inspect(load: Path) -> str:
-    """What the newest whole checkpoint in (or at) `load` holds, as lines of text. UserError where there is none."""
+    """Describe the newest whole checkpoint in (or at) `load` in lines of text. UserError where there is none."""
     with whole_checkpoint(load) as (folder, manifest):
         return "\n".join([*_about(folder, manifest), "", *_table(ShardReader(folder)), *_settings(manifest)])
 
@@ -122,7 +123,7 @@ def _table(reader: ShardReader) -> list[str]:
         kind = "optimizer" if key.startswith(OPTIMIZER_PREFIX) else "weights"
         totals["random states" if key.startswith(RANDOM_PREFIX) else kind] += num_bytes(entry)
         shape, dtype = " x ".join(map(str, entry[0])), str(entry[1]).removeprefix("torch.")
-        rows.append((key, shape, dtype, _size(num_bytes(entry)), str(len(reader.chunks(key)))))
+        rows.append((key, shape, dtype, _size(num_bytes(entry)), str(len(reader.stored_shards(key)))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{key:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {size:>{widths[3]}}  {boxes:>{widths[4]}}"
@@ -143,9 +144,9 @@ def _settings(manifest: Manifest) -> list[str]:
     )
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.3g} TB"

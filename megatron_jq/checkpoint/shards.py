@@ -1,9 +1,9 @@
 """F4: a rank's part of model, optimizer and random states as shards of layout-independent tensors.
 
 The model's are Megatron-core's sharded_state_dict, so layers carry global indices and gate and up halves are tensors'
-halves. Moments and float32 main weights are cut and named like the parameter they belong to:
+halves. Moments and float32 main weights are sharded and named like the parameter they belong to:
 `optimizer.state.exp_avg.decoder.layers.…`. The distributed optimizer owns flat ranges of parameters; a range of a
-matrix is at most three boxes, which are written and filled in place, without gathering. So plain and distributed
+matrix is at most three shards, which are written and filled in place, without gathering. So plain and distributed
 optimizer, and all layouts, share one format.
 """
 
@@ -29,16 +29,17 @@ MAIN_WEIGHT = "fp32_param"  # Megatron-core's name for float32 copies of bfloat1
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A contiguous part of a parameter that is a box of one global tensor (all of it, or the gate or the up half)."""
+class ParameterShard:
+    """Contiguous elements of a parameter that are a shard of one global tensor (all, or the gate or the up half)."""
 
     sharded: ShardedTensor
     start: int  # of its elements in the flattened parameter
 
     @property
     def is_written(self) -> bool:
-        """Not on ranks that hold a copy: of a tensor-parallel peer's, or of the first stage's tied embedding. Copies of
-        other data-parallel replicas count: writing is shared out among them.
+        """False on ranks that hold a copy: of a tensor-parallel peer's, or of the first stage's tied embedding.
+
+        Copies of other data-parallel replicas count: writing is shared out among them.
         """
         return not any(self.sharded.replica_id[:-1])
 
@@ -48,39 +49,38 @@ class Piece:
         return self.sharded.allow_shape_mismatch
 
 
-def pieces(policies: list[Policy], runtime: Runtime) -> dict[torch.nn.Parameter, list[Piece]]:
-    """Every parameter of this rank as boxes of global tensors."""
-    found: dict[torch.nn.Parameter, list[Piece]] = {}
+def parameter_shards(policies: list[Policy], runtime: Runtime) -> dict[torch.nn.Parameter, list[ParameterShard]]:
+    """Return every parameter of this rank as shards of global tensors."""
+    shards: dict[torch.nn.Parameter, list[ParameterShard]] = {}
     metadata = {"dp_cp_group": runtime.groups.collection.dp_cp}
     for policy in policies:
         with runtime.megatron():
             state = policy.sharded_state_dict(metadata=metadata)
         for entry in nested_values(state):
             if isinstance(entry, ShardedTensorFactory | ShardedTensor):
-                whole = isinstance(entry, ShardedTensor)
-                parts = [entry] if whole else list(nested_values(entry.build()))
+                tensors = [entry] if isinstance(entry, ShardedTensor) else list(nested_values(entry.build()))
                 base = entry.data.storage_offset()
-                found[entry.data] = [Piece(part, part.data.storage_offset() - base) for part in parts]
-                assert sum(part.data.numel() for part in parts) == entry.data.numel()
-                assert all(part.data.is_contiguous() for part in parts), entry.key
-    missing = [name for p in policies for name, parameter in p.named_parameters() if parameter not in found]
+                shards[entry.data] = [ParameterShard(t, t.data.storage_offset() - base) for t in tensors]
+                assert sum(t.data.numel() for t in tensors) == entry.data.numel()
+                assert all(t.data.is_contiguous() for t in tensors), entry.key
+    missing = [name for p in policies for name, parameter in p.named_parameters() if parameter not in shards]
     assert not missing, f"no shard holds {missing}"
-    return found
+    return shards
 
 
-def model_shards(found: dict[torch.nn.Parameter, list[Piece]], *, write: bool) -> list[Shard]:
-    """This rank's weights. write: without copies that another rank writes."""
+def model_shards(parameters: dict[torch.nn.Parameter, list[ParameterShard]], *, write: bool) -> list[Shard]:
+    """Return this rank's weights. write: without copies that another rank writes."""
     return [
         shard
-        for some in found.values()
-        for piece in some
-        if piece.is_written or not write
-        for shard in _boxes(piece, piece.sharded.key, piece.sharded.data.detach().view(-1), piece.start)
+        for parameter_shards in parameters.values()
+        for part in parameter_shards
+        if part.is_written or not write
+        for shard in _shards(part, part.sharded.key, part.sharded.data.detach().view(-1), part.start)
     ]
 
 
 @dataclass(frozen=True)
-class Owned:
+class OptimizerRange:
     """What this rank's optimizer keeps of one parameter: elements [start, start + main.numel()) of it, flattened."""
 
     parameter: torch.nn.Parameter
@@ -90,8 +90,8 @@ class Owned:
     group: dict
 
 
-def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
-    """Over all of Megatron-core's optimizers of this rank."""
+def optimizer_ranges(optimizer: MegatronOptimizer) -> Iterator[OptimizerRange]:
+    """Yield those of all of Megatron-core's optimizers of this rank."""
     for single in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if getattr(single, "is_stub_optimizer", False) or single.optimizer is None:
             continue  # a rank without parameters of its kind
@@ -100,7 +100,7 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
             for parameter, (group, order) in single.model_param_group_index_map.items():
                 main = inner.param_groups[group]["params"][order]
                 start = single._get_model_param_range_map(parameter)["param"].start
-                yield Owned(parameter, main, start, inner, inner.param_groups[group])
+                yield OptimizerRange(parameter, main, start, inner, inner.param_groups[group])
             continue
         parameters = {}
         if isinstance(single, Float16OptimizerWithFloat16Params):
@@ -108,79 +108,88 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
                 parameters |= dict(zip(mains, models, strict=True))
         for group in inner.param_groups:
             for main in group["params"]:
-                yield Owned(parameters.get(main, main), main, 0, inner, group)
+                yield OptimizerRange(parameters.get(main, main), main, 0, inner, group)
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int | None:
     """Updates done, for Adam's bias correction; None for an optimizer that does not count."""
-    for own in owned(optimizer):
-        step = own.group.get("step", own.inner.state[own.main].get("step"))
+    for interval in optimizer_ranges(optimizer):
+        step = interval.group.get("step", interval.inner.state[interval.main].get("step"))
         return None if step is None else int(step)
     return None
 
 
 def state_names(optimizer: MegatronOptimizer) -> list[str]:
-    """Names of the tensors that the optimizer keeps for each element: exp_avg, exp_avg_sq, momentum_buffer."""
-    for own in owned(optimizer):
-        return sorted(name for name, value in own.inner.state[own.main].items() if _per_element(value, own.main))
+    """Return names of the tensors that the optimizer keeps for each element: exp_avg, exp_avg_sq, momentum_buffer."""
+    for interval in optimizer_ranges(optimizer):
+        return sorted(
+            name for name, value in interval.inner.state[interval.main].items() if _per_element(value, interval.main)
+        )
     return []
 
 
 def allocate_state(optimizer: MegatronOptimizer, names: list[str], step: int | None) -> None:
-    """Zeros to be filled where the optimizer has not made its first step, and its step count."""
-    for own in owned(optimizer):
-        state = own.inner.state[own.main]
+    """Make zeros to be filled where the optimizer has not made its first step, and its step count."""
+    for interval in optimizer_ranges(optimizer):
+        state = interval.inner.state[interval.main]
         for name in names:
-            if not _per_element(state.get(name), own.main):
-                state[name] = torch.zeros_like(own.main)
-        fused = "step" in own.group or type(own.inner).__name__.startswith("Fused")
+            if not _per_element(state.get(name), interval.main):
+                state[name] = torch.zeros_like(interval.main)
+        fused = "step" in interval.group or type(interval.inner).__name__.startswith("Fused")
         if step is not None and fused:
-            own.group["step"] = step
+            interval.group["step"] = step
         elif step is not None:
-            state["step"] = torch.tensor(float(step))  # one a parameter: torch's Adam counts them up one by one
+            state["step"] = torch.tensor(float(step))  # one per parameter: torch's Adam counts them up one by one
 
 
 def optimizer_shards(
-    optimizer: MegatronOptimizer, found: dict[torch.nn.Parameter, list[Piece]], names: list[str], *, write: bool
+    optimizer: MegatronOptimizer,
+    parameters: dict[torch.nn.Parameter, list[ParameterShard]],
+    names: list[str],
+    *,
+    write: bool,
 ) -> list[Shard]:
-    """Moments, and main weights where these are not the parameters themselves."""
+    """Return moments, and main weights where these are not the parameters themselves."""
     shards = []
-    for own in owned(optimizer):
-        tensors = {name: own.inner.state[own.main][name] for name in names}
-        if own.main.dtype != own.parameter.dtype:
-            tensors[MAIN_WEIGHT] = own.main
-        for piece in found[own.parameter]:
-            if piece.is_written or not write:
+    for interval in optimizer_ranges(optimizer):
+        tensors = {name: interval.inner.state[interval.main][name] for name in names}
+        if interval.main.dtype != interval.parameter.dtype:
+            tensors[MAIN_WEIGHT] = interval.main
+        for part in parameters[interval.parameter]:
+            if part.is_written or not write:
                 for name, tensor in tensors.items():
-                    key = f"{OPTIMIZER_PREFIX}{name}.{piece.sharded.key}"
-                    shards += _boxes(piece, key, tensor.detach().view(-1), own.start)
+                    key = f"{OPTIMIZER_PREFIX}{name}.{part.sharded.key}"
+                    shards += _shards(part, key, tensor.detach().view(-1), interval.start)
     return shards
 
 
-def _per_element(value, main: torch.Tensor) -> bool:
+def _per_element(value: object, main: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == main.shape and value.dim() > 0
 
 
-def _boxes(piece: Piece, key: str, flat: torch.Tensor, flat_start: int) -> Iterator[Shard]:
-    """Where a piece of a parameter meets `flat`, elements of that parameter from flat_start on."""
-    sharded = piece.sharded
-    start = max(piece.start, flat_start)
-    stop = min(piece.start + sharded.data.numel(), flat_start + flat.numel())
+def _shards(part: ParameterShard, key: str, flat: torch.Tensor, flat_start: int) -> Iterator[Shard]:
+    """What a parameter's shard and `flat`, elements of that parameter from flat_start on, have in common."""
+    sharded = part.sharded
+    start = max(part.start, flat_start)
+    stop = min(part.start + sharded.data.numel(), flat_start + flat.numel())
     if start >= stop:
         return
     prepended = (1,) * sharded.prepend_axis_num
-    for offset, shape, first in box_ranges(tuple(sharded.local_shape), start - piece.start, stop - piece.start):
-        begin = piece.start + first - flat_start
-        box = flat[begin : begin + math.prod(shape)].view(prepended + shape)
+    for offset, shape, first in range_shards(tuple(sharded.local_shape), start - part.start, stop - part.start):
+        begin = part.start + first - flat_start
+        data = flat[begin : begin + math.prod(shape)].view(prepended + shape)
         inside = (0,) * sharded.prepend_axis_num + offset
         place = tuple(a + b for a, b in zip(sharded.global_offset, inside, strict=True))
-        yield Shard(key, tuple(sharded.global_shape), place, tuple(box.shape), flat.dtype, lambda box=box: box)
+        yield Shard(key, tuple(sharded.global_shape), place, tuple(data.shape), flat.dtype, lambda data=data: data)
 
 
-def box_ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Cut elements [start, stop) of a tensor in row-major order into boxes: (offset, shape, first element) of each.
+Extent = tuple[int, ...]
 
-    A vector's range is one box; a matrix's at most three: the rest of a row, whole rows, the beginning of a row.
+
+def range_shards(shape: Extent, start: int, stop: int) -> Iterator[tuple[Extent, Extent, int]]:
+    """Yield (offset, shape, first element) of shards that make up elements [start, stop) in row-major order.
+
+    A vector's range is one shard; a matrix's at most three: the rest of a row, whole rows, the beginning of a row.
     """
     if len(shape) <= 1:
         yield ((start,), (stop - start,), start) if shape else ((), (), start)
@@ -198,10 +207,10 @@ def box_ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[
         yield from _in_row(shape, last, last * inner, stop)
 
 
-def _in_row(shape, row, start, stop):
+def _in_row(shape: Extent, row: int, start: int, stop: int) -> Iterator[tuple[Extent, Extent, int]]:
     inner = math.prod(shape[1:])
-    for offset, box, first in box_ranges(shape[1:], start - row * inner, stop - row * inner):
-        yield (row, *offset), (1, *box), row * inner + first
+    for offset, extents, first in range_shards(shape[1:], start - row * inner, stop - row * inner):
+        yield (row, *offset), (1, *extents), row * inner + first
 
 
 def random_shards(runtime: Runtime) -> tuple[list[Shard], dict[str, torch.Tensor]]:
@@ -218,7 +227,8 @@ def random_shards(runtime: Runtime) -> tuple[list[Shard], dict[str, torch.Tensor
 
 
 def _random_states(runtime: Runtime) -> dict[str, torch.Tensor]:
-    numpys = numpy.random.get_state()
+    numpys = numpy.random.get_state(legacy=True)
+    assert isinstance(numpys, tuple)
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
@@ -231,11 +241,11 @@ def _random_states(runtime: Runtime) -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(states: dict[str, torch.Tensor], runtime: Runtime) -> None:
-    """Of random_shards, once they are read."""
+    """Restore the states of random_shards, once they are read."""
     torch.set_rng_state(states["torch"])
     random.setstate((3, tuple(states["python"].tolist()), None))
     *words, position = states["numpy"].tolist()
-    numpy.random.set_state(("MT19937", numpy.array(words, dtype=numpy.uint32), position))
+    numpy.random.set_state(("MT19937", numpy.array(words, dtype=numpy.uint32), position, 0, 0.0))
     tracked = get_cuda_rng_tracker().get_states()
     get_cuda_rng_tracker().set_states({name: states[f"megatron.{name}"] for name in tracked})
     if runtime.device.type == "cuda":

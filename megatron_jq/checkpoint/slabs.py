@@ -1,8 +1,9 @@
-"""F4: a checkpoint's tensors slab by slab (model/hf.py), and the boxes that a tensor-parallel size cuts them into."""
+"""F4: a checkpoint's tensors slab by slab (model/hf.py), and the shards in which a tensor-parallel size stores them."""
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from megatron_jq.model.initialise import partition_dim
 
 
 @dataclass(frozen=True)
-class Box:
+class SlabShard:
     """Rows and columns of one slab; columns None: it is a vector."""
 
     slab: Slab
@@ -39,38 +40,39 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How slabs are stored: in the boxes that a job of this tensor-parallel size reads. Any other job can read them."""
+class ShardLayout:
+    """How slabs are stored: in the shards that a job of this tensor-parallel size reads. Any other can read them."""
 
     tensor_model_parallel_size: int = 1
     make_vocab_size_divisible_by: int = 128
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Key → global shape of the model's tensors; the vocabulary is padded for this size."""
+        assert architecture.vocab_size is not None
         rows = padded_vocab_size(
             architecture.vocab_size, self.make_vocab_size_divisible_by, self.tensor_model_parallel_size
         )
         return megatron_tensors(architecture, rows)
 
-    def boxes(self, key: str, shape: tuple[int, ...], axes: int) -> Iterator[Box]:
-        """Boxes that fill a global tensor whose last `axes` axes are a slab's. UserError where the cut is uneven."""
-        split, parts = partition_dim(key), self.tensor_model_parallel_size
+    def shards(self, key: str, shape: tuple[int, ...], axes: int) -> Iterator[SlabShard]:
+        """Yield a global tensor's shards; its last `axes` axes are a slab's. UserError where they would be uneven."""
+        split, count = partition_dim(key), self.tensor_model_parallel_size
         if key.endswith("linear_fc1.weight"):
-            parts *= 2  # the gate's rows and the up projection's are shared out separately
+            count *= 2  # the gate's rows and the up projection's are shared out separately
         lead, extents = shape[: len(shape) - axes], shape[len(shape) - axes :]
-        ranges = [_even(key, n, parts) if dim == split else [(0, n)] for dim, n in enumerate(extents)]
+        ranges = [_even_ranges(key, n, count) if dim == split else [(0, n)] for dim, n in enumerate(extents)]
         for index in itertools.product(*map(range, lead)):
             for rows, *columns in itertools.product(*ranges):
-                yield Box(Slab(key, index), rows, columns[0] if columns else None)
+                yield SlabShard(Slab(key, index), rows, columns[0] if columns else None)
 
 
-def _even(key: str, extent: int, parts: int) -> list[tuple[int, int]]:
-    if extent % parts:
+def _even_ranges(key: str, extent: int, count: int) -> list[tuple[int, int]]:
+    if extent % count:
         raise UserError(
-            f"--tensor-model-parallel-size does not divide {key}: {extent} rows or columns in {parts} parts; "
+            f"--tensor-model-parallel-size does not divide {key}: {extent} rows or columns in {count} parts; "
             "choose a divisor of the architecture's heads, groups and widths"
         )
-    step = extent // parts
+    step = extent // count
     return [(start, start + step) for start in range(0, extent, step)]
 
 
@@ -89,7 +91,7 @@ def model_key(key: str) -> str | None:
 
 
 class SlabReader:
-    """A checkpoint's slabs, the last one kept: the tensors that one is made into are asked for one after another."""
+    """A checkpoint's slabs. It keeps the last one: the tensors that a slab becomes are asked for one after another."""
 
     def __init__(self, reader: ShardReader):
         self.reader = reader
@@ -103,23 +105,24 @@ class SlabReader:
             shape = self.reader.tensors[slab.key][0][len(slab.index) :]
             if rows is not None:
                 shape = (rows, *shape[1:])
-            offset, box = (*slab.index, *(0 for _ in shape)), (*(1 for _ in slab.index), *shape)
-            self._last, self._slab = (slab, rows), self.reader.read(slab.key, offset, box).view(shape)
+            offset, extents = (*slab.index, *(0 for _ in shape)), (*(1 for _ in slab.index), *shape)
+            self._last, self._slab = (slab, rows), self.reader.read(slab.key, offset, extents).view(shape)
         return self._slab
 
 
-def check_stored(slabs: SlabReader, architecture: Architecture, where) -> None:
-    """UserError where the model's tensors are not all there, or are of other shapes, or where there are others."""
+def check_stored(slabs: SlabReader, architecture: Architecture, folder: Path) -> None:
+    """Raise UserError where one of the model's tensors is missing, has another shape, or is none of its own."""
+    assert architecture.vocab_size is not None
     tensors, expected = slabs.reader.tensors, megatron_tensors(architecture, architecture.vocab_size)
-    theirs = {key for key in tensors if not key.startswith((OPTIMIZER_PREFIX, RANDOM_PREFIX))}
-    for what, names in (("lacks", expected.keys() - theirs), ("has unexpected", theirs - expected.keys())):
+    stored = {key for key in tensors if not key.startswith((OPTIMIZER_PREFIX, RANDOM_PREFIX))}
+    for what, names in (("lacks", expected.keys() - stored), ("has unexpected", stored - expected.keys())):
         if names:
-            raise UserError(f"{where} {what} tensors, {len(names)} in all: {', '.join(sorted(names)[:3])}")
+            raise UserError(f"{folder} {what} tensors, {len(names)} in all: {', '.join(sorted(names)[:3])}")
     for key, shape in expected.items():
-        found = tensors[key][0]
-        fits = found[1:] == shape[1:] and found[0] >= shape[0] if key in VOCABULARY else found == shape
+        actual = tensors[key][0]
+        fits = actual[1:] == shape[1:] and actual[0] >= shape[0] if key in VOCABULARY else actual == shape
         if not fits:
-            raise UserError(f"{where}: {key} has shape {found}, by its architecture {shape}")
+            raise UserError(f"{folder}: {key} has shape {actual}, by its architecture {shape}")
 
 
 def main_weight(key: str) -> str:

@@ -21,7 +21,7 @@ from megatron_jq.checkpoint.folder import TOKENIZER, Manifest
 from megatron_jq.checkpoint.huggingface import CONFIG, read_json
 from megatron_jq.checkpoint.tokenizer_export import check_with_transformers, forgeable, sentencepiece_files
 from megatron_jq.config import settings_of_text
-from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_jq.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import inside
 from megatron_jq.model.hf_config import hugging_face_config, with_token_ids
@@ -31,9 +31,11 @@ GENERATION, README = "generation_config.json", "README.md"
 
 @dataclass(frozen=True)
 class Companions:
-    """What an export writes beside the weights, found before they are written. dtype: of the weights. tokenizer: the
-    run's; None where no run wrote the checkpoint. made: name → text of the files that its sentencepiece model becomes.
-    with_tokenizer: whether a tokenizer goes along. notes: lines for the user.
+    """What an export writes beside the weights, determined before they are written.
+
+    dtype: of the weights. tokenizer: the run's; None where no run wrote the checkpoint. converted: name → text of the
+    files that its sentencepiece model becomes. with_tokenizer: whether a tokenizer goes along. notes: lines for
+    the user.
     """
 
     checkpoint: Path
@@ -43,7 +45,7 @@ class Companions:
     files: tuple[Path, ...]  # of the checkpoint's tokenizer folder
     tokenizer: Tokenizer | None
     with_tokenizer: bool
-    made: dict[str, str]
+    converted: dict[str, str]
     notes: tuple[str, ...]
 
 
@@ -56,7 +58,9 @@ def companions(
     listed = sorted(name for name in manifest.files if name.startswith(f"{TOKENIZER}/"))
     paths = [inside(checkpoint, name, checkpoint / folders.MANIFEST) for name in listed]
     files = tuple(path for path in paths if path.parent == carried)
-    tokenizer, made, notes = None, {}, []
+    tokenizer: Tokenizer | None = None
+    converted: dict[str, str] = {}
+    notes: list[str] = []
     if manifest.config is not None:
         names = {path.name for path in files}
         model = carried / "tokenizer.model"
@@ -69,30 +73,30 @@ def companions(
             if with_tokenizer:
                 raise
             notes.append(f"no token that ends a text is written into config.json: {error}")
-        if tokenizer is not None and "tokenizer.json" not in names and with_tokenizer:
-            made, note = sentencepiece_files(tokenizer, model, architecture.max_position_embeddings)
+        if isinstance(tokenizer, SentencePieceTokenizer) and with_tokenizer:
+            converted, note = sentencepiece_files(tokenizer, model, architecture.max_position_embeddings)
             notes += [note] * bool(note)
     beside = Companions(
-        checkpoint, manifest, architecture, dtype, files, tokenizer, with_tokenizer, made, tuple(notes)
+        checkpoint, manifest, architecture, dtype, files, tokenizer, with_tokenizer, converted, tuple(notes)
     )
-    if made:
+    if converted and tokenizer is not None:
         with tempfile.TemporaryDirectory() as scratch:
             _write_tokenizer(beside, Path(scratch))
             check_with_transformers(tokenizer, Path(scratch), strict=True)
     return beside
 
 
-def write_companions(beside: Companions, target: Path, say: Callable[[str], None]) -> None:
-    """Write them into a folder that holds the weights. say: gets lines for the user."""
+def write_companions(beside: Companions, target: Path, log: Callable[[str], None]) -> None:
+    """Write them into a folder that holds the weights. log: gets lines for the user."""
     _write_tokenizer(beside, target)
     if beside.tokenizer is None:
         for note in beside.notes:
-            say(f"note: {note}")
+            log(f"note: {note}")
         return
     _write_generation(beside, target)
     notes = list(beside.notes)
     if beside.with_tokenizer:
-        note = "" if beside.made else check_with_transformers(beside.tokenizer, target, strict=False)
+        note = "" if beside.converted else check_with_transformers(beside.tokenizer, target, strict=False)
         notes += [note] * bool(note)
         names = ", ".join(forgeable(beside.tokenizer, target)[:6])
         notes.append(
@@ -103,16 +107,16 @@ def write_companions(beside: Companions, target: Path, say: Callable[[str], None
     else:
         notes.append("the tokenizer is not exported (--no-tokenizer)")
     for note in notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     (target / README).write_text(_readme(beside, notes), encoding="utf-8")
 
 
 def _write_tokenizer(beside: Companions, target: Path) -> None:
     """The tokenizer's files and config.json, by which transformers chooses the tokenizer's class."""
     for path in beside.files:
-        if path.name == GENERATION or (beside.with_tokenizer and path.name != CONFIG and not beside.made):
+        if path.name == GENERATION or (beside.with_tokenizer and path.name != CONFIG and not beside.converted):
             shutil.copyfile(path, target / path.name)
-    for name, text in beside.made.items():
+    for name, text in beside.converted.items():
         (target / name).write_text(text, encoding="utf-8")
     _write_config(beside, target, str(beside.dtype).removeprefix("torch."))
 
@@ -136,7 +140,9 @@ def _write_config(beside: Companions, target: Path, dtype: str) -> None:
         described = (original.get("dtype") or original.get("torch_dtype")) == dtype and says(
             carried, beside.architecture
         )
-    config = original if described else hugging_face_config(beside.architecture, dtype, original)
+    config = (
+        original if described and original is not None else hugging_face_config(beside.architecture, dtype, original)
+    )
     if beside.tokenizer is not None:
         config = _with_ids(config, beside)
     if config == original:
@@ -154,17 +160,18 @@ def _write_generation(beside: Companions, target: Path) -> None:
 
 
 def _with_ids(config: dict[str, Any], beside: Companions) -> dict[str, Any]:
-    tokenizer = beside.tokenizer
+    tokenizer, vocab_size = beside.tokenizer, beside.architecture.vocab_size
+    assert tokenizer is not None and vocab_size is not None
     try:
         bos = tokenizer.bos_ids("on")[0]
     except UserError:
         bos = None
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": bos, "pad_token_id": tokenizer.pad_id}
-    return with_token_ids(config, ids, beside.architecture.vocab_size)
+    return with_token_ids(config, ids, vocab_size)
 
 
 def _is_understood(config: Path) -> bool:
-    """A tokenizer's folder may hold another family's config.json: the policy's own is then made anew."""
+    """Whether it can be read: a tokenizer's folder may hold another family's config.json, in place of the policy's."""
     try:
         read_hugging_face_config(config)
     except UserError:
@@ -173,8 +180,10 @@ def _is_understood(config: Path) -> bool:
 
 
 def _readme(beside: Companions, notes: list[str]) -> str:
-    d = settings_of_text(beside.manifest.config, f"{beside.checkpoint}: its settings").data
-    end = f"token {beside.tokenizer.eos_id}, {beside.tokenizer.piece(beside.tokenizer.eos_id)!r}"
+    tokenizer, text = beside.tokenizer, beside.manifest.config
+    assert tokenizer is not None and text is not None, "a run's checkpoint has both"
+    d = settings_of_text(text, f"{beside.checkpoint}: its settings").data
+    end = f"token {tokenizer.eos_id}, {tokenizer.piece(tokenizer.eos_id)!r}"
     return "\n".join(
         [
             f"# Exported by megatron-jq, step {beside.manifest.step}",

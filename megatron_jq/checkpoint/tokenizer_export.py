@@ -62,15 +62,16 @@ def sentencepiece_files(tokenizer: SentencePieceTokenizer, model: Path, context:
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
     }
-    found = compare(tokenizer, lambda text: fast.encode(text, add_special_tokens=False).ids)
+    comparison = compare(tokenizer, lambda text: fast.encode(text, add_special_tokens=False).ids)
     note = ""
-    if found.different:
-        share = len(found.different) / found.texts
+    different = comparison.different
+    if different:
+        share = len(different) / comparison.texts
         if kind != "unigram" or share > _TIES:
-            raise _unequal(found, f"its sentencepiece tokenizer ({kind})")
+            raise _unequal(comparison, f"its sentencepiece tokenizer ({kind})")
         note = (
-            f"of {found.texts} texts the exported tokenizer cuts {len(found.different)} at another of several equally "
-            f"likely places, {found.different[0]!r} among them"
+            f"of {comparison.texts} texts the exported tokenizer cuts {len(different)} at another of several equally "
+            f"likely places, {different[0]!r} among them"
         )
     return {"tokenizer.json": text, "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}, note
 
@@ -88,7 +89,7 @@ def check_with_transformers(tokenizer: Tokenizer, folder: Path, *, strict: bool)
     transformers.logging.set_verbosity_error()
     try:
         auto = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        found = compare(tokenizer, lambda text: auto(text, add_special_tokens=False)["input_ids"])
+        comparison = compare(tokenizer, lambda text: auto(text, add_special_tokens=False)["input_ids"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         if strict:
             raise UserError(f"transformers does not read the exported tokenizer ({error}); {FLAG}") from error
@@ -96,13 +97,14 @@ def check_with_transformers(tokenizer: Tokenizer, folder: Path, *, strict: bool)
     finally:
         transformers.logging.set_verbosity(before)
     ties = _TIES if getattr(tokenizer, "kind", None) == "unigram" else 0.0
-    if len(found.different) <= ties * found.texts:
+    different = comparison.different
+    if len(different) <= ties * comparison.texts:
         return ""
     if strict:
-        raise _unequal(found, f"as transformers {transformers.__version__} reads it, its tokenizer")
+        raise _unequal(comparison, f"as transformers {transformers.__version__} reads it, its tokenizer")
     return (
         f"transformers {transformers.__version__} reads this tokenizer otherwise than the run did: "
-        f"{len(found.different)} of {found.texts} texts have other ids, {found.different[0]!r} among them"
+        f"{len(different)} of {comparison.texts} texts have other ids, {different[0]!r} among them"
     )
 
 
@@ -198,9 +200,10 @@ def _bos_ids(tokenizer: SentencePieceTokenizer) -> list[int]:
         return []
 
 
-def _unequal(found: Comparison, what: str) -> UserError:
-    shown: Iterable[str] = found.different[:3]
+def _unequal(comparison: Comparison, what: str) -> UserError:
+    different = comparison.different
+    shown: Iterable[str] = different[:3]
     return UserError(
-        f"{what} has no tokenizer.json with the same ids: {len(found.different)} of {found.texts} texts differ, "
+        f"{what} has no tokenizer.json with the same ids: {len(different)} of {comparison.texts} texts differ, "
         f"{', '.join(map(repr, shown))}; {FLAG}"
     )

@@ -1,42 +1,50 @@
 """F4: shards of tensors to and from a folder in Megatron-core's torch_dist format.
 
-torch.distributed.checkpoint's files: one a rank and an index in `.metadata`; with Megatron-core's `metadata.json` and
+torch.distributed.checkpoint's files: one per rank and an index in `.metadata`; with Megatron-core's `metadata.json` and
 `common.pt`, so that megatron.core.dist_checkpointing reads it. What this adds to that: tensors are resolved one
-at a time while they are written; a shard may be any box of its tensor, so that a flat range that the distributed
-optimizer owns needs no gathering; and the index, which is a pickle, is read by an unpickler that knows the index's own
+at a time while they are written; a shard may be any box of its tensor, so that a flat range of the distributed
+optimizer needs no gathering; and the index, which is a pickle, is read by an unpickler that knows the index's own
 types and nothing else.
 """
 
 import contextlib
+import io
 import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
+    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
-    TensorProperties,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_jq.checkpoint.folder import DamagedCheckpoint
 from megatron_jq.files import inside
@@ -49,7 +57,7 @@ _FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_vers
 class Shard:
     """A box of a global tensor.
 
-    data: the box itself, contiguous and of this shape; called once, to be written or to be filled.
+    data: the shard itself, contiguous and of this shape; called once, to be written or to be filled.
     """
 
     key: str
@@ -71,14 +79,14 @@ class Shard:
 def write_shards(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Write this rank's shards into an empty folder, with all ranks of the group (None: this process alone).
 
-    A box that several ranks hold is written by one of them, chosen to even out their bytes. Raises on every rank: the
-    first rank's OSError where one met it, RuntimeError with its text otherwise; ValueError where the boxes do not fill
+    A shard that several ranks hold is written by one of them, chosen to even out their bytes. Raises on every rank: the
+    first rank's OSError where one met it, RuntimeError with its text otherwise; ValueError where the shards do not fill
     their tensors exactly.
     """
     planner = _SavePlanner({shard.place: shard for shard in shards})
     with _one_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.save({}, storage_writer=_Writer(folder), planner=planner, process_group=group, no_dist=group is None)
+        save({}, storage_writer=_Writer(folder), planner=planner, process_group=group, no_dist=group is None)
     if group is None or group.rank() == 0:
         torch.save({}, folder / "common.pt")  # Megatron-core reads it for what is not a shard: here, nothing
         save_config(_FORMAT, str(folder))
@@ -91,46 +99,49 @@ class ShardReader:
         self._reader = _RestrictedReader(folder)
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._entries = _tensor_entries(self._metadata)
         #: key → (global shape, dtype)
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            key: (tuple(entry.size), entry.properties.dtype)
-            for key, entry in self._metadata.state_dict_metadata.items()
-            if hasattr(entry, "chunks")
+            key: (tuple(entry.size), entry.properties.dtype) for key, entry in self._entries.items()
         }
+        self._stored = {key: _StoredShards(entry) for key, entry in self._entries.items()}
 
-        self._boxes = {key: _StoredBoxes(self._metadata.state_dict_metadata[key]) for key in self.tensors}
-
-    def chunks(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(offset, shape) of each stored box of a tensor."""
-        return [(tuple(c.offsets), tuple(c.sizes)) for c in self._metadata.state_dict_metadata[key].chunks]
+    def stored_shards(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return (offset, shape) of each stored shard of a tensor."""
+        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in self._entries[key].chunks]
 
     def read(
         self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """A box of a tensor, on CPU, in the stored dtype unless told; zeros outside of what is stored."""
+        """Return a shard of a tensor, on CPU, in `dtype` (None: the stored one); zeros outside of what is stored."""
         target = torch.zeros(shape, dtype=self.tensors[key][1] if dtype is None else dtype)
         self.read_into([Shard(key, self.tensors[key][0], offset, shape, target.dtype, lambda: target)])
         return target
 
     def read_into(self, shards: Iterable[Shard]) -> None:
         """Fill every shard's data in place, converting dtypes; what lies outside of the stored tensor stays."""
-        planner = _LoadPlanner(self._boxes, shards)
+        planner = _LoadPlanner(self._stored, shards)
         try:
             self._reader.read_data(planner.create_local_plan(), planner)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as fault:
-            raise DamagedCheckpoint(f"{self._reader.path}: {fault}") from fault
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise DamagedCheckpoint(f"{self._reader.path}: {error}") from error
 
 
-class _Writer(dcp.FileSystemWriter):
-    def write_data(self, plan, planner):
+def _tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    entries = metadata.state_dict_metadata
+    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as fault:
+        except RuntimeError as error:
             # torch's zip writer complains of a position where the disk is full: what the system said is in the context
-            cause: BaseException | None = fault
+            cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
-            raise (cause or fault) from None
+            raise (cause or error) from None
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -150,22 +161,22 @@ class _SavePlanner(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = super().create_global_plan(all_plans)
-        for key, entry in metadata.state_dict_metadata.items():  # torch checks volumes over several ranks only
+        for key, entry in _tensor_entries(metadata).items():  # torch checks volumes over several ranks only
             if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
                 raise ValueError(f"{key}: the shards do not fill the tensor's {tuple(entry.size)}")
         return plans, metadata
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self._shards[index.fqn, tuple(index.offset)].data().detach()
+        return self._shards[index.fqn, tuple(index.offset or ())].data().detach()
 
 
-class _StoredBoxes:
-    """A tensor's stored boxes by layer and expert: torch compares a box with all of a tensor's, and a mixture of
+class _StoredShards:
+    """A tensor's stored shards by layer and expert: torch compares a shard with all of a tensor's, and a mixture of
     experts has ten thousand of them.
     """
 
     def __init__(self, entry: TensorStorageMetadata):
-        self._entry, self._axes = entry, 0  # leading axes along which every stored box has one entry
+        self._entry, self._axes = entry, 0  # leading axes along which every stored shard has one entry
         while self._axes < len(entry.size) - 1 and all(chunk.sizes[self._axes] == 1 for chunk in entry.chunks):
             self._axes += 1
         self._by_index: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
@@ -173,28 +184,30 @@ class _StoredBoxes:
             self._by_index.setdefault(tuple(chunk.offsets[: self._axes]), []).append(chunk)
 
     def near(self, shard: Shard) -> TensorStorageMetadata:
-        """The tensor's entry, without boxes of other layers or experts where the shard lies within one."""
+        """The tensor's entry, without shards of other layers or experts where the shard lies within one."""
         if any(extent != 1 for extent in shard.shape[: self._axes]):
             return self._entry
         return replace(self._entry, chunks=self._by_index.get(shard.offset[: self._axes], []))
 
 
 class _LoadPlanner(LoadPlanner):
-    """Reads that fill shards from whatever boxes were stored."""
+    """Reads that fill shards from whatever shards were stored."""
 
-    def __init__(self, boxes: dict[str, "_StoredBoxes"], shards: Iterable[Shard]):
-        self._boxes, self._shards = boxes, list(shards)
+    def __init__(self, stored: dict[str, _StoredShards], shards: Iterable[Shard]):
+        self._stored, self._shards = stored, list(shards)
         self._data: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
         """Nothing: the shards are known."""
 
     def create_local_plan(self) -> LoadPlan:
         items = []
         for shard in self._shards:
-            if shard.key not in self._boxes:
+            if shard.key not in self._stored:
                 raise DamagedCheckpoint(f"there is no tensor {shard.key}")
-            items += create_read_items_for_chunk_list(shard.key, self._boxes[shard.key].near(shard), [shard.chunk])
+            items += create_read_items_for_chunk_list(shard.key, self._stored[shard.key].near(shard), [shard.chunk])
             self._data[shard.place] = shard.data().detach()
         return LoadPlan(items)
 
@@ -204,29 +217,29 @@ class _LoadPlanner(LoadPlanner):
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
         return central_plan
 
-    def load_bytes(self, read_item, value) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise AssertionError("only tensors are asked for")
 
-    def resolve_tensor(self, read_item) -> torch.Tensor:
-        tensor = self._data[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)]
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        tensor = self._data[read_item.dest_index.fqn, tuple(read_item.dest_index.offset or ())]
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             tensor = tensor.narrow(dim, start, length)
         return tensor
 
-    def commit_tensor(self, read_item, tensor: torch.Tensor) -> None:
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing: it was filled in place."""
 
 
-class _RestrictedReader(dcp.FileSystemReader):
-    def read_metadata(self, *args, **kwargs) -> Metadata:
+class _RestrictedReader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
             with open(path, "rb") as file:
                 metadata = _IndexUnpickler(file).load()
-        except FileNotFoundError as fault:
-            raise DamagedCheckpoint(f"{path} is missing") from fault
-        except (OSError, pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError) as fault:
-            raise DamagedCheckpoint(f"{path} cannot be read: {fault}") from fault
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{path} is missing") from error
+        except (OSError, pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError) as error:
+            raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
         if not isinstance(metadata, Metadata):
             raise DamagedCheckpoint(f"{path} cannot be read: it holds {type(metadata).__name__}, not an index")
         for stored in (metadata.storage_data or {}).values():
@@ -254,7 +267,7 @@ class _IndexUnpickler(pickle.Unpickler):
         "pathlib._local": {"PosixPath"},  # its place since Python 3.13
     }  # fmt: skip
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self._NAMES.get(module, ()):
             return super().find_class(module, name)
@@ -266,7 +279,7 @@ def _one_error() -> Iterator[None]:
     """torch's collection of every rank's exceptions → the first one, with its rank in the text."""
     try:
         yield
-    except dcp.CheckpointException as collected:
+    except CheckpointException as collected:
         rank, (fault, _) = min(collected.failures.items())
         if isinstance(fault, OSError):
             raise OSError(fault.errno, f"rank {rank}: {fault.strerror}") from collected

@@ -88,7 +88,7 @@ def run_convert(argv: list[str], before_imports: Callable[[], None]) -> int:
     import torch
 
     from megatron_jq.checkpoint import convert, reshard
-    from megatron_jq.checkpoint.slabs import Cut
+    from megatron_jq.checkpoint.slabs import ShardLayout
 
     if a.command == "inspect":
         print(reshard.inspect(a.load))
@@ -99,8 +99,8 @@ def run_convert(argv: list[str], before_imports: Callable[[], None]) -> int:
         )
         print(f"{source} → {a.hf}")
     else:
-        cut = Cut(a.tensor_model_parallel_size, a.make_vocab_size_divisible_by)
+        layout = ShardLayout(a.tensor_model_parallel_size, a.make_vocab_size_divisible_by)
         source = a.hf if a.command == "hf-to-megatron" else a.load
         work = convert.hf_to_megatron if a.command == "hf-to-megatron" else reshard.reshard
-        print(f"{source} → {work(source, a.save, cut)}")
+        print(f"{source} → {work(source, a.save, layout)}")
     return 0

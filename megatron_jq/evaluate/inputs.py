@@ -17,7 +17,7 @@ from megatron_jq.checkpoint.folder import (
 )
 from megatron_jq.checkpoint.hugging_face_weights import digests, open_folder
 from megatron_jq.checkpoint.huggingface import CONFIG as HF_CONFIG
-from megatron_jq.checkpoint.store import Found, find_checkpoint
+from megatron_jq.checkpoint.loader import Checkpoint, find_checkpoint
 from megatron_jq.config import Config, settings_of_text
 from megatron_jq.data.dataset import is_builtin
 from megatron_jq.data.prompts import Placed, longest_bridge, select_fitting
@@ -48,13 +48,13 @@ def first_settings(load: Path | None, hf: Path | None) -> tuple[Config, Architec
     for folder in candidates(load):
         try:
             manifest = read_manifest(folder)
-            return settings_of(Found(folder, manifest)), architecture_of(manifest)
+            return settings_of(Checkpoint(folder, manifest)), architecture_of(manifest)
         except DamagedCheckpoint as error:
             damage.append(str(error))
     raise none_found(load, damage, "--load")
 
 
-def checkpoint_to_evaluate(load: Path | None, hf: Path | None, runtime: Runtime) -> Found:
+def checkpoint_to_evaluate(load: Path | None, hf: Path | None, runtime: Runtime) -> Checkpoint:
     """Open the newest whole checkpoint in (or at) `load`, or the Hugging Face folder `hf`. All ranks.
 
     UserError on every rank where there is none.
@@ -68,7 +68,7 @@ def checkpoint_to_evaluate(load: Path | None, hf: Path | None, runtime: Runtime)
     return checkpoint
 
 
-def _settings_of_run(checkpoint: Found) -> Config | None:
+def _settings_of_run(checkpoint: Checkpoint) -> Config | None:
     """Return the settings of the run that wrote the checkpoint. None where they do not determine an evaluation: a
     conversion has none, and pretraining knows neither prompts nor rationales.
     """
@@ -78,7 +78,7 @@ def _settings_of_run(checkpoint: Found) -> Config | None:
     return None if saved.objective.row.pretrains else saved
 
 
-def settings_of(checkpoint: Found) -> Config:
+def settings_of(checkpoint: Checkpoint) -> Config:
     """Return the checkpoint's settings as far as an evaluation has them: data, budgets, sampling, seed.
 
     The layout is the job's, the tokenizer the checkpoint's, and the held-out data all there is. There are 16
@@ -113,7 +113,7 @@ def settings_of(checkpoint: Found) -> Config:
     )
 
 
-def reward_note(config: Config, checkpoint: Found) -> str | None:
+def reward_note(config: Config, checkpoint: Checkpoint) -> str | None:
     """Return a note where the run had a reward of the user's and the evaluation has none: code that a checkpoint names
     is not run by itself.
     """
@@ -131,7 +131,7 @@ def digest_of(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_of(config: Config, checkpoint: Found, architecture: Architecture) -> Tokenizer:
+def tokenizer_of(config: Config, checkpoint: Checkpoint, architecture: Architecture) -> Tokenizer:
     """Load --tokenizer-model's tokenizer, or else the checkpoint's. UserError: missing, or too large for the model."""
     if config.data.tokenizer_model is not None:
         tokenizer = load_tokenizer(*kind_of(config.data.tokenizer_type, config.data.tokenizer_model))
@@ -161,7 +161,9 @@ class HeldOut:
     warning: str
 
 
-def heldout_examples(config: Config, checkpoint: Found, tokenizer: Tokenizer, architecture: Architecture) -> HeldOut:
+def heldout_examples(
+    config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer, architecture: Architecture
+) -> HeldOut:
     """Read, encode and select the held-out examples. UserError: no source, or one without readable, fitting ones."""
     d, r = config.data, config.rollout
     # Without such settings the default is a task that the policy never saw.

@@ -57,7 +57,8 @@ def fill(
                 file.append(samples_of(rollouts, examples, tokenizer, judge, reward))
             except OSError as error:
                 fault = (
-                    f"--output: samples cannot be written: {error.strerror}; mend this, and the same command goes on"
+                    f"--output: samples cannot be written: {error.strerror}; "
+                    "fix this and run the same command again to continue"
                 )
             except (UserError, RunFailure) as error:
                 fault, kind = str(error), type(error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.checkpoint.convert import architecture_of
-from megatron_jq.checkpoint.store import Found, load_weights
+from megatron_jq.checkpoint.loader import Checkpoint, load_weights
 from megatron_jq.config import Config
 from megatron_jq.config_reads import refuse_unread, unread_note
 from megatron_jq.config_validate import validate
@@ -95,7 +95,7 @@ def evaluate_policy(
 
 
 def _job(
-    args: EvaluateArgs, checkpoint: Found, apply_flags: Callable[[Config], Config], runtime: Runtime
+    args: EvaluateArgs, checkpoint: Checkpoint, apply_flags: Callable[[Config], Config], runtime: Runtime
 ) -> EvaluationJob:
     config, architecture = apply_flags(settings_of(checkpoint)), architecture_of(checkpoint.manifest)
     validate(config, runtime.world_size, architecture)
@@ -143,7 +143,7 @@ def _open(path: Path, job: EvaluationJob) -> SampleFile:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}; name another folder") from error
 
 
-def _engine(job: EvaluationJob, checkpoint: Found, runtime: Runtime) -> MegatronEngine:
+def _engine(job: EvaluationJob, checkpoint: Checkpoint, runtime: Runtime) -> MegatronEngine:
     sampler = build_sampler(job.config, job.architecture, job.architecture.vocab_size, runtime)
     if job.config.model.bf16:
         for policy in sampler.policies:

@@ -1,19 +1,21 @@
 """F3: core attention over packed rows, on CPU and CUDA alike, through torch's kernels (flash.py).
 
-A micro-batch is one row of T tokens, segment behind segment. Megatron-core carries a `PackedSeqParams` from the model's
+A micro-batch is one row of T tokens, segment after segment. Megatron-core carries a `PackedSeqParams` from the model's
 entry down to the core attention and looks at nothing in it but `qkv_format`; our plans are such records, and say which
 token attends to which. qkv_format "sbhd" keeps Megatron-core from re-deriving positions out of segment lengths.
 
 Axes: T tokens, h query heads, g key/value groups (h a multiple of g), d channels a head; heads are this tensor-parallel
-rank's own.
+rank's share.
 """
 
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -55,7 +57,7 @@ class CausalSegments(AttentionPlan):
 
     def _make_buckets(self, device: torch.device) -> None:
         starts = [0, *itertools.accumulate(self.lengths)]
-        self.buckets = []
+        self.buckets: list[_Bucket] = []
         place_T = torch.empty(starts[-1], dtype=torch.long)  # where each token of the row lies in the buckets' output
         offset = 0
         for group in similar_lengths(self.lengths):
@@ -70,11 +72,13 @@ class CausalSegments(AttentionPlan):
             self.buckets.append(_Bucket(to_device(token_nS, device)))
         self.place_T = to_device(place_T, device)
 
-    def attend(self, layer, q, k, v, scale):
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if self.equal:
-            n = max(len(self.lengths), 1)
-            return causal_attention(*(x.unflatten(0, (n, -1)) for x in (q, k, v)), scale).flatten(0, 1)
-        outputs = [causal_attention(*(x[b.token_nS] for x in (q, k, v)), scale).flatten(0, 1) for b in self.buckets]
+            shape = (max(len(self.lengths), 1), -1)
+            output = causal_attention(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), scale)
+            return output.flatten(0, 1)
+        tokens = [bucket.token_nS for bucket in self.buckets]
+        outputs = [causal_attention(q[token], k[token], v[token], scale).flatten(0, 1) for token in tokens]
         return torch.cat(outputs)[self.place_T]
 
 
@@ -95,23 +99,23 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
 
 
 class PlannedAttention(MegatronModule):
-    """Core attention for Megatron-core's SelfAttention: shape handling here, everything else in the plan.
+    """Core attention for Megatron-core's SelfAttention: it handles shapes, the plan everything else.
 
-    query [T, 1, h, d], key and value [T, 1, g, d] → [T, 1, h·d]. Raises AssertionError without a plan: that is a fault
-    of ours, never of the user's.
+    query [T, 1, h, d], key and value [T, 1, g, d] → [T, 1, h·d]. Raises AssertionError without a plan: a bug of
+    ours, never the user's.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type,
-        attention_type,
-        attention_dropout=None,
-        softmax_scale=None,
-        cp_comm_type=None,
-        pg_collection=None,
-        **_,
+        attn_mask_type: Any,
+        attention_type: Any,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
     ):
         super().__init__(config)
         assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
@@ -120,13 +124,20 @@ class PlannedAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
-        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
-    ):
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
         assert isinstance(packed_seq_params, AttentionPlan) and query.shape[1] == 1
         output = packed_seq_params.attend(
             self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), self.scale
         )
         return output.reshape(output.shape[0], 1, -1)
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return {}

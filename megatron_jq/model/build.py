@@ -5,7 +5,9 @@ otherwise; fused kernels of NVIDIA Apex where they are installed. Core attention
 """
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -14,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,6 +32,7 @@ from megatron_jq.model.policy import Policy, RowsForward
 from megatron_jq.model.rotary import RotaryAt
 from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime
+from megatron_jq.parallel.weighted_logprob import mark_gradient_arrival
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class BuildOptions:
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
-    virtual_stages: int = 1  # model chunks a pipeline rank, interleaved
+    virtual_stages: int = 1  # model chunks per pipeline rank, interleaved
     pipeline_layout: str | None = None  # Megatron-core's notation, "Et|tt|tL"; None: even
     recompute_granularity: str | None = None  # full | selective; None keeps all activations
     recompute_method: str | None = None  # uniform | block, under full
@@ -230,7 +233,7 @@ class TrainingModel:
     A frozen model has no data-parallel wrapper and no gradients.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module]):
+    def __init__(self, chunks: list[MegatronModule]):
         self.chunks = chunks
 
     @property
@@ -245,12 +248,12 @@ class TrainingModel:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
-    def modules(self):
+    def modules(self) -> Iterator[torch.nn.Module]:
         for chunk in self.chunks:
             yield from chunk.modules()
 
-    def named_parameters(self):
-        """(name within its chunk, parameter) of all chunks; `main_grad` holds the gradient."""
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield (name within its chunk, parameter) of all chunks; `main_grad` holds the gradient."""
         for chunk in self.chunks:
             yield from chunk.named_parameters()
 
@@ -273,14 +276,14 @@ def wrap_for_training(policies: list[Policy], options: BuildOptions, runtime: Ru
             chunk.broadcast_params()
             chunks.append(chunk)
             if options.overlap_grad_reduce and policy.post_process:
-                policy.head_weight.needs_gradient_arrival = True  # weighted_logprob.py fills main_grad by itself
+                mark_gradient_arrival(policy.head_weight)
     no_sync = [chunk.no_sync for chunk in chunks]
     start_sync = [chunk.start_grad_sync for chunk in chunks]
     config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     if options.overlap_grad_reduce:
         config.grad_sync_func = start_sync if len(chunks) > 1 else start_sync[0]
 
-    def finalize(models, num_tokens, **kwargs):
+    def finalize(models: list[MegatronModule], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
         # Megatron-core would divide by the token count next; the coefficients hold the denominators already.
         finalize_model_grads(models, None, **kwargs)
 
@@ -288,8 +291,8 @@ def wrap_for_training(policies: list[Policy], options: BuildOptions, runtime: Ru
     return TrainingModel(chunks)
 
 
-def unwrap(model: torch.nn.Module) -> Policy:
-    """The Policy inside Megatron-core's wrappers."""
+def unwrap(model: MegatronModule) -> Policy:
+    """Return the Policy inside Megatron-core's wrappers."""
     while not isinstance(model, RowsForward):
         model = model.module
-    return model
+    return cast(Policy, model)

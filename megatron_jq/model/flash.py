@@ -1,4 +1,4 @@
-"""F3: one flash attention with its log-sum-exp, forward and backward, behind one interface for CPU and CUDA.
+"""F3: one flash attention with its log-sum-exp, forward and backward, with one interface for CPU and CUDA.
 
 torch's public scaled_dot_product_attention does not hand out the log-sum-exp; the operators under it do. bfloat16 and
 float16 on CUDA use the flash kernels; what these lack (other formats, heads whose width is no multiple of 8 or above
@@ -7,6 +7,8 @@ layer and one prompt of 8,192 tokens.
 
 q [b, s, h, d]; k, v [b, t, g, d], h a multiple of g; lse [b, s, h] in float32 at least, nats.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +45,16 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 class _PlainCausal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         out, lse, _ = flash(q, k, v, causal=True, scale=scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        return *flash_backward(grad, *ctx.saved_tensors, (), causal=True, scale=ctx.scale), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *flash_backward(grad, q, k, v, out, lse, (), causal=True, scale=ctx.scale), None
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor, tuple]:
@@ -71,23 +74,23 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tup
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: tuple, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. out and lse may be those of a softmax over more keys than k: then these are this part's
-    exact share of it.
+    """Return the gradients of q, k and v. out and lse may be those of a softmax over more keys than k: then these are
+    the exact share of the given keys.
     """
     grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
     lse, kind = lse.transpose(1, 2), _kind(q)
     if kind == "cpu":
-        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
         )
     elif kind == "flash":
         cum_q, cum_k, max_q, max_k, seed, offset = extra
-        found = _aten._scaled_dot_product_flash_attention_backward(
+        gradients = _aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale
         )
     else:
-        found = _plain_backward(grad, q, k, v, out, lse, causal, scale)
-    dq, dk, dv = (x.transpose(1, 2) for x in found)
+        gradients = _plain_backward(grad, q, k, v, out, lse, causal, scale)
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
     return dq, dk, dv
 
 
@@ -103,17 +106,17 @@ def _repeated(k_bgtd: Tensor, q_bhsd: Tensor) -> Tensor:
     return k_bgtd.repeat_interleave(q_bhsd.shape[1] // k_bgtd.shape[1], dim=1)
 
 
-def _parts(q_bhsd: Tensor, k_bhtd: Tensor, causal: bool) -> list[tuple[slice, slice]]:
+def _query_chunks(q_bhsd: Tensor, k_bhtd: Tensor, causal: bool) -> list[tuple[slice, slice]]:
     """(queries, the keys that they may attend to): as many queries at a time as SCORE_ELEMENTS allow, one at least."""
     b, h, s, _ = q_bhsd.shape
     t = k_bhtd.shape[2]
     step = max(1, SCORE_ELEMENTS // max(1, b * h * t))
-    spans = [slice(start, min(start + step, s)) for start in range(0, s, step)]
-    return [(span, slice(0, span.stop if causal else t)) for span in spans]
+    chunks = [slice(start, min(start + step, s)) for start in range(0, s, step)]
+    return [(chunk, slice(0, chunk.stop if causal else t)) for chunk in chunks]
 
 
 def _scores(q_bhsd: Tensor, k_bhtd: Tensor, first: int | None, scale: float) -> Tensor:
-    """scale · q kᵀ. first: place of the first query among the keys, where a query attends to none after its own."""
+    """scale · q kᵀ. first: the first query's place among the keys, where a query attends to none after its own."""
     score = scale * q_bhsd @ k_bhtd.transpose(-1, -2)
     if first is not None:
         hidden = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1 + first)
@@ -126,18 +129,20 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     exact = torch.promote_types(q.dtype, torch.float32)
     keys, values = (_repeated(x, q).to(exact) for x in (k, v))
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=exact, device=q.device)
-    for rows, seen in _parts(q, keys, causal):
+    for rows, seen in _query_chunks(q, keys, causal):
         score = _scores(q[:, :, rows].to(exact), keys[:, :, seen], rows.start if causal else None, scale)
         lse[:, :, rows] = score.logsumexp(dim=-1)
         out[:, :, rows] = (score.sub_(lse[:, :, rows, None]).exp_() @ values[:, :, seen]).to(q.dtype)
     return out, lse
 
 
-def _plain_backward(grad, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.promote_types(q.dtype, torch.float32)
     keys, values = (_repeated(x, q).to(exact) for x in (k, v))
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    for rows, seen in _parts(q, keys, causal):
+    for rows, seen in _query_chunks(q, keys, causal):
         queries, upstream, result = (x[:, :, rows].to(exact) for x in (q, grad, out))
         score = _scores(queries, keys[:, :, seen], rows.start if causal else None, scale)
         weight = score.sub_(lse[:, :, rows, None]).exp_()
@@ -146,5 +151,5 @@ def _plain_backward(grad, q, k, v, out, lse, causal: bool, scale: float) -> tupl
         slope.sub_((upstream * result).sum(dim=-1, keepdim=True)).mul_(weight).mul_(scale)
         dq[:, :, rows] = (slope @ keys[:, :, seen]).to(q.dtype)
         dk[:, :, seen] += slope.transpose(-1, -2) @ queries
-    groups = (k.shape[1], -1)
-    return dq, *(x.unflatten(1, groups).sum(dim=2).to(q.dtype) for x in (dk, dv))
+    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(dim=2).to(q.dtype) for x in (dk, dv))
+    return dq, dk, dv

@@ -5,6 +5,7 @@ are split over context-parallel ranks, adds the ranks' partial sums. No power of
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,18 +38,18 @@ def score_rows(
     weight_VH: Tensor,
     head: ScoreHead,
     *,
-    tp,
-    cp=None,
+    tp: dist.ProcessGroup | None,
+    cp: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> HeadOutput:
     """Return the log-likelihoods of each sequence, and with head.coefficient_N the loss.
 
     hidden_NH: states at head.position_N, alike on all ranks of tp; weight_VH: this rank's shard. cp: the rows are split
-    over this group and the sums are added over it; the loss stays this rank's part, whose gradients Megatron-core adds
+    over this group and the sums are added over it; the loss stays this rank's share, whose gradients Megatron-core adds
     over data- and context-parallel ranks.
     """
-    options = {
+    options: dict[str, Any] = {
         "chunk_tokens": chunk_tokens,
         "vocab_size": vocab_size,
         "inverse_temperature_T": head.inverse_temperature_N,
@@ -72,9 +73,8 @@ def score_rows(
     return HeadOutput(*_by_sequence(log_prob_N.detach(), head, cp), (head.coefficient_N * log_prob_N).sum())
 
 
-def _by_sequence(log_prob_N: Tensor, head: ScoreHead, cp) -> tuple[Tensor, Tensor]:
-    """Sums by sequence: (ln p(z|x), ln p(y|x,z)). They run over hundreds of tokens and are exponentiated next: float64.
-    """
+def _by_sequence(log_prob_N: Tensor, head: ScoreHead, cp: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return sums by sequence, (ln p(z|x), ln p(y|x,z)), in float64: of hundreds of tokens, exponentiated next."""
     sum_2n = torch.zeros(2 * head.num_sequences, dtype=torch.float64, device=log_prob_N.device)
     # Not index_add: on CUDA its order of summation varies, and tensor-parallel ranks must find the same sums.
     sum_2n = sum_2n.index_put((head.cell_N,), log_prob_N.double(), accumulate=True)

@@ -19,7 +19,7 @@ _SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "num_local_expert
 
 
 def family(architecture: Architecture, preferred: str | None = None) -> str:
-    """The model_type that computes this architecture's function: `preferred` where it does. UserError: none does."""
+    """Return the model_type that computes this architecture's function: `preferred` where it does, or UserError."""
     a = architecture
     if a.num_experts is not None:
         fitting = ("qwen3_moe",) if a.qk_layernorm and not a.add_qkv_bias else ()
@@ -32,13 +32,13 @@ def family(architecture: Architecture, preferred: str | None = None) -> str:
             "no Hugging Face family has this architecture: "
             f"qk_layernorm {a.qk_layernorm}, add_qkv_bias {a.add_qkv_bias}, num_experts {a.num_experts}"
         )
-    return preferred if preferred in fitting else fitting[0]
+    return preferred if preferred is not None and preferred in fitting else fitting[0]
 
 
 def hugging_face_config(
     architecture: Architecture, dtype: str, original: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """config.json of a checkpoint whose tensors have torch's `dtype`; architecture.vocab_size must be set.
+    """Return config.json of a checkpoint whose tensors have torch's `dtype`; architecture.vocab_size must be set.
 
     original: the config.json that the policy once came with; it keeps what an Architecture does not say (token ids).
     """
@@ -79,7 +79,7 @@ def hugging_face_config(
 
 
 def with_token_ids(config: dict[str, Any], ids: dict[str, int | None], vocab_size: int) -> dict[str, Any]:
-    """A config.json or generation_config.json with the ids that a run trained with.
+    """Return a config.json or generation_config.json with the ids that a run trained with.
 
     ids: of eos_token_id, bos_token_id and pad_token_id; None where the tokenizer has none. The end of text comes first,
     before what else ended a text for the model. The other two fill gaps, which the family's defaults would fill.
@@ -91,8 +91,8 @@ def with_token_ids(config: dict[str, Any], ids: dict[str, int | None], vocab_siz
     if isinstance(before, list) and before == [eos]:
         result["eos_token_id"] = before
     for name in ("bos_token_id", "pad_token_id"):
-        kept = config.get(name)
-        if kept is None or kept >= vocab_size:
+        previous = config.get(name)
+        if previous is None or previous >= vocab_size:
             result[name] = ids[name]
     return result
 

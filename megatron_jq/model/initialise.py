@@ -1,8 +1,8 @@
 """F3: random initial weights that do not depend on the parallel layout.
 
 Megatron-core draws each shard from its rank's own stream, so TP2 or PP2 start from other weights than one process does.
-Here every parameter is drawn whole, from a generator seeded by (seed, global name), and the rank keeps its slice: runs
-at two layouts are the same run.
+Here every parameter is drawn in full, from a generator seeded by (seed, global name), and the rank keeps its shard:
+runs at two layouts are the same run.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import math
 import re
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_jq.architecture import Architecture
@@ -36,7 +37,7 @@ def partition_dim(name: str) -> int | None:
 
 
 def global_name(policy: Policy, name: str) -> str:
-    """A parameter's name with layer and expert numbers counted over the whole model; tied matrices have one name."""
+    """Return a parameter's name with layer and expert numbers counted over all stages; tied matrices have one name."""
     if name == "output_layer.weight" and policy.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     offset = get_transformer_layer_offset(policy.config, policy.vp_stage, policy.pg_collection.pp.rank())
@@ -48,7 +49,7 @@ def global_name(policy: Policy, name: str) -> str:
 
 
 def expert_name(name: str, first: int) -> str:
-    """The name with the expert's number counted over all ranks; `first` is this rank's first expert.
+    """Return the name with the expert's number counted over all ranks; `first` is this rank's first expert.
 
     Transformer Engine's grouped matrices (experts.linear_fc1.weight3) get the names that single experts have.
     """
@@ -56,15 +57,15 @@ def expert_name(name: str, first: int) -> str:
     return re.sub(r"(?<=local_experts\.)\d+", lambda match: str(int(match.group()) + first), name)
 
 
-def tensor_parallel_group(policy: Policy, name: str):
-    """The ranks that hold the parts of this parameter: experts may be split otherwise than the other layers."""
+def tensor_parallel_group(policy: Policy, name: str) -> dist.ProcessGroup:
+    """Return the ranks that hold the shards of this parameter: experts may be split otherwise than the other layers."""
     return policy.pg_collection.expt_tp if EXPERTS in name else policy.pg_collection.tp
 
 
 def local_slice(full: torch.Tensor, name: str, rank: int, size: int) -> torch.Tensor:
-    """This tensor-parallel rank's part of a whole parameter, in Megatron-core's layout.
+    """Return this tensor-parallel rank's shard of a full parameter, in Megatron-core's layout.
 
-    linear_fc1 holds gate and up projection one behind the other, each split by itself; whole: [2·F, H], gate first.
+    linear_fc1 holds gate and up projection one after the other, each split by itself; full: [2·F, H], gate first.
     """
     dim = partition_dim(name)
     if dim is None or size == 1:
@@ -76,8 +77,8 @@ def local_slice(full: torch.Tensor, name: str, rank: int, size: int) -> torch.Te
 
 
 def draw_parameter(name: str, shape: tuple[int, ...], architecture: Architecture, seed: int) -> torch.Tensor:
-    """The whole parameter, float32 on CPU: normal(0, std) for matrices (output projections std / sqrt(2·layers)), ones
-    for norms, zeros for biases, zeros for vocabulary rows that are padding.
+    """Return the full parameter, float32 on CPU: normal(0, std) for matrices (output projections std / sqrt(2·layers)),
+    ones for norms, zeros for biases, zeros for vocabulary rows that are padding.
     """
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)

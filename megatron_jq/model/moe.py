@@ -7,22 +7,28 @@ coefficients (docs/loss-scaling.md).
 Axes: T tokens of this rank, n sequences of the micro-batch, E experts.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_jq.parallel.megatron import versions
 
 versions.bind_optional_names()
 
 
-def balance_losses(probability_TE, routed_TE, member_nT, topk: int, group) -> torch.Tensor:
-    """This rank's share of every sequence's E · Σ_e f_e · P_e, [n]; shares add up to it over the group.
+def balance_losses(
+    probability_TE: Tensor, routed_TE: Tensor, member_nT: Tensor, topk: int, group: dist.ProcessGroup
+) -> Tensor:
+    """Return this rank's share of every sequence's E · Σ_e f_e · P_e, [n]; shares add up to it over the group.
 
     f_e: fraction of the sequence's routings that went to expert e (a constant for the gradient); P_e: the mean of its
-    router probabilities. 1 where both are even. Switch Transformer (arXiv:2101.03961, eq. 4), a sequence at a time.
+    router probabilities. 1 where both are even. Switch Transformer (arXiv:2101.03961, eq. 4), per sequence.
     The group's ranks hold other tokens of the same sequences. Cost: one all-reduce of n·E numbers.
     """
     member_nT = member_nT.to(probability_TE.dtype)
@@ -34,8 +40,8 @@ def balance_losses(probability_TE, routed_TE, member_nT, topk: int, group) -> to
     return probability_TE.shape[1] * (fraction_nE * (member_nT @ probability_TE) / length_n1).sum(dim=1)
 
 
-def choose_experts(probability_TE: torch.Tensor, topk: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight of each expert's output, zero where not chosen; whether chosen), [T, E], for router probabilities."""
+def choose_experts(probability_TE: Tensor, topk: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Return (weight of each expert's output, zero where not chosen; whether chosen), [T, E], by router probability."""
     chosen_Tk, expert_Tk = probability_TE.topk(topk, dim=1)
     if normalise:
         chosen_Tk = chosen_Tk / chosen_Tk.sum(dim=1, keepdim=True)
@@ -51,13 +57,13 @@ class SequenceBalancedRouter(TopKRouter):
     padding mask takes a column for each sequence instead, True at the sequence's tokens: bool [T, n].
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection=None, **options):
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any):
         super().__init__(config, pg_collection, **options)  # options: what later versions of Megatron-core add
         self.sequences_of_step = 1  # over all replicas
         self.loss_scale = 1.0  # the factor on the whole loss
-        self.balance = 0.0  # sum of balance_losses over this rank's passes since begin_balancing
+        self.balance: float | Tensor = 0.0  # sum of balance_losses over this rank's passes since begin_balancing
 
-    def routing(self, logits, padding_mask=None):
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits_TE = logits.view(-1, logits.shape[-1])
         probability_TE = logits_TE.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weight_TE, routed_TE = choose_experts(
@@ -88,8 +94,8 @@ def begin_balancing(model: torch.nn.Module, sequences_of_step: int, loss_scale: 
         router.loss_scale = loss_scale
 
 
-def mean_balance(model: torch.nn.Module, config: TransformerConfig, world) -> float:
-    """Mean over sequences and layers of E · Σ f_e · P_e in the pass since begin_balancing; alike on every rank."""
+def mean_balance(model: torch.nn.Module, config: TransformerConfig, world: dist.ProcessGroup) -> float:
+    """Return the mean over sequences and layers of E · Σ f_e · P_e in the pass since begin_balancing, on every rank."""
     routers = _routers(model)
     total = torch.stack([torch.as_tensor(router.balance, device=router.weight.device) for router in routers]).sum()
     dist.all_reduce(total, group=world)  # every rank holds other tokens or other layers

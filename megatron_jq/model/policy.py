@@ -6,7 +6,10 @@ place in the row. The output weights meet only the positions that `Rows.head` na
 vocabulary.
 """
 
+from typing import Any
+
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -16,11 +19,11 @@ from torch import Tensor
 
 from megatron_jq.model.head import HeadOutput, score_rows
 from megatron_jq.model.moe import balances_experts
-from megatron_jq.model.rows import LogitsHead, Rows
+from megatron_jq.model.rows import LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.vocabulary import mask_vocabulary_padding
 
 
-class RowsForward:
+class RowsForward(LanguageModule):
     """The forward pass over packed rows, for a language model that has Megatron-core's parts: `embedding`, `decoder`,
     `rotary_pos_emb` (a RotaryAt), `output_layer`, `pg_collection`.
 
@@ -28,7 +31,7 @@ class RowsForward:
     chunk_tokens: head rows whose logits exist at one time; None chooses by memory.
     """
 
-    def __init__(self, *args, true_vocab_size: int, chunk_tokens: int | None = None, **kwargs):
+    def __init__(self, *args: Any, true_vocab_size: int, chunk_tokens: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.true_vocab_size = true_vocab_size
         self.chunk_tokens = chunk_tokens
@@ -78,6 +81,7 @@ class RowsForward:
         """
         if not (balances_experts(self.config) and torch.is_grad_enabled()):
             return None
+        assert isinstance(rows.head, ScoreHead) and rows.owners_T2 is not None
         number_n1 = torch.arange(rows.head.num_sequences, device=rows.token_T.device)[:, None]
         first_T, last_T = rows.owners_T2.unbind(dim=1)
         member_nT = (first_T <= number_n1) & (number_n1 <= last_T)

@@ -1,7 +1,7 @@
 """F3: sequences laid out as one packed row for the model, with positions, an attention plan and what the head returns.
 
 Sequences of one prompt can share it: the row then holds the prompt once, and their rationales and answers as branches
-behind it (docs/shared-prompts.md). Every position, target and table cell is what it is for the plain sequences.
+after it (docs/shared-prompts.md). Every position, target and table cell is what it is for the plain sequences.
 
 Axes: T tokens of the row (padding included), N head rows (positions whose next token is scored), n sequences.
 """
@@ -56,7 +56,7 @@ class Rows:
     head: ScoreHead | LogitsHead
     owners_T2: torch.Tensor | None = None  # first and last of the sequences that a token belongs to; last < first: none
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.token_T.shape == self.position_T.shape
 
 
@@ -69,8 +69,9 @@ class _Row:
     owners: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, ids: tuple[int, ...], owners: tuple[int, int], *, multiple: int = 1, first_position: int = 0) -> int:
-        """Append ids, padded behind to a multiple of tokens, where causal attention never shows the padding to them.
-        Returns the tokens that were appended.
+        """Append ids and return the tokens that were appended.
+
+        Padding to a multiple of tokens comes last, where causal attention never shows it to the ids.
         """
         padding = -len(ids) % multiple
         self.tokens.extend(ids)
@@ -80,7 +81,7 @@ class _Row:
         return len(ids) + padding
 
     def add_apart(self, ids: tuple[int, ...], owners: tuple[int, int], *, multiple: int, end: int) -> list[int]:
-        """As `add`, in segments that end behind every token `end`, each with positions from 0. Returns their tokens."""
+        """As `add`, in segments that end after every token `end`, each with positions from 0. Returns their tokens."""
         ends = [i + 1 for i, token in enumerate(ids[:-1]) if token == end]
         lengths = [self.add(ids[a:b], owners) for a, b in itertools.pairwise([0, *ends, len(ids)])]
         padding = -len(ids) % multiple
@@ -103,18 +104,18 @@ def sharing_pays(sequences: list[TrainingSequence] | tuple[TrainingSequence, ...
 
 
 def prompt_groups(sequences: list[TrainingSequence], *, share_prompts: bool, multiple: int = 1) -> list[list[int]]:
-    """Indices of neighbouring sequences that share their prompt; each by itself without share_prompts, or where
+    """Return indices of neighbouring sequences that share their prompt; each by itself without share_prompts, or where
     sharing does not pay.
     """
     numbers = range(len(sequences))
     if not share_prompts:
         return [[n] for n in numbers]
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     for _, neighbours in itertools.groupby(numbers, key=lambda n: sequences[n].prompt):
         group = list(neighbours)
-        together = sharing_pays([sequences[n] for n in group], multiple)
-        found.extend([group] if together else [[n] for n in group])
-    return found
+        pays = sharing_pays([sequences[n] for n in group], multiple)
+        groups.extend([group] if pays else [[n] for n in group])
+    return groups
 
 
 def pack_sequences(
@@ -132,7 +133,7 @@ def pack_sequences(
     mask_loss_after_id: int | None = None,
     document_end_id: int | None = None,
 ) -> Rows:
-    """Lay sequences behind one another in the order given. An empty list gives a row of padding that scores nothing.
+    """Lay sequences out one after another in the order given. An empty list gives a row of padding that scores nothing.
 
     coefficients: (rationale, answer) by sequence: a training head, whose loss is sum(coefficient · ln p).
     with_rationale: score sampled rationale tokens too (training); False scores answers alone. tempered_answers: answers
@@ -145,30 +146,32 @@ def pack_sequences(
     row, before, start, attention = _lay_out(
         sequences, row_multiple, sequence_multiple, share_prompts, device, document_end_id
     )
-    where, targets, cells = [], [], []
+    positions: list[int] = []
+    targets: list[int] = []
+    cells: list[int] = []
     for n, sequence in enumerate(sequences):
         ids = (*sequence.prompt_ids, *sequence.rationale_ids, *sequence.answer_ids)
         first_z = len(sequence.prompt_ids)
         first_y = first_z + len(sequence.rationale_ids)
-        spans = [(first_y, len(ids), ANSWER)]
+        scored_spans = [(first_y, len(ids), ANSWER)]
         if with_rationale:
-            spans.insert(0, (first_z, first_z + sequence.num_sampled, RATIONALE))
-        for begin, end, column in spans:
+            scored_spans.insert(0, (first_z, first_z + sequence.num_sampled, RATIONALE))
+        for begin, end, column in scored_spans:
             assert begin > 0, "a scored token needs one before it: prompts are never empty"
             scored = scored_places(ids, begin, end, mask_loss_after_id)
             # The token before a branch's first one is the prompt's last, which lies elsewhere in the row.
-            where.extend(before[n] if i == first_z else start[n] + i - 1 - first_z for i in scored)
+            positions.extend(before[n] if i == first_z else start[n] + i - 1 - first_z for i in scored)
             targets.extend(ids[i] for i in scored)
             cells.extend([2 * n + column] * len(scored))
 
-    def ints(values):
+    def ints(values: list[int] | list[tuple[int, int]]) -> torch.Tensor:
         return to_device(torch.tensor(values, dtype=torch.long), device)
 
     cell_N = ints(cells)
     if not with_rationale and not tempered_answers:  # nothing that is scored was sampled
         temperature = top_p = 1.0
     head = ScoreHead(
-        ints(where),
+        ints(positions),
         ints(targets),
         cell_N,
         len(sequences),
@@ -194,16 +197,16 @@ def _lay_out(
     device: torch.device,
     document_end_id: int | None,
 ) -> tuple[_Row, list[int], list[int], AttentionPlan]:
-    """The row; where each sequence's last prompt token lies, and its first token behind the prompt; the plan."""
+    """The row; where each sequence's last prompt token lies, and its first token after the prompt; the plan."""
     assert document_end_id is None or not share_prompts, "a tree's prompt is one segment"
     row, before, start = _Row(), [0] * len(sequences), [0] * len(sequences)
     groups, lengths = prompt_groups(sequences, share_prompts=share_prompts, multiple=sequence_multiple), []
     for group in groups:
-        whole = sequences[group[0]]
+        first = sequences[group[0]]
         alone = len(group) == 1
-        ids = (*whole.prompt_ids, *whole.rationale_ids, *whole.answer_ids) if alone else whole.prompt_ids
+        ids = (*first.prompt_ids, *first.rationale_ids, *first.answer_ids) if alone else first.prompt_ids
         for n in group:
-            before[n] = len(row.tokens) + len(whole.prompt_ids) - 1
+            before[n] = len(row.tokens) + len(first.prompt_ids) - 1
             start[n] = before[n] + 1
         owners, multiple = (group[0], group[-1]), sequence_multiple if alone else 1
         if document_end_id is None:
@@ -224,7 +227,7 @@ def _lay_out(
             s, start[n] = sequences[n], len(row.tokens)
             ids = (*s.rationale_ids, *s.answer_ids)
             row.add(ids, (n, n), multiple=sequence_multiple, first_position=len(s.prompt_ids))
-    trees = [Tree(*pair) for pair in itertools.zip_longest(lengths, map(tuple, branches), fillvalue=())]
+    trees = [Tree(trunk, tuple(branches[i]) if i < len(branches) else ()) for i, trunk in enumerate(lengths)]
     return row, before, start, TreeSegments(trees, device)
 
 

@@ -3,13 +3,14 @@
 A token of a branch attends to its trunk and, causally, to its own branch; branches do not see each other. Nothing that
 is masked is computed: branch tokens meet the trunk's keys in one dense product over all branches, and their own branch
 in a causal one, and the two are merged by their log-sum-exp, as ring attention merges blocks (Liu et al. 2023,
-arXiv:2310.01889). Backward, each part is a flash backward with the merged output and log-sum-exp, which is exact.
+arXiv:2310.01889). Backward, each product is a flash backward with the merged output and log-sum-exp, which is exact.
 
 Axes as in attention.py; b segments of a block, s tokens of each, padding included.
 """
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,37 +33,43 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class _PaddedTokens:
+    """Where the tokens of a padded batch lie in the row, flat. Real tokens are those that are not padding."""
+
+    token_bs: Tensor  # index into the row; after a segment's end its last token again
+    real_bs: Tensor  # bool
+    # The same as indices, for a boolean one would have the host wait for the device.
+    real_index: Tensor  # of token_bs
+    real_token: Tensor  # of the row
+
+
+@dataclass(frozen=True)
 class _Block:
-    """Segments of similar length as one padded batch. token, inside None: they are equal and stand side by side."""
+    """Segments of similar length as one padded batch. padded None: they are equal and stand side by side."""
 
     segments: int
     length: int
-    here: slice  # of the row, where they stand side by side
-    token_bs: Tensor | None = None  # flat: index into the row; behind a segment's end its last token again
-    inside: Tensor | None = None  # which of token_bs are not padding
-    # The same as indices, for a boolean one would have the host wait for the device: those of token_bs that are not
-    # padding, and what they hold.
-    kept: Tensor | None = None
-    token_kept: Tensor | None = None
+    row_slice: slice  # of the row, where they stand side by side
+    padded: "_PaddedTokens | None" = None
 
     def take(self, x_T: Tensor) -> Tensor:
-        rows = x_T[self.here] if self.token_bs is None else x_T[self.token_bs]
+        rows = x_T[self.row_slice] if self.padded is None else x_T[self.padded.token_bs]
         return rows.unflatten(0, (self.segments, self.length))
 
     def put(self, x_T: Tensor, block: Tensor) -> None:
-        if self.token_bs is None:
-            x_T[self.here] = block.flatten(0, 1)
+        if self.padded is None:
+            x_T[self.row_slice] = block.flatten(0, 1)
         else:
-            x_T[self.token_kept] = block.flatten(0, 1)[self.kept]
+            x_T[self.padded.real_token] = block.flatten(0, 1)[self.padded.real_index]
 
     def without_padding(self, block: Tensor) -> Tensor:
-        if self.token_bs is None:
+        if self.padded is None:
             return block
-        return block.flatten(0, 1).masked_fill(~self.inside[:, None, None], 0).view_as(block)
+        return block.flatten(0, 1).masked_fill(~self.padded.real_bs[:, None, None], 0).view_as(block)
 
 
 def _blocks(lengths: list[int], start: int, device: torch.device) -> list[_Block]:
-    """Segments behind one another from token `start` on."""
+    """Blocks of segments that follow one another from token `start` on."""
     present = [length for length in lengths if length]
     if len(set(present)) == 1:
         return [_Block(len(present), present[0], slice(start, start + sum(present)))]
@@ -73,18 +80,18 @@ def _blocks(lengths: list[int], start: int, device: torch.device) -> list[_Block
         length_b = torch.tensor([lengths[i] for i in group])[:, None]
         place_s = torch.arange(longest)[None]
         token_bs = first_b + torch.minimum(place_s, length_b - 1)
-        inside = place_s < length_b
-        token_bs, inside = token_bs.flatten(), inside.flatten()
-        kept = inside.nonzero().squeeze(1)
-        parts = (to_device(each, device) for each in (token_bs, inside, kept, token_bs[kept]))
-        blocks.append(_Block(len(group), longest, slice(0), *parts))
+        real_bs = (place_s < length_b).flatten()
+        token_bs = token_bs.flatten()
+        index = real_bs.nonzero().squeeze(1)
+        tensors = [to_device(tensor, device) for tensor in (token_bs, real_bs, index, token_bs[index])]
+        blocks.append(_Block(len(group), longest, slice(0), _PaddedTokens(*tensors)))
     return blocks
 
 
 class TreeSegments(AttentionPlan):
     """The plan of a row of trees: first every trunk, then every tree's branches, in the trees' order.
 
-    Both parts fill the row without gaps.
+    Trunks and branches fill the row without gaps.
     """
 
     def __init__(self, trees: list[Tree], device: torch.device):
@@ -109,53 +116,57 @@ class TreeSegments(AttentionPlan):
         causal = sum(block.segments * block.length * (block.length + 1) // 2 for block in self.causal)
         return causal + sum((q.stop - q.start) * (k.stop - k.start) for q, k in self.dense)
 
-    def attend(self, layer, q, k, v, scale):
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return _TreeAttention.apply(q, k, v, self, scale)
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan: TreeSegments, scale: float):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: TreeSegments, scale: float) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         extras = []
         for block in plan.causal:
-            part, part_lse, extra = flash(block.take(q), block.take(k), block.take(v), causal=True, scale=scale)
-            block.put(out, part)
-            block.put(lse, part_lse)
+            block_out, block_lse, extra = flash(block.take(q), block.take(k), block.take(v), causal=True, scale=scale)
+            block.put(out, block_out)
+            block.put(lse, block_lse)
             extras.append(extra)
         for queries, keys in plan.dense:
-            part, part_lse, extra = flash(q[queries][None], k[keys][None], v[keys][None], causal=False, scale=scale)
-            _merge(out[queries], lse[queries], part[0], part_lse[0])
+            trunk_out, trunk_lse, extra = flash(
+                q[queries][None], k[keys][None], v[keys][None], causal=False, scale=scale
+            )
+            _merge(out[queries], lse[queries], trunk_out[0], trunk_lse[0])
             extras.append(extra)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale, ctx.extras = plan, scale, extras
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         extras, scale = iter(ctx.extras), ctx.scale
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for block in ctx.plan.causal:  # every token is in one of them
-            tensors = [block.take(x) for x in (q, k, v, out, lse)]
+            bq, bk, bv, block_out, block_lse = (block.take(x) for x in (q, k, v, out, lse))
             upstream = block.without_padding(block.take(grad))
-            found = flash_backward(upstream, *tensors, next(extras), causal=True, scale=scale)
-            for whole, part in zip((dq, dk, dv), found, strict=True):
-                block.put(whole, part)
+            extra = next(extras)
+            gradients = flash_backward(upstream, bq, bk, bv, block_out, block_lse, extra, causal=True, scale=scale)
+            for total, gradient in zip((dq, dk, dv), gradients, strict=True):
+                block.put(total, gradient)
         for queries, keys in ctx.plan.dense:
-            tensors = (q[queries], k[keys], v[keys], out[queries], lse[queries])
-            found = flash_backward(
-                grad[queries][None], *(x[None] for x in tensors), next(extras), causal=False, scale=scale
+            upstream, bq, trunk_out, trunk_lse = (x[queries][None] for x in (grad, q, out, lse))
+            extra = next(extras)
+            gradients = flash_backward(
+                upstream, bq, k[keys][None], v[keys][None], trunk_out, trunk_lse, extra, causal=False, scale=scale
             )
-            for whole, here, part in zip((dq, dk, dv), (queries, keys, keys), found, strict=True):
-                whole[here] += part[0]
+            for total, tokens, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
+                total[tokens] += gradient[0]
         return dq, dk, dv, None, None
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Two softmax averages over disjoint keys → one over both, in place of the first. [s, h, d], [s, h]."""
-    both = torch.logaddexp(lse, part_lse)
-    share = (part_lse - both).exp().to(out.dtype)[..., None]
-    out.lerp_(part, share)
+    both = torch.logaddexp(lse, other_lse)
+    share = (other_lse - both).exp().to(out.dtype)[..., None]
+    out.lerp_(other, share)
     lse.copy_(both)

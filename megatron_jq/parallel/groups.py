@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """tp, pp, dp and world groups, Megatron-core's own collection of them, and this rank's place in each."""
+    """The tp, pp, dp and world groups, Megatron-core's own collection of them, and this rank's place in each."""
 
     collection: ProcessGroupCollection
     world: dist.ProcessGroup
@@ -34,7 +34,7 @@ class ParallelGroups:
 
     @property
     def expert_peers(self) -> dist.ProcessGroup | None:
-        """The ranks that hold one copy of the experts between them, where they are of several replicas; else None.
+        """The ranks that hold one copy of the experts between them, where they belong to several replicas, else None.
 
         Tokens travel within it in every pass, so its replicas must make the same number of passes, idle or not.
         """
@@ -93,7 +93,9 @@ def build_groups(
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=dist.get_backend() != "gloo",  # on gloo the main groups are gloo already
     )
-    return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None, "init_process_group comes first"
+    return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), world)
 
 
 def destroy_groups() -> None:

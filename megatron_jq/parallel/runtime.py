@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy
 import torch
@@ -69,9 +69,9 @@ def start(
     """Join the job and build its groups.
 
     `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Every collective's deadline is `timeout`.
-    Megatron-core's random streams are seeded from `seed`, one a tensor-parallel rank, alike over replicas; so are
+    Megatron-core's random streams are seeded from `seed`, one per tensor-parallel rank, alike over replicas; so are
     torch's, numpy's and Python's, which nothing here draws from.
-    virtual_stages: model chunks a pipeline rank. expert_tensor_parallel_size None: experts are split like other layers.
+    virtual_stages: model chunks per pipeline rank. expert_tensor_parallel_size None: experts are split as other layers.
 
     Raises UserError when CUDA is asked for and absent.
     """
@@ -143,6 +143,12 @@ def raise_on_all_ranks(runtime: Runtime, error: str | None, kind: type[UserError
         raise kind(message)
 
 
+@overload
+def on_all_ranks(runtime: Runtime | None, work: Callable[[], T]) -> T: ...
+@overload
+def on_all_ranks(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool) -> T | None: ...
+
+
 def on_all_ranks(runtime: Runtime | None, work: Callable[[], T], *, main_only: bool = False) -> T | None:
     """Return work() of every rank (main_only: of rank 0 alone, None elsewhere) and raise one rank's error on all ranks.
 
@@ -171,7 +177,8 @@ def peak_memory_bytes(runtime: Runtime) -> int:
         return torch.cuda.max_memory_allocated(runtime.device)
     try:  # getrusage's figure begins at that of the process which started this one
         status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+        [kilobytes] = re.findall(r"VmHWM:\s+(\d+) kB", status)
+        return int(kilobytes) * 1024
     except OSError:
         import resource
 

@@ -160,12 +160,17 @@ class _WeightedLogProbs(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_weight is None:
             # The weight's gradient is in main_grad already, for a loss that is this sum itself.
-            torch._assert_async(grad_total == 1)
+            torch._assert_async(grad_total == 1)  # pyright: ignore[reportPrivateImportUsage]
             ctx.weight.grad_added_to_main_grad = True
             return grad_hidden, _unused_gradient(ctx.weight), None, None, None, None
         scale = grad_total.to(grad_weight.dtype)
         grad_weight = (grad_weight * scale).to(ctx.weight.dtype)
         return (grad_hidden * scale).to(grad_hidden.dtype), grad_weight, None, None, None, None
+
+
+def mark_gradient_arrival(weight: Tensor) -> None:
+    """Have the backward pass hand Megatron-core a gradient of this weight though it is in main_grad already."""
+    weight.needs_gradient_arrival = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _unused_gradient(weight: Tensor) -> Tensor | None:

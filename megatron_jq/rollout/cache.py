@@ -58,7 +58,8 @@ class Bucket:
 
     def store(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor) -> None:
         """Take these prompts' keys and values out of the packed row."""
-        self.layers[layer] = tuple(x[self.token_GL].transpose(1, 2).contiguous() for x in (k_Tgd, v_Tgd))
+        keys, values = (x[self.token_GL].transpose(1, 2).contiguous() for x in (k_Tgd, v_Tgd))
+        self.layers[layer] = keys, values
 
     def scores(self, layer: int, q_Ggnd: Tensor) -> Tensor:
         """Of seated queries: [G, g, n, L]."""
@@ -174,7 +175,8 @@ class WaveCache:
             empty = k_Ngd.new_empty(k_Ngd.shape[0], k_Ngd.shape[1], 0, k_Ngd.shape[2])
             self.branch[layer] = (empty, empty)
         if self.branch[layer][0].shape[2] == self.length:
-            self.branch[layer] = tuple(torch.nn.functional.pad(x, (0, 0, 0, self.GROWTH)) for x in self.branch[layer])
+            keys, values = (torch.nn.functional.pad(x, (0, 0, 0, self.GROWTH)) for x in self.branch[layer])
+            self.branch[layer] = keys, values
         keys, values = self.branch[layer]
         keys[:, :, self.length], values[:, :, self.length] = k_Ngd, v_Ngd
         return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]

@@ -6,7 +6,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.parallel.runtime import on_all_ranks
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.contract import broken_promise
-from megatron_jq.rollout.engine import EngineSetup, NamedWeights, RolloutRequest, SamplingOptions
+from megatron_jq.rollout.engine import EngineSetup, NamedWeights, RolloutEngine, RolloutRequest, SamplingOptions
 from megatron_jq.rollout.engines import EngineRow
 
 T = TypeVar("T")
@@ -50,10 +50,10 @@ class CheckedEngine:
         """
         self.version, self._step = version, f"step {version}"
         if self._capabilities.shares_weights:
-            self.engine.update_weights(version, named_weights)
+            self._present.update_weights(version, named_weights)
             return
         handover = Handover(named_weights())
-        update = lambda: self.engine.update_weights(version, handover.once)  # noqa: E731
+        update = lambda: self._present.update_weights(version, handover.once)  # noqa: E731
         failure = None
         if self._calls:
             try:
@@ -72,7 +72,7 @@ class CheckedEngine:
         rollouts, failure = [], None
         try:
             if self._calls:
-                rollouts = self._call(lambda: self.engine.generate(requests, options), "generate")
+                rollouts = self._call(lambda: self._present.generate(requests, options), "generate")
                 self._check(rollouts, requests, options)
         except (UserError, RunFailure) as error:
             rollouts, failure = [], error
@@ -88,6 +88,12 @@ class CheckedEngine:
         if self.engine is not None:
             with contextlib.suppress(Exception):
                 self._call(self.engine.close, "close")
+
+    @property
+    def _present(self) -> RolloutEngine:
+        """The engine, on a rank that has one."""
+        assert self.engine is not None
+        return self.engine
 
     @property
     def _label(self) -> str:
@@ -120,16 +126,16 @@ class CheckedEngine:
             )
         [(result, error)] = outcome
         if error is None:
-            return result
+            return cast(T, result)
         if isinstance(error, UserError | RunFailure):
             raise error
         raise RunFailure(f"{self._label}: {what} failed: {_last_line(error)}") from error
 
     def _check(self, rollouts: list[Rollout], requests: list[RolloutRequest], options: SamplingOptions) -> None:
-        stale = self.version is None or self.engine.version != self.version
-        if self._capabilities.draws and stale:
+        version = self._present.version
+        if self._capabilities.draws and (self.version is None or version != self.version):
             raise RunFailure(
-                f"{self._label} draws with weights of version {self.engine.version}, and the trainer's are of version "
+                f"{self._label} draws with weights of version {version}, and the trainer's are of version "
                 f"{self.version}: update_weights must note the version whose weights it has taken"
             )
         problem = broken_promise(rollouts, requests, options, self.setup.vocab_size, self._capabilities)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
+from megatron_jq.model.head import HeadOutput
 from megatron_jq.model.policy import Policy
 from megatron_jq.model.rows import ANSWER, LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.runtime import Runtime
@@ -184,23 +185,25 @@ class MegatronEngine:
         if not due:
             return
         tokens, positions, cached, lengths = [], [], [], []
-        where, targets, cells = [], [], []
+        scored, targets, cells = [], [], []
         for n, i in enumerate(due):
-            row = active[i]
+            row, gold = active[i], active[i].gold
+            assert gold is not None
             context = [*row.rationale, *row.bridge]
-            kept = min(row.fed, len(context) - 1)  # the last token before y* predicts its first: feed it here
-            tail = [*context[kept:], *row.gold[:-1]]
+            fed = min(row.fed, len(context) - 1)  # the last token before y* predicts its first: feed it here
+            tail = [*context[fed:], *gold[:-1]]
             tokens.extend(tail)
-            positions.extend(range(row.prompt_length + kept, row.prompt_length + kept + len(tail)))
-            where.extend(range(len(tokens) - len(row.gold), len(tokens)))
-            targets.extend(row.gold)
-            cells.extend([2 * n + ANSWER] * len(row.gold))
-            cached.append(kept)
+            positions.extend(range(row.prompt_length + fed, row.prompt_length + fed + len(tail)))
+            scored.extend(range(len(tokens) - len(gold), len(tokens)))
+            targets.extend(gold)
+            cells.extend([2 * n + ANSWER] * len(gold))
+            cached.append(fed)
             lengths.append(len(tail))
         device = self.runtime.device
         plan = TailPlan(cache, due, cached, lengths, device)
-        head = ScoreHead(*(to_device(torch.tensor(x), device) for x in (where, targets, cells)), len(due))
-        output = self._forward(tokens, positions, plan, head)
+        position_N, target_N, cell_N = (to_device(torch.tensor(x), device) for x in (scored, targets, cells))
+        output = self._forward(tokens, positions, plan, ScoreHead(position_N, target_N, cell_N, len(due)))
+        assert output is None or isinstance(output, HeadOutput)
         log_w_n = torch.empty(len(due), dtype=torch.float64, device=device) if output is None else output.log_w_n
         for i, log_w in zip(due, self.runtime.groups.from_last_stage(log_w_n).tolist(), strict=True):
             active[i].log_w = log_w
@@ -236,7 +239,9 @@ class MegatronEngine:
         plan = CausalSegments([len(padding)], self.runtime.device)
         self._pass_through(padding, range(len(padding)), plan, self._logits_of([]))
 
-    def _forward(self, tokens, positions, plan: AttentionPlan, head: LogitsHead | ScoreHead) -> torch.Tensor | None:
+    def _forward(
+        self, tokens: list[int], positions: list[int], plan: AttentionPlan, head: LogitsHead | ScoreHead
+    ) -> torch.Tensor | HeadOutput | None:
         """One pass through all pipeline stages. The last stage gets what `head` asks for, the others None."""
         self._expert_peers_at_work(True)
         return self._pass_through(tokens, positions, plan, head)
@@ -263,13 +268,16 @@ class MegatronEngine:
             dist.send(output.contiguous(), dst=groups.next_stage, group=groups.pp)
         return None
 
-    def _sample(self, rows: list[_Row], drawing: list[int], logits: torch.Tensor | None, options) -> None:
+    def _sample(
+        self, rows: list[_Row], drawing: list[int], logits: torch.Tensor | None, options: SamplingOptions
+    ) -> None:
         """Draw for the given rows on the last stage, tell the other stages, and let each row take its token."""
         if not drawing:
             return
         groups, device = self.runtime.groups, self.runtime.device
         drawn = torch.empty(2, len(drawing), dtype=torch.float64, device=device)  # ids are exact in float64
         if groups.is_last_stage:
+            assert logits is not None
             uniform = to_device(torch.tensor([rows[i].draw() for i in drawing], dtype=torch.float64), device)
             ids, log_probs = sample_tokens(
                 logits, uniform, temperature=options.temperature, top_p=options.top_p, group=groups.tp

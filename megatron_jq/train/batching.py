@@ -163,7 +163,7 @@ def in_step_with_expert_peers(batches: list[list[TrainingSequence]], runtime: Ru
         return batches
     most = torch.tensor(len(batches), device=runtime.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=peers)
-    return batches + [[] for _ in range(most.item() - len(batches))]
+    return batches + [[] for _ in range(int(most) - len(batches))]
 
 
 def _all_gather(sequences: list[TrainingSequence], runtime: Runtime) -> list[list[TrainingSequence]]:

@@ -61,7 +61,8 @@ def peers_must_answer(phase: Phase, deadline: timedelta, missing_peers: Callable
 def show_stacks() -> None:
     """Every thread's Python stack to standard error."""
     sys.stderr.flush()
-    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
 
 
 @dataclass

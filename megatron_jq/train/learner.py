@@ -45,6 +45,7 @@ class Learner(Protocol):
 def surrogate_loss(coefficients: Coefficients, table: StepTable) -> float:
     """-(1/B) sum_b (1/M_b) sum_m [rationale ln p(z|x) + answer ln p(y|x,z)] over the sequences of a training pass."""
     c = coefficients.of_loss()
+    assert table.log_z_BM is not None and table.log_w_BM is not None, "a training pass computes both"
     return (c.rationale_BM * table.log_z_BM + c.answer_BM * table.log_w_BM)[table.valid_BM].sum().item()
 
 
@@ -78,6 +79,7 @@ class OnPolicyLearner:
 
     def apply(self, sequences: list[TrainingSequence], table: StepTable) -> float:
         """Check the pass and its gradient, then let the optimizer step. Returns the norm before clipping."""
+        assert table.log_z_BM is not None and table.log_w_BM is not None, "a training pass computes both"
         check_finite("ln p(z|x)", table.log_z_BM[table.valid_BM], sequences)
         check_finite("ln p(y|x,z)", table.log_w_BM[table.valid_BM], sequences)
         with self.runtime.megatron():

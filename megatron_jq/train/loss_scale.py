@@ -41,6 +41,7 @@ class LossScale:
         RunFailure, on every rank, where the product with a number that was given leaves float32.
         """
         if self.setting != "auto":
+            assert self.value is not None
             if self.value * largest > torch.finfo(torch.float32).max:
                 raise RunFailure(
                     f"step {step}: --loss-scale {self.value:g} times a coefficient of {largest:.3g} exceeds float32; "
@@ -71,7 +72,7 @@ class LossScale:
         before = saved.get("loss_scale", 1.0)
         if self.setting == "auto" and saved.get("loss_scale_setting") == "auto":
             self.value = before
-        elif before is not None and self.setting != "auto":
+        elif before is not None and self.setting != "auto" and self.value is not None:
             self._check_room(optimizer, before)
             self._rescale(optimizer, self.value / before)
         elif before is not None and self._adam and (room := _room_above(optimizer)) is not None:
@@ -80,7 +81,7 @@ class LossScale:
 
     def _check_room(self, optimizer: MegatronOptimizer, before: float) -> None:
         """Refuse a constant that is too far above the scale of the checkpoint for Adam's moments."""
-        if not self._adam or self.value <= before or (room := _room_above(optimizer)) is None:
+        if not self._adam or self.value is None or self.value <= before or (room := _room_above(optimizer)) is None:
             return
         if self.value / room > before:
             raise RunFailure(

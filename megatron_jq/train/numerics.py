@@ -104,6 +104,7 @@ class Numerics:
         names: list[str | None] = [None] * self._runtime.world_size
         dist.all_gather_object(names, first_nonfinite_parameter(self._model))
         first = next((name for name in names if name is not None), "norm alone")
+        assert self._facts is not None, "begin comes first"
         scale = self._facts.loss_scale
         return f"gradient ({first})" + ("" if scale == 1 else f" of the loss times --loss-scale, {scale:.3g},")
 
@@ -112,8 +113,10 @@ class Numerics:
 
         RunFailure where float32 would make a step of it that Adam cannot make. Inside runtime.megatron().
         """
-        scale = self._facts.loss_scale
-        self._watch.gradient(self._facts, norm, self._elements)
-        self._watch.adam_step(self._facts, self._optimizer, norm / scale)
+        facts = self._facts
+        assert facts is not None, "begin comes first"
+        scale = facts.loss_scale
+        self._watch.gradient(facts, norm, self._elements)
+        self._watch.adam_step(facts, self._optimizer, norm / scale)
         clip_and_step(self._optimizer, self._config, norm=norm / scale, loss_scale=scale)
         return rounded(norm) / scale

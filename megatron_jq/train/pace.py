@@ -42,7 +42,7 @@ class PaceMaker:
         device, size = self._runtime.device, self._runtime.world_size
         seconds = [seconds_of.get(phase, 0.0) for phase in PHASES]
         table = torch.empty(size * len(PHASES), dtype=torch.float64, device=device)
-        all_gather_flat(table, torch.tensor(seconds, dtype=torch.float64, device=device), dist.group.WORLD)
+        all_gather_flat(table, torch.tensor(seconds, dtype=torch.float64, device=device), self._runtime.groups.world)
         columns = list(zip(*table.view(size, len(PHASES)).tolist(), strict=True))
         median = tuple(statistics.median_low(column) for column in columns)
         slowest = tuple(map(max, columns))

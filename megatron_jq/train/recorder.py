@@ -204,7 +204,7 @@ def _or_failure(what: str) -> Iterator[None]:
         yield
     except OSError as fault:
         raise RunFailure(
-            f"{what} could not be written: {reason(fault)}; mend this and start again with --resume"
+            f"{what} could not be written: {reason(fault)}; fix this and start again with --resume"
         ) from fault
 
 

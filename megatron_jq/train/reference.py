@@ -11,8 +11,10 @@ import torch
 from megatron.core.transformer.module import Float16Module
 
 from megatron_jq.checkpoint.folder import Manifest, package_versions
-from megatron_jq.checkpoint.ownership import REFERENCE, Run
-from megatron_jq.checkpoint.store import CheckpointWriter, check_architecture, find_checkpoint, load_weights
+from megatron_jq.checkpoint.loader import check_architecture, find_checkpoint, load_weights
+from megatron_jq.checkpoint.ownership import REFERENCE
+from megatron_jq.checkpoint.run_files import Run
+from megatron_jq.checkpoint.writer import CheckpointWriter
 from megatron_jq.config import Config, to_toml
 from megatron_jq.config_validate import Derived
 from megatron_jq.errors import UserError

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_jq.checkpoint.folder import Manifest, readable_manifest, remove_partial, saved_steps
 from megatron_jq.checkpoint.lineage import Branches, new_branch, resumed_branches
-from megatron_jq.checkpoint.ownership import Lock, Run, check_save, claim_save, own_run
+from megatron_jq.checkpoint.ownership import check_save, claim_save
+from megatron_jq.checkpoint.run_files import Lock, Run, own_run
 from megatron_jq.config import Config, load_toml, settings_of_text, to_toml
 from megatron_jq.errors import UserError
 from megatron_jq.files import reason, write_synced

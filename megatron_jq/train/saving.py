@@ -9,16 +9,15 @@ import torch.distributed as dist
 
 from megatron_jq.checkpoint.folder import Manifest, package_versions
 from megatron_jq.checkpoint.lineage import Branches
-from megatron_jq.checkpoint.store import (
-    CheckpointWriter,
-    Found,
-    Retention,
+from megatron_jq.checkpoint.loader import (
+    Checkpoint,
     check_architecture,
     load_optimizer,
     load_random_states,
     load_weights,
     take_main_weights,
 )
+from megatron_jq.checkpoint.writer import CheckpointWriter, Retention
 from megatron_jq.config import Config, settings_of_text, to_toml
 from megatron_jq.config_validate import Derived
 from megatron_jq.errors import RunFailure, UserError
@@ -92,7 +91,7 @@ class Saving:
             self._numerics.load(beginning)
             load_random_states(found, self._runtime, self._layout())
 
-    def _check_run(self, found: Found) -> None:
+    def _check_run(self, found: Checkpoint) -> None:
         saved, optimizer = found.manifest, self._config.optimizer.optimizer
         remedy = "or begin a new run from its weights with --load and --finetune"
         if saved.data != self._data:
@@ -111,7 +110,7 @@ class Saving:
                 f"keep that, {remedy}"
             )
 
-    def _check_resumed(self, found: Found) -> None:
+    def _check_resumed(self, found: Checkpoint) -> None:
         """What a resumed run may name otherwise, but not change: tokenizer, answer budget, the experts' loss."""
         saved, faults = found.manifest, []
         before = None if saved.config is None else settings_of_text(saved.config, f"{found.folder}: its settings")
@@ -146,8 +145,8 @@ class Saving:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         signalled, writing, failed, save_due, exit_due = asked.tolist()
         if failed:
-            cure = "mend this and start again with --resume"
-            fault = f"step {metrics.step}: {recorder.fault}; {cure}" if unrecorded else None
+            fix = "fix this and start again with --resume"
+            fault = f"step {metrics.step}: {recorder.fault}; {fix}" if recorder is not None and unrecorded else None
             raise_on_all_ranks(self._runtime, fault, RunFailure)
         if writer.busy and not writing:
             writer.wait()  # it has ended everywhere: a fault comes to light now, not at the next save

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_jq.architecture_files import has_weights
 from megatron_jq.checkpoint.folder import TRACKER, left_aside, none_found, saved_steps
 from megatron_jq.checkpoint.hugging_face_weights import is_hugging_face_folder, open_folder
-from megatron_jq.checkpoint.store import Found, find_checkpoint
+from megatron_jq.checkpoint.loader import Checkpoint, find_checkpoint
 from megatron_jq.config import Config
 from megatron_jq.errors import UserError
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
@@ -21,7 +21,7 @@ class StartPoint:
     user should know.
     """
 
-    found: Found | None
+    found: Checkpoint | None
     step: int  # steps done
     resumed: bool
     weights_only: bool
@@ -97,7 +97,7 @@ def _folder_with_weights(config: Config, runtime: Runtime) -> tuple[Path, str] |
     return seen[0]
 
 
-def _aside(found: Found, folder: Path) -> tuple[str, ...]:
+def _aside(found: Checkpoint, folder: Path) -> tuple[str, ...]:
     """Checkpoints that the run does not go on from: of later steps, or of a branch that it left before."""
     later = [step for step in saved_steps(folder) if step > found.manifest.step]
     steps = sorted({*left_aside(folder, "--save"), *later})

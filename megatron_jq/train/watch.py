@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -30,10 +31,11 @@ class Watch:
 
     def __init__(self, phase: Phase, runtime: Runtime, limit: timedelta, *, leave: Callable[[int], None] = os._exit):
         self._phase, self._runtime, self._limit, self._leave = phase, runtime, limit.total_seconds(), leave
-        self._store = None
+        self._store: Any = None
         if runtime.world_size > 1:
             # A connection of its own: on the main thread's a set would wait behind a get that blocks.
-            self._store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = dist.distributed_c10d.PrefixStore("watch", store.clone())
         self._monitor = _rank_monitor()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

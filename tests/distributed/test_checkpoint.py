@@ -12,16 +12,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_jq.checkpoint.folder import Manifest, read_manifest
-from megatron_jq.checkpoint.shards import RANDOM_PREFIX, pieces
-from megatron_jq.checkpoint.store import (
-    CheckpointWriter,
-    Found,
-    find_checkpoint,
-    load_optimizer,
-    load_random_states,
-    load_weights,
-)
+from megatron_jq.checkpoint.loader import Checkpoint, find_checkpoint, load_optimizer, load_random_states, load_weights
+from megatron_jq.checkpoint.shards import RANDOM_PREFIX, parameter_shards
 from megatron_jq.checkpoint.torch_dist import ShardReader
+from megatron_jq.checkpoint.writer import CheckpointWriter
 from megatron_jq.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_jq.errors import UserError
 from megatron_jq.model.build import build_policies, wrap_for_training
@@ -220,7 +214,7 @@ def _megatron_reads_and_writes(runtime, folder):
     megatron_reads = same()
     spoil()
     manifest = read_manifest(folder / "ours" / "iter_0000002")
-    load_weights(Found(theirs, manifest), run.policies, runtime)
+    load_weights(Checkpoint(theirs, manifest), run.policies, runtime)
     return megatron_reads, same()
 
 
@@ -234,7 +228,7 @@ def _covered(runtime, architecture, options):
     run = Run(runtime, architecture, options)
     held: dict[str, int] = {}
     sizes = {}
-    for some in pieces(run.policies, runtime).values():
+    for some in parameter_shards(run.policies, runtime).values():
         for piece in some:
             sizes[piece.sharded.key] = torch.Size(piece.sharded.global_shape).numel()
             if piece.is_written and piece.sharded.replica_id[-1] == 0:

@@ -14,10 +14,10 @@ from megatron_jq.checkpoint.export import export_hf_tensors
 from megatron_jq.checkpoint.folder import read_manifest
 from megatron_jq.checkpoint.hugging_face_weights import open_folder
 from megatron_jq.checkpoint.huggingface import HuggingFaceReader
+from megatron_jq.checkpoint.loader import Checkpoint, load_weights
 from megatron_jq.checkpoint.reshard import reshard
-from megatron_jq.checkpoint.shards import pieces
-from megatron_jq.checkpoint.slabs import Cut
-from megatron_jq.checkpoint.store import Found, load_weights
+from megatron_jq.checkpoint.shards import parameter_shards
+from megatron_jq.checkpoint.slabs import ShardLayout
 from megatron_jq.model.attention import CausalSegments
 from megatron_jq.model.build import BuildOptions, build_policies
 from megatron_jq.model.hf import megatron_tensors
@@ -49,8 +49,8 @@ def _prepare(root: Path):
     references = {}
     for name in FAMILIES:
         references[name] = families.make(name, root / name)
-        hf_to_megatron(root / name, root / f"{name}-megatron", Cut(1, DIVISIBLE_BY))
-        reshard(root / f"{name}-megatron", root / f"{name}-cut", Cut(2, DIVISIBLE_BY))
+        hf_to_megatron(root / name, root / f"{name}-megatron", ShardLayout(1, DIVISIBLE_BY))
+        reshard(root / f"{name}-megatron", root / f"{name}-cut", ShardLayout(2, DIVISIBLE_BY))
     return references
 
 
@@ -100,7 +100,7 @@ def _without_config(references):
     for name, reference in references.items():
         checkpoint, back = reference.folder.parent / f"{name}-bare", reference.folder.parent / f"{name}-bare-back"
         bare = reference.folder.parent / f"{name}-without-tokenizer"
-        hf_to_megatron(reference.folder, checkpoint, Cut())
+        hf_to_megatron(reference.folder, checkpoint, ShardLayout())
         folder = checkpoint / "iter_0000000"
         manifest = (folder / "checkpoint.json").read_text()
         assert "tokenizer/config.json" in manifest and not bare.exists()
@@ -151,13 +151,14 @@ def _on_layout(runtime, references, names, load, virtual_stages):
         )
         policies = build_policies(architecture, options, runtime)
         folder = reference.folder.parent / f"{name}-{load}" / "iter_0000000"
-        load_weights(Found(folder, read_manifest(folder)), policies, runtime)
+        load_weights(Checkpoint(folder, read_manifest(folder)), policies, runtime)
         direct = build_policies(architecture, replace(options, seed=9), runtime)
         load_weights(open_folder(reference.folder, "--model", runtime), direct, runtime)
         for policy, other in zip(policies, direct, strict=True):
             pairs = zip(policy.parameters(), other.parameters(), strict=True)
             assert all(torch.equal(p, q) for p, q in pairs), f"{name}: read straight from the folder, other weights"
-        keys = {p.sharded.key: p.sharded.global_shape for some in pieces(policies, runtime).values() for p in some}
+        shards = parameter_shards(policies, runtime).values()
+        keys = {p.sharded.key: p.sharded.global_shape for of_parameter in shards for p in of_parameter}
         results[name] = (
             _logits_gap(policies, runtime, reference),
             _greedy(policies, runtime, reference.prompt),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron_jq.architecture_files import load_architecture
 from megatron_jq.checkpoint.convert import hf_to_megatron
 from megatron_jq.checkpoint.folder import read_manifest
-from megatron_jq.checkpoint.slabs import Cut
-from megatron_jq.checkpoint.store import Found, load_weights
+from megatron_jq.checkpoint.loader import Checkpoint, load_weights
+from megatron_jq.checkpoint.slabs import ShardLayout
 from megatron_jq.model.build import build_policies, wrap_for_training
 from megatron_jq.model.hf import hugging_face_tensors
 from megatron_jq.records import Coefficients, TrainingSequence
@@ -170,7 +170,7 @@ def _ours(runtime, folder, source, groups, coefficients):
     architecture = replace(load_architecture(str(source)), max_position_embeddings=512)
     options = build_options(architecture, params_dtype=torch.float64)
     policies = build_policies(architecture, options, runtime)
-    load_weights(Found(folder, read_manifest(folder)), policies, runtime)
+    load_weights(Checkpoint(folder, read_manifest(folder)), policies, runtime)
     model = wrap_for_training(policies, options, runtime)
     model.zero_grad_buffer()
     trained = passes.train(model, sequences_of(groups), Coefficients(*coefficients), runtime, BatchOptions(100))
@@ -197,7 +197,7 @@ def _as_hugging_face(tensor, gradients):
 def test_gradients_are_those_of_transformers_on_plain_sequences(family, tmp_path):
     source = tmp_path / "source"
     run_apart(families.make, family, source)
-    folder = hf_to_megatron(source, tmp_path / "ours", Cut())
+    folder = hf_to_megatron(source, tmp_path / "ours", ShardLayout())
     groups, draw = RAGGED, torch.Generator().manual_seed(4)
     coefficients = [torch.randn(shape_of(groups), generator=draw, dtype=torch.float64) for _ in range(2)]
     table, expected = run_apart(_hugging_face, source, groups, coefficients)

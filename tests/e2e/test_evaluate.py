@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.checkpoint.folder import read_manifest
-from megatron_jq.checkpoint.store import Found
+from megatron_jq.checkpoint.loader import Checkpoint
 from megatron_jq.evaluate import loop
 from megatron_jq.evaluate.inputs import settings_of
 from megatron_jq.evaluate.samples import Sample, SampleFile, read_samples
@@ -109,7 +109,8 @@ def test_other_samples_agree_with_the_log_within_their_error(trained, tmp_path):
 def test_an_evaluation_of_some_of_the_data_says_so_and_by_default_it_takes_all(trained, alone, tmp_path):
     [checkpoint, *_] = (trained / "checkpoints").glob("iter_*")
     manifest = read_manifest(checkpoint)
-    assert "eval_examples = 64" in manifest.config and settings_of(Found(checkpoint, manifest)).data.eval_examples == 0
+    assert "eval_examples = 64" in manifest.config
+    assert settings_of(Checkpoint(checkpoint, manifest)).data.eval_examples == 0
     assert json.loads((alone / "evaluation.json").read_text())["evaluation"]["num_available"] == NUM_PROMPTS
     few = ["--eval-examples", "5", "--eval-samples", "1"]
     out, results = evaluate(tmp_path, "--load", str(trained / "checkpoints"), *few)
@@ -211,7 +212,7 @@ def test_a_full_disk_ends_every_rank_with_the_reason_and_keeps_what_was_written(
     ended = run(["evaluate", *flags, "--output", str(tmp_path / "out")], tmp_path, size=2, prepare=full_disk)
     for rank in ended:
         assert rank.code == 2, ended
-        assert "--output: samples cannot be written: No space left on device; mend this" in rank.err
+        assert "--output: samples cannot be written: No space left on device; fix this" in rank.err
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 1 + 2 * 4
 
 

@@ -128,7 +128,7 @@ def test_a_metrics_file_on_a_full_device_ends_all_ranks_with_the_cause(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *LAYOUTS["TP2"], "--resume"]
-    cause = "step 0: metrics.jsonl could not be written: No space left on device; mend this and start again with"
+    cause = "step 0: metrics.jsonl could not be written: No space left on device; fix this and start again with"
     ended_with(run(argv, tmp_path, size=2), cause)
 
 
@@ -163,7 +163,7 @@ def without_room_for(method: str):
 def test_tensorboard_that_cannot_be_written_ends_all_ranks_with_the_cause(method, tmp_path):
     argv = [*SMALL, "--run-dir", str(tmp_path / "run"), *LAYOUTS["TP2"]]
     ended = run(argv, tmp_path, size=2, prepare=without_room_for(method))
-    ended_with(ended, "tensorboard could not be written: File too large; mend this and start again with --resume")
+    ended_with(ended, "tensorboard could not be written: File too large; fix this and start again with --resume")
     resumed = run([*argv, "--resume"], tmp_path, size=2)
     assert [end.code for end in resumed] == [0, 0], resumed
 

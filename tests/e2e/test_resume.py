@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_jq.checkpoint import folder as folders
-from megatron_jq.checkpoint.ownership import CLAIM, LOCK
+from megatron_jq.checkpoint.run_files import CLAIM, LOCK
 from megatron_jq.records import MEASURED
 from megatron_jq.train import run_directory
 from megatron_jq.train.recorder import Recorder

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_jq.architecture import Architecture
 from megatron_jq.checkpoint.convert import megatron_to_hf
-from megatron_jq.checkpoint.slabs import Cut
+from megatron_jq.checkpoint.slabs import ShardLayout
 from megatron_jq.model.hf import hugging_face_tensors
 from megatron_jq.model.hf_config import hugging_face_config
 
@@ -17,7 +17,7 @@ TINY = Architecture(
     num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, kv_channels=4,
     max_position_embeddings=64, qk_layernorm=True, tie_embeddings=False, vocab_size=11,
 )  # fmt: skip
-CUT = Cut(1, 4)
+CUT = ShardLayout(1, 4)
 SMALL_FILES = {
     "tokenizer.json": '{"a": 1}',
     "tokenizer_config.json": "{}",

@@ -65,7 +65,7 @@ class Run:
         save = self._folders.save
         if not self.command.resume or not folders.candidates(save, "--save"):
             return None
-        folder = folders.find(save, "--save", say=lambda _: None)
+        folder = folders.find(save, "--save", log=lambda _: None)
         parent = folders.read_manifest(folder)
         check_settings(parent, self.command.config)
         self.step, self.history = parent.step, (folder / WEIGHTS).read_text()

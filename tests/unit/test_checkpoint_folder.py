@@ -49,8 +49,8 @@ def test_nothing_later_than_the_tracker_is_taken(tmp_path):
     (tmp_path / TRACKER).write_text("20\n")
     assert [path.name for path in folders.candidates(tmp_path)] == ["iter_0000020"]
     flip(tmp_path / "iter_0000020" / "a.distcp")
-    with pytest.raises(UserError, match=f"no whole checkpoint.*to go on from step 40, write that into {TRACKER}"):
-        folders.find(tmp_path, say=lambda _: None)
+    with pytest.raises(UserError, match=f"no whole checkpoint.*to continue from step 40, write that into {TRACKER}"):
+        folders.find(tmp_path, log=lambda _: None)
     (tmp_path / TRACKER).unlink()
     assert folders.find(tmp_path).name == "iter_0000040"
 
@@ -81,11 +81,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_found(tmp_path, wor
     write(tmp_path, 20)
     newest, said = write(tmp_path, 40), []
     DAMAGE[words](newest)
-    assert folders.find(tmp_path, say=said.append).name == "iter_0000020"
+    assert folders.find(tmp_path, log=said.append).name == "iter_0000020"
     assert len(said) == 1 and "iter_0000040" in said[0] and words in said[0]
     shutil.rmtree(tmp_path / "iter_0000020")
     with pytest.raises(UserError, match=f"--load .*no whole checkpoint.*{words}"):
-        folders.find(tmp_path, say=said.append)
+        folders.find(tmp_path, log=said.append)
 
 
 def test_a_named_checkpoint_is_taken_or_refused_not_replaced(tmp_path):
@@ -93,7 +93,7 @@ def test_a_named_checkpoint_is_taken_or_refused_not_replaced(tmp_path):
     flip(write(tmp_path, 40) / "a.distcp")
     assert folders.find(tmp_path / "iter_0000020") == tmp_path / "iter_0000020"
     with pytest.raises(UserError, match="iter_0000040"):
-        folders.find(tmp_path / "iter_0000040", say=lambda _: None)
+        folders.find(tmp_path / "iter_0000040", log=lambda _: None)
 
 
 def test_folders_without_checkpoints_are_said(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_jq.checkpoint.folder import DamagedCheckpoint
-from megatron_jq.checkpoint.shards import box_ranges
+from megatron_jq.checkpoint.shards import range_shards
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
@@ -26,12 +26,12 @@ def test_a_flat_range_is_cut_into_boxes_that_hold_it_in_order(shape, data):
     start = data.draw(st.integers(0, size - 1))
     stop = data.draw(st.integers(start + 1, size))
     tensor, found = torch.arange(size).view(shape), []
-    for offset, box, first in box_ranges(shape, start, stop):
+    for offset, box, first in range_shards(shape, start, stop):
         part = tensor[tuple(slice(o, o + n) for o, n in zip(offset, box, strict=True))]
         assert part.flatten()[0] == first
         found += part.flatten().tolist()
     assert found == list(range(start, stop))
-    assert len(list(box_ranges(shape, start, stop))) <= max(1, 2 * len(shape) - 1)
+    assert len(list(range_shards(shape, start, stop))) <= max(1, 2 * len(shape) - 1)
 
 
 @settings(max_examples=15, deadline=None)
@@ -42,14 +42,14 @@ def test_boxes_that_were_written_are_read_back_in_any_other_cut(tmp_path_factory
     cuts = sorted(data.draw(st.sets(st.integers(1, tensor.numel()), max_size=3)) - {tensor.numel()})
     shards = []
     for start, stop in zip([0, *cuts], [*cuts, tensor.numel()], strict=True):
-        for offset, box, first in box_ranges(shape, start, stop):
+        for offset, box, first in range_shards(shape, start, stop):
             part = tensor.flatten()[first : first + math.prod(box)].view(box)
             shards.append(Shard("a", shape, offset, box, tensor.dtype, lambda part=part: part))
     folder = tmp_path_factory.mktemp("boxes")
     write_shards(shards, folder)
     reader = ShardReader(folder)
     assert reader.tensors == {"a": (shape, torch.float32)}
-    assert sorted(reader.chunks("a")) == sorted((s.offset, s.shape) for s in shards)
+    assert sorted(reader.stored_shards("a")) == sorted((s.offset, s.shape) for s in shards)
     offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     box = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
     expected = tensor[tuple(slice(o, o + n) for o, n in zip(offset, box, strict=True))]

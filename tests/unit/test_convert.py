@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megatron_jq.checkpoint import convert, folder, huggingface
 from megatron_jq.checkpoint.convert import hf_to_megatron
 from megatron_jq.checkpoint.reshard import reshard
-from megatron_jq.checkpoint.slabs import Cut
+from megatron_jq.checkpoint.slabs import ShardLayout
 from megatron_jq.errors import UserError
 from tests.unit.hf_folders import CUT, DOWN, NORM, SMALL_FILES, TINY, assert_same, export, make, weights
 
@@ -62,7 +62,7 @@ def test_files_are_split_at_the_size_and_listed_in_the_index(source, checkpoint,
     assert set(files) == {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))}
     sizes = [sum(t.nbytes for t in tensors.values()) for tensors in files.values()]
     assert len(files) > 5 and all(s <= 700 or len(t) == 1 for s, t in zip(sizes, files.values(), strict=True))
-    hf_to_megatron(tmp_path / "back", tmp_path / "again", Cut(2, 1))
+    hf_to_megatron(tmp_path / "back", tmp_path / "again", ShardLayout(2, 1))
     assert_same(export(tmp_path / "again", tmp_path / "twice"), found)
 
 

@@ -17,7 +17,7 @@ from megatron_jq.checkpoint import folder
 from megatron_jq.checkpoint.convert import hf_to_megatron
 from megatron_jq.checkpoint.folder import DamagedCheckpoint
 from megatron_jq.checkpoint.reshard import inspect, reshard
-from megatron_jq.checkpoint.slabs import Cut
+from megatron_jq.checkpoint.slabs import ShardLayout
 from megatron_jq.checkpoint.torch_dist import ShardReader
 from megatron_jq.data.prepared import read_prepared
 from megatron_jq.errors import RunFailure, UserError
@@ -69,7 +69,7 @@ def rename_in_manifest(checkpoint: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("command", [inspect, lambda c: reshard(c, c.parents[1] / "new", Cut(1, 8)), export])
+@pytest.mark.parametrize("command", [inspect, lambda c: reshard(c, c.parents[1] / "new", ShardLayout(1, 8)), export])
 def test_a_manifest_names_files_of_its_folder_alone(command, name, checkpoint, tmp_path):
     rename_in_manifest(checkpoint, name)
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())

@@ -9,7 +9,7 @@ import torch
 
 from megatron_jq.checkpoint import folder
 from megatron_jq.checkpoint.reshard import inspect, reshard
-from megatron_jq.checkpoint.slabs import Cut, main_weight, slab_axes
+from megatron_jq.checkpoint.slabs import ShardLayout, main_weight, slab_axes
 from megatron_jq.checkpoint.torch_dist import Shard, ShardReader, write_shards
 from megatron_jq.cli.main import main
 from megatron_jq.errors import UserError
@@ -41,7 +41,7 @@ def run_checkpoint(save: Path, config_json: str | None = None) -> dict[str, torc
 
 def test_resharding_keeps_weights_moments_and_random_states(tmp_path):
     tensors = run_checkpoint(tmp_path / "run")
-    cut = reshard(tmp_path / "run", tmp_path / "cut", Cut(2, 8))
+    cut = reshard(tmp_path / "run", tmp_path / "cut", ShardLayout(2, 8))
     reader, axes = ShardReader(cut), slab_axes(TINY)
     assert reader.tensors.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -52,8 +52,8 @@ def test_resharding_keeps_weights_moments_and_random_states(tmp_path):
         rows = 11 if vocabulary else len(tensor)
         assert torch.equal(found[:rows], tensor[:rows]), key
     fc1 = "decoder.layers.mlp.linear_fc1.weight"
-    assert sorted(reader.chunks(fc1)) == [((l, r, 0), (1, 6, 8)) for l in range(2) for r in (0, 6, 12, 18)]  # noqa: E741
-    assert len(reader.chunks("random.torch")) == 2 and axes[fc1] == 2
+    assert sorted(reader.stored_shards(fc1)) == [((l, r, 0), (1, 6, 8)) for l in range(2) for r in (0, 6, 12, 18)]  # noqa: E741
+    assert len(reader.stored_shards("random.torch")) == 2 and axes[fc1] == 2
     manifest = folder.read_manifest(cut)
     assert (manifest.step, manifest.optimizer, manifest.config) == (30, {"name": "adam", "step": 30}, "[model]\n")
     assert (cut / "tokenizer" / "tokenizer.model").read_bytes() == b"pieces"

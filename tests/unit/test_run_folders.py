@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.checkpoint import folder as folders
-from megatron_jq.checkpoint import ownership
+from megatron_jq.checkpoint import ownership, run_files
 from megatron_jq.checkpoint.folder import TRACKER, Manifest
 from megatron_jq.config import to_toml
 from megatron_jq.errors import UserError
@@ -92,7 +92,7 @@ def contents(save: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(save)): path.read_bytes()
         for path in save.rglob("*")
-        if path.is_file() and path.name not in (ownership.LOCK, ownership.CLAIM)
+        if path.is_file() and path.name not in (run_files.LOCK, run_files.CLAIM)
     }
 
 
@@ -190,7 +190,7 @@ def test_killed_before_any_change_a_run_is_resumed_and_its_folder_stays_its_own(
         if not first.killed:
             first.end()
             break
-        is_claimed = (world / "save" / ownership.CLAIM).exists()
+        is_claimed = (world / "save" / run_files.CLAIM).exists()
         claimed[is_claimed] += 1
         before = contents(world / "save") if (world / "save").is_dir() else {}
         second = Process(b, saves=1)
@@ -238,7 +238,7 @@ def test_without_locks_a_claim_still_has_one_winner(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(ownership.fcntl, "lockf", refuse)
+    monkeypatch.setattr(run_files.fcntl, "lockf", refuse)
     both = commands(tmp_path, "plain runs", tmp_path / "save")
     one, other = RunFolders(both["A"].config), RunFolders(both["B"].config)
     for each in (one, other):
@@ -306,7 +306,7 @@ def make_older(save: Path, **changes) -> None:
         partial = folders.begin(save, manifest.step)
         (partial / WEIGHTS).write_text(f" a{manifest.step}")
         folders.commit(partial, replace(manifest, files={}))
-    (save / ownership.CLAIM).unlink()
+    (save / run_files.CLAIM).unlink()
 
 
 @pytest.mark.parametrize("keep_last", [None, 1])
@@ -315,7 +315,7 @@ def test_checkpoints_older_than_ids_are_settled_by_their_settings(keep_last, tmp
     a = Command("a", tmp_path / "A", save, resume=True, keep_last=keep_last)
     trained(a)
     make_older(save)
-    (a.run_dir / ownership.RUN_ID).unlink()
+    (a.run_dir / run_files.RUN_ID).unlink()
     before = contents(save)
     for stranger in (replace(a, run_dir=tmp_path / "B", q=0.5), replace(a, run_dir=tmp_path / "B", resume=False)):
         with pytest.raises(UserError, match="--save"):
@@ -349,9 +349,9 @@ def test_anothers_reference_is_not_overwritten(tmp_path):
     a, b = commands(tmp_path, "plain runs", tmp_path / "save").values()
     run = Run(a)
     partial = folders.begin(tmp_path / "save" / ownership.REFERENCE, 0)
-    folders.commit(partial, Manifest(0, {}, 11, False, to_toml(a.config), run=asdict(ownership.own_run(a.run_dir))))
+    folders.commit(partial, Manifest(0, {}, 11, False, to_toml(a.config), run=asdict(run_files.own_run(a.run_dir))))
     run.end()
-    (tmp_path / "save" / ownership.CLAIM).unlink()
+    (tmp_path / "save" / run_files.CLAIM).unlink()
     before = contents(tmp_path / "save")
     with pytest.raises(UserError, match=f"--save .*holds iter_0000000 of run .* in {a.run_dir}"):
         Run(b)
@@ -362,8 +362,8 @@ def test_a_folder_that_became_anothers_while_a_run_trained_is_not_written_to(tmp
     a, b = commands(tmp_path, "plain runs", tmp_path / "save").values()
     run = Run(a)
     run.save()
-    claim = tmp_path / "save" / ownership.CLAIM
-    text = claim.read_text().replace(ownership.own_run(a.run_dir).id, "0" * 32)
+    claim = tmp_path / "save" / run_files.CLAIM
+    text = claim.read_text().replace(run_files.own_run(a.run_dir).id, "0" * 32)
     claim.write_text(text)
     before = contents(tmp_path / "save")
     with pytest.raises(OSError, match="the folder belongs to run 00000000"):
@@ -376,12 +376,12 @@ def test_a_folder_that_became_anothers_while_a_run_trained_is_not_written_to(tmp
 def test_a_damaged_claim_or_id_is_named(text, tmp_path):
     a = Command("a", tmp_path / "A", tmp_path / "save", resume=True)
     trained(a)
-    claim = (tmp_path / "save" / ownership.CLAIM).read_text()
-    (tmp_path / "save" / ownership.CLAIM).write_text(text)
+    claim = (tmp_path / "save" / run_files.CLAIM).read_text()
+    (tmp_path / "save" / run_files.CLAIM).write_text(text)
     with pytest.raises(UserError, match=r"--save .*run.json cannot be read"):
         Run(a)
-    (tmp_path / "save" / ownership.CLAIM).write_text(claim)
-    (tmp_path / "A" / ownership.RUN_ID).write_text(text)
+    (tmp_path / "save" / run_files.CLAIM).write_text(claim)
+    (tmp_path / "A" / run_files.RUN_ID).write_text(text)
     with pytest.raises(UserError, match="--run-dir .*run_id does not hold a run's id"):
         Run(a)
     assert (tmp_path / "save" / TRACKER).read_text() == "5\n"

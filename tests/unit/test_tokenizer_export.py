@@ -159,7 +159,7 @@ def of_a_run(tmp_path: Path, model: Path) -> Path:
 def test_an_export_says_where_texts_end_and_what_text_can_forge(tmp_path):
     save = of_a_run(tmp_path, trained(tmp_path / "m", MODELS["bpe"][0]))
     said = []
-    megatron_to_hf(save, tmp_path / "out", dtype=None, max_shard_bytes=10**9, say=said.append)
+    megatron_to_hf(save, tmp_path / "out", dtype=None, max_shard_bytes=10**9, log=said.append)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -179,7 +179,7 @@ def test_a_tokenizer_that_cannot_be_exported_is_left_out_on_demand(tmp_path):
     assert not list(tmp_path.glob("*out*"))
     said = []
     megatron_to_hf(
-        save, tmp_path / "out", dtype=None, max_shard_bytes=10**9, with_tokenizer=False, say=said.append
+        save, tmp_path / "out", dtype=None, max_shard_bytes=10**9, with_tokenizer=False, log=said.append
     )
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "README.md"}

@@ -4,11 +4,13 @@ Megatron-core asks for `torch.cuda` in six ways that have an exact meaning on a 
 stream (DDP's gradient reduction, after 0.17.0), the random state, a synchronise, the copy of expert counts to the host,
 and `device="cuda"` in a factory call. `install` answers the first five; `cpu_mode` redirects the last while it is
 entered. The mode costs a Python call for every torch call, so `native` leaves it for the model's own forward, which
-needs none of it. For experts under tensor parallelism it gathers parts of unequal length, which gloo cannot: `install`
+needs none of it. For experts under tensor parallelism it gathers shards of unequal length, which gloo cannot: `install`
 does so by way of equal ones.
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ _installed = False
 
 
 class _CudaToCpu(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
@@ -39,26 +41,28 @@ class _CpuRngTracker:
         self.reset()
         self.use_cudagraphable_rng = False
 
-    def is_initialized(self):
+    def is_initialized(self) -> bool:
         return self._initialized
 
-    def reset(self):
-        self.states_, self.seeds_, self._initialized = {}, set(), False
+    def reset(self) -> None:
+        self.states_: dict[str, torch.Tensor] = {}
+        self.seeds_: set[int] = set()
+        self._initialized = False
 
-    def get_states(self):
+    def get_states(self) -> dict[str, torch.Tensor]:
         return dict(self.states_)
 
-    def set_states(self, states):
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
         self.states_, self._initialized = dict(states), True
 
-    def add(self, name, seed):
+    def add(self, name: str, seed: int) -> None:
         assert seed not in self.seeds_ and name not in self.states_, f"random stream {name} exists already"
         self._initialized = True
         self.seeds_.add(seed)
         self.states_[name] = torch.Generator().manual_seed(seed).get_state()
 
     @contextlib.contextmanager
-    def fork(self, name="model-parallel-rng"):
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
         outside = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
         try:
@@ -68,7 +72,7 @@ class _CpuRngTracker:
             torch.set_rng_state(outside)
 
 
-def _counts_on_host(dispatcher, point, tokens_per_expert=None):
+def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
     """MoEAlltoAllTokenDispatcher's copy of its counts to the host, where they lie already: no stream, nothing to await.
 
     The split sizes become numpy arrays there, as torch's all-to-all wants them.
@@ -80,21 +84,31 @@ def _counts_on_host(dispatcher, point, tokens_per_expert=None):
     return tokens_per_expert
 
 
-def _gather_of_unequal_parts(gather):
-    def gathered(input_, group, output_split_sizes=None, use_global_buffer=False):
+def _gather_of_unequal_shards(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def gathered(
+        input_: torch.Tensor,
+        group: dist.ProcessGroup,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(input_, group, output_split_sizes, use_global_buffer)
         padded = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
         padded[: len(input_)] = input_
-        parts = [torch.empty_like(padded) for _ in output_split_sizes]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([part[:length] for part, length in zip(parts, output_split_sizes, strict=True)])
+        shards = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(shards, padded, group=group)
+        return torch.cat([shard[:length] for shard, length in zip(shards, output_split_sizes, strict=True)])
 
     return gathered
 
 
-def _reduce_scatter_of_unequal_parts(reduce_scatter):
-    def scattered(input_, group, input_split_sizes=None, use_global_buffer=False):
+def _reduce_scatter_of_unequal_shards(reduce_scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def scattered(
+        input_: torch.Tensor,
+        group: dist.ProcessGroup,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
         total = input_.clone()
@@ -105,7 +119,7 @@ def _reduce_scatter_of_unequal_parts(reduce_scatter):
 
 
 def install() -> None:
-    """Answer Megatron-core's `torch.cuda` questions for a CPU. Once a process; harmless when repeated."""
+    """Answer Megatron-core's `torch.cuda` questions for a CPU. Once per process; harmless when repeated."""
     global _installed
     if _installed:
         return
@@ -124,8 +138,8 @@ def install() -> None:
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.cpu.Stream()  # in place of a torch.cuda.Stream; not used
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_on_host
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-    mappings._gather_along_first_dim = _gather_of_unequal_parts(gather)
-    mappings._reduce_scatter_along_first_dim = _reduce_scatter_of_unequal_parts(scatter)
+    mappings._gather_along_first_dim = _gather_of_unequal_shards(gather)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_of_unequal_shards(scatter)
     _installed = True
 
 

@@ -16,7 +16,7 @@ from megatron_jq.errors import UserError
 
 
 def versions_of_engine() -> list[str]:
-    """Megatron-core's, torch's and Python's versions, a phrase each; nothing is imported."""
+    """Megatron-core's, torch's and Python's versions, one phrase each; nothing is imported."""
     names = []
     for name in ("megatron-core", "torch"):
         try:
