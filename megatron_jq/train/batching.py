@@ -98,16 +98,16 @@ def balance(
     dp = runtime.groups.dp
     if dp.size() == 1:
         return sequences
-    whole = units([s for part in _all_gather(sequences, runtime) for s in part], share_prompts=share_prompts)
-    fair = sum(unit.cost(hidden_size) for unit in whole) / dp.size()
-    moved = [piece for unit in whole for piece in unit.pieces(math.ceil(unit.cost(hidden_size) / max(fair, 1.0)))]
-    load, mine = [0.0] * dp.size(), []
+    all_units = units([s for part in _all_gather(sequences, runtime) for s in part], share_prompts=share_prompts)
+    fair = sum(unit.cost(hidden_size) for unit in all_units) / dp.size()
+    moved = [part for unit in all_units for part in unit.pieces(math.ceil(unit.cost(hidden_size) / max(fair, 1.0)))]
+    load, share = [0.0] * dp.size(), []
     for unit in sorted(moved, key=lambda u: (-u.cost(hidden_size), u.slot)):
         replica = min(range(dp.size()), key=load.__getitem__)
         load[replica] += unit.cost(hidden_size)
         if replica == dp.rank():
-            mine.extend(unit.sequences)
-    return sorted(mine, key=_slot)
+            share.extend(unit.sequences)
+    return sorted(share, key=_slot)
 
 
 def micro_batches(
@@ -129,8 +129,8 @@ def micro_batches(
         return [sequences[i : i + micro_batch_size] for i in range(0, len(sequences), micro_batch_size)] or [[]]
     rows: list[list[TrainingSequence]] = []
     room: list[int] = []
-    whole = units(sequences, share_prompts=share_prompts, multiple=sequence_multiple)
-    fitting = [piece for unit in whole for piece in _within(unit, max_tokens)]
+    all_units = units(sequences, share_prompts=share_prompts, multiple=sequence_multiple)
+    fitting = [piece for unit in all_units for piece in _within(unit, max_tokens)]
     for unit in sorted(fitting, key=lambda u: (-u.tokens, u.slot)):
         row = next((i for i, free in enumerate(room) if free >= unit.tokens), len(rows))
         if row == len(rows):
@@ -143,14 +143,14 @@ def micro_batches(
 
 def _within(unit: Unit, max_tokens: int) -> list[Unit]:
     """The unit as few units of at most max_tokens each; one sequence is never cut."""
-    found: list[Unit] = []
+    parts: list[Unit] = []
     for sequence in unit.sequences:
-        longer = Unit((*found[-1].sequences, sequence), unit.multiple) if found else None
+        longer = Unit((*parts[-1].sequences, sequence), unit.multiple) if parts else None
         if longer is not None and longer.tokens <= max_tokens:
-            found[-1] = longer
+            parts[-1] = longer
         else:
-            found.append(Unit((sequence,), unit.multiple))
-    return found
+            parts.append(Unit((sequence,), unit.multiple))
+    return parts
 
 
 def in_step_with_expert_peers(batches: list[list[TrainingSequence]], runtime: Runtime) -> list[list[TrainingSequence]]:
@@ -177,10 +177,10 @@ def _all_gather(sequences: list[TrainingSequence], runtime: Runtime) -> list[lis
     counts = torch.empty(dp.size(), dtype=torch.int64, device=device)
     all_gather_flat(counts, torch.tensor([len(numbers)], device=device), dp)
     longest = int(counts.max())
-    mine = torch.zeros(longest, dtype=torch.int32, device=device)
-    mine[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32, device=device)
+    message = torch.zeros(longest, dtype=torch.int32, device=device)
+    message[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32, device=device)
     everyones = torch.empty(dp.size() * longest, dtype=torch.int32, device=device)
-    all_gather_flat(everyones, mine, dp)
+    all_gather_flat(everyones, message, dp)
     parts = everyones.view(dp.size(), longest).tolist()
     return [_decode(part[:count]) for part, count in zip(parts, counts.tolist(), strict=True)]
 

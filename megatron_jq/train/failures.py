@@ -86,12 +86,12 @@ def non_finite(
 
     sequences: this replica's. The batch goes to run_dir/nonfinite_step_NNNNNNN.json.
     """
-    kept: list[list[TrainingSequence]] = [[]] * runtime.world_size
-    dist.all_gather_object(kept, sequences)
+    sequences_of_ranks: list[list[TrainingSequence]] = [[]] * runtime.world_size
+    dist.all_gather_object(sequences_of_ranks, sequences)
     path = run_dir / f"nonfinite_step_{step:07d}.json"
-    where = f"the batch is in {path}"
+    place = f"the batch is in {path}"
     if runtime.is_main:
-        unique = {(s.prompt_slot, s.rationale_slot): s for replica in kept for s in replica}
+        unique = {(s.prompt_slot, s.rationale_slot): s for replica in sequences_of_ranks for s in replica}
         batch = {
             "step": step,
             "quantity": what,
@@ -101,7 +101,7 @@ def non_finite(
         try:
             path.write_text(json.dumps(batch), encoding="utf-8")
         except OSError as fault:  # the run's own fault is the one to tell, and the others wait below
-            where = f"the batch could not be kept in {path}: {fault.strerror}"
+            place = f"the batch could not be kept in {path}: {fault.strerror}"
     dist.barrier()  # a launcher ends all ranks once the first has left: none leaves before the batch is on disk
     ids = [p.index for p in prompts]
-    return RunFailure(f"step {step}: {what} is not finite; prompts {ids}; {where}")
+    return RunFailure(f"step {step}: {what} is not finite; prompts {ids}; {place}")

@@ -50,14 +50,14 @@ class Numerics:
         self._elements, self._log_p, self._facts = int(count), math.nan, None
         self._step, self._q, self._sequences = 0, None, 0
 
-    def load(self, beginning: StartPoint) -> None:
+    def load(self, start: StartPoint) -> None:
         """Continue with the scale of the checkpoint whose optimizer was loaded, and know the ln P of its last steps.
 
         A checkpoint of an earlier version knows no such steps.
         """
-        if beginning.found is None or beginning.weights_only:
+        if start.checkpoint is None or start.weights_only:
             return
-        manifest = beginning.found.manifest
+        manifest = start.checkpoint.manifest
         self.scale.restore(manifest.optimizer, self._optimizer)
         self._watch.falls = FallWatch((manifest.optimizer or {}).get("log_p_per_token", ()))
 

@@ -141,18 +141,20 @@ class PrecisionWatch:
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         (lost, total), (furthest, most) = sums.tolist(), largest.tolist()
-        where = (
+        problem = (
             f"step {facts.step}: float32 cannot hold the squares of {100 * lost / max(total, 1):.2g} % of the "
             f"gradient's elements, which Adam's second moment needs, and --adam-eps {o.adam_eps:g} is below their "
             f"floor, {GRADIENT_FLOOR:.1e}"
         )
         if furthest > 10 * most:
             raise RunFailure(
-                f"{where}: a weight would move {furthest:.3g} times --lr, where {most:.2g} is the most that Adam can "
+                f"{problem}: a weight would move {furthest:.3g} times --lr, where {most:.2g} is the most that Adam can "
                 f"({facts}). {self._remedy(facts)} Or give a larger --adam-eps"
             )
         if lost:
-            self._warn("epsilon below", f"{where}: their steps are of the wrong size ({facts}). {self._remedy(facts)}")
+            self._warn(
+                "epsilon below", f"{problem}: their steps are of the wrong size ({facts}). {self._remedy(facts)}"
+            )
 
     def _remedy(self, facts: StepFacts) -> str:
         if self._o.optimizer == "sgd":

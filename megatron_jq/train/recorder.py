@@ -218,9 +218,9 @@ def _cut_back(path: Path, length: int) -> str | None:
         if size > length:
             os.truncate(path, length)
         return None
-    whole = path.read_bytes().rfind(b"\n") + 1 if size else 0
-    if size > whole:
-        os.truncate(path, whole)  # or the next line would be appended to a torn one
+    complete = path.read_bytes().rfind(b"\n") + 1 if size else 0
+    if size > complete:
+        os.truncate(path, complete)  # or the next line would be appended to a torn one
     return f"warning: {path} lacks steps that it held when the checkpoint was written; the run goes on without them"
 
 

@@ -39,32 +39,32 @@ class Reference:
         self.model = TrainingModel(chunks)
         self._folder = save_folder(config) / REFERENCE
 
-    def begin(self, beginning: StartPoint, policies: list[Policy]) -> None:
+    def begin(self, start: StartPoint, policies: list[Policy]) -> None:
         """Take the weights that the run began with: those of `policies`, which hold the beginning's, or the kept ones.
 
         UserError on every rank where a run that is taken up again has none.
         """
-        if not _taken_up(beginning):
+        if not _taken_up(start):
             with torch.no_grad():
-                for mine, theirs in zip(self.model.policies, policies, strict=True):
-                    for frozen, trained in zip(mine.parameters(), theirs.parameters(), strict=True):
+                for frozen_policy, trained_policy in zip(self.model.policies, policies, strict=True):
+                    for frozen, trained in zip(frozen_policy.parameters(), trained_policy.parameters(), strict=True):
                         frozen.copy_(trained)
             return
-        found = find_checkpoint(self._folder, "--resume: --grpo-kl-beta:", self._runtime, print, missing_ok=True)
-        if found is None:
+        checkpoint = find_checkpoint(self._folder, "--resume: --grpo-kl-beta:", self._runtime, print, missing_ok=True)
+        if checkpoint is None:
             raise UserError(
                 f"--resume: --grpo-kl-beta needs the policy that the run began with, and {self._folder} does not hold "
                 "it; restore that folder, or begin a new run with --load and --finetune"
             )
-        check_architecture(found, self._derived.architecture, self._options.vocab_size)
-        load_weights(found, self.model.policies, self._runtime)
+        check_architecture(checkpoint, self._derived.architecture, self._options.vocab_size)
+        load_weights(checkpoint, self.model.policies, self._runtime)
 
-    def keep(self, beginning: StartPoint, deadline: timedelta, run: Run | None) -> None:
+    def keep(self, start: StartPoint, deadline: timedelta, run: Run | None) -> None:
         """Write the weights, unless the run was taken up again. RunFailure on every rank where that fails.
 
         run: rank 0's, which writes the manifest.
         """
-        if _taken_up(beginning):
+        if _taken_up(start):
             return
         manifest = Manifest(
             step=0,
@@ -78,5 +78,5 @@ class Reference:
         CheckpointWriter(self._folder, self._runtime, deadline).save_weights(self.model.policies, manifest)
 
 
-def _taken_up(beginning: StartPoint) -> bool:
-    return beginning.resumed and beginning.found is not None
+def _taken_up(start: StartPoint) -> bool:
+    return start.resumed and start.checkpoint is not None

@@ -113,9 +113,7 @@ def changed(before: Config, after: Config, rule: Rule = Rule.FIXED) -> list[str]
     return [
         _line(name, before, after)
         for name in SETTINGS
-        if rule_of(name) is rule
-        and _read(name, before, after)
-        and meaning(before, name) != meaning(after, name)
+        if rule_of(name) is rule and _read(name, before, after) and meaning(before, name) != meaning(after, name)
     ]
 
 

@@ -37,7 +37,7 @@ def run_training(config: Config) -> int:
         on_all_ranks(runtime, lambda: reward_of(config))  # the user's own module: before any work
         on_all_ranks(runtime, lambda: Estimator.of(config, derived).rehearse(config.rollout.num_rationales))
         start = find_start_point(config, runtime)
-        carried = None if start.found is None else start.found.tokenizer
+        carried = None if start.checkpoint is None else start.checkpoint.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
         loop = assemble(config, derived, data, runtime, phase)
         saving = Saving(config, derived, data, runtime, loop.parts, loop.numerics, deadline, began, folders)

@@ -68,52 +68,54 @@ class Saving:
             tokenizer=data.tokenizer_path,
         )
 
-    def load(self, beginning: StartPoint) -> None:
+    def load(self, start: StartPoint) -> None:
         """Take weights, and unless weights_only all else, from the checkpoint to begin from, if there is one.
 
         UserError on every rank where it does not fit this run.
         """
-        found = beginning.found
+        checkpoint = start.checkpoint
         if self._runtime.is_main:
-            self._branches = self._folders.branches(found.manifest if beginning.resumed and found else None)
-        if found is None:
+            self._branches = self._folders.branches(checkpoint.manifest if start.resumed and checkpoint else None)
+        if checkpoint is None:
             return
-        check_architecture(found, self._derived.architecture, self._vocab_size)
-        if not beginning.weights_only:
-            self._check_run(found)
-        if beginning.resumed:
-            self._check_resumed(found)
-        load_weights(found, self._model.policies, self._runtime)
-        if beginning.weights_only:
-            take_main_weights(found, self._model.policies, self._optimizer, self._runtime)
+        check_architecture(checkpoint, self._derived.architecture, self._vocab_size)
+        if not start.weights_only:
+            self._check_run(checkpoint)
+        if start.resumed:
+            self._check_resumed(checkpoint)
+        load_weights(checkpoint, self._model.policies, self._runtime)
+        if start.weights_only:
+            take_main_weights(checkpoint, self._model.policies, self._optimizer, self._runtime)
         else:
-            load_optimizer(found, self._model.policies, self._optimizer, self._runtime)
-            self._numerics.load(beginning)
-            load_random_states(found, self._runtime, self._layout())
+            load_optimizer(checkpoint, self._model.policies, self._optimizer, self._runtime)
+            self._numerics.load(start)
+            load_random_states(checkpoint, self._runtime, self._layout())
 
-    def _check_run(self, found: Checkpoint) -> None:
-        saved, optimizer = found.manifest, self._config.optimizer.optimizer
+    def _check_run(self, checkpoint: Checkpoint) -> None:
+        saved, optimizer = checkpoint.manifest, self._config.optimizer.optimizer
         remedy = "or begin a new run from its weights with --load and --finetune"
         if saved.data != self._data:
             flag = "--train-data"
             if self._config.objective.row.pretrains:
                 flag = "--data-path (and --train-iters, where files are read more than once)"
-            before = None if saved.config is None else settings_of_text(saved.config, f"{found.folder}: its settings")
+            before = (
+                None if saved.config is None else settings_of_text(saved.config, f"{checkpoint.folder}: its settings")
+            )
             changes = [] if before is None else changed(before, self._config, Rule.SAME_DATA)
             because = f" ({'; '.join(changes)})" if changes else ""
             raise UserError(
-                f"{found.folder} was trained on other data than {flag} gives now{because}; restore it, {remedy}"
+                f"{checkpoint.folder} was trained on other data than {flag} gives now{because}; restore it, {remedy}"
             )
         if saved.optimizer["name"] != optimizer:
             raise UserError(
-                f"{found.folder} was trained with --optimizer {saved.optimizer['name']}, not {optimizer}; "
+                f"{checkpoint.folder} was trained with --optimizer {saved.optimizer['name']}, not {optimizer}; "
                 f"keep that, {remedy}"
             )
 
-    def _check_resumed(self, found: Checkpoint) -> None:
+    def _check_resumed(self, checkpoint: Checkpoint) -> None:
         """What a resumed run may name otherwise, but not change: tokenizer, answer budget, the experts' loss."""
-        saved, faults = found.manifest, []
-        before = None if saved.config is None else settings_of_text(saved.config, f"{found.folder}: its settings")
+        saved, faults = checkpoint.manifest, []
+        before = None if saved.config is None else settings_of_text(saved.config, f"{checkpoint.folder}: its settings")
         if saved.tokenizer is not None and saved.tokenizer != self._tokenizer:
             faults.append("--tokenizer-model is another tokenizer")
         elif saved.tokenizer is None and before is not None:  # older than fingerprints: by name
@@ -131,7 +133,7 @@ class Saving:
             now = self._derived.architecture.moe_aux_loss_coeff
             faults.append(f"--moe-aux-loss-coeff was {coefficient} and is {now}")
         if faults:
-            raise UserError(f"--resume from {found.folder}: {'; '.join(faults)}; or begin a new run with --load")
+            raise UserError(f"--resume from {checkpoint.folder}: {'; '.join(faults)}; or begin a new run with --load")
 
     def between_steps(self, metrics: StepMetrics, recorder: Recorder | None, stop: StopRequest) -> bool:
         """Save where that is due; whether to stop. One all-reduce of five numbers lets all ranks do the same.

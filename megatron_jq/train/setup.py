@@ -85,17 +85,17 @@ def prepare_data(
         kind, path = _run_tokenizer(config, runtime, train.source.pairs, run_dir, carried)
     tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path))
     sources = [train] if heldout is None else [train, heldout]
-    encoded = on_all_ranks(runtime, lambda: [encode_reading(config, one, tokenizer) for one in sources])
+    encoded = on_all_ranks(runtime, lambda: [encode_reading(config, reading, tokenizer) for reading in sources])
     if runtime is None or runtime.is_main:
-        for one, made in zip(sources, encoded, strict=True):
-            changed = describe_changed(made.placed, tokenizer)
-            for remark in (*made.remarks, *([changed] if changed else [])):
-                print(f"warning: {one.named}: {remark}", flush=True)
+        for reading, encoding in zip(sources, encoded, strict=True):
+            changed = describe_changed(encoding.placed, tokenizer)
+            for remark in (*encoding.remarks, *([changed] if changed else [])):
+                print(f"warning: {reading.named}: {remark}", flush=True)
     data, overlong = on_all_ranks(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
     if runtime is None or runtime.is_main:
-        for one, report in zip(sources, overlong, strict=True):
+        for reading, report in zip(sources, overlong, strict=True):
             if report.count:
-                print(f"warning: {one.named}: {report}", flush=True)
+                print(f"warning: {reading.named}: {report}", flush=True)
     return data
 
 
@@ -173,8 +173,8 @@ def _check_carried(train: Reading, carried: Path | None) -> None:
     """A checkpoint's weights belong to its tokenizer: a prepared set's must be the same."""
     if carried is None or not carried.is_dir():
         return
-    own = tokenizer_in(carried)
-    if own is not None and load_tokenizer(*own).fingerprint() != train.prepared.tokenizer:
+    carried_tokenizer = tokenizer_in(carried)
+    if carried_tokenizer is not None and load_tokenizer(*carried_tokenizer).fingerprint() != train.prepared.tokenizer:
         raise UserError(f"{train.named} was prepared with another tokenizer than the checkpoint's, {carried}")
 
 
@@ -199,15 +199,15 @@ def _place_tokenizer(config: Config, pairs: Sequence[Pair] | None, run_dir: Path
             return SENTENCEPIECE
         if (folder / "tokenizer.json").exists():
             return HUGGING_FACE
-    own = None if carried is None else tokenizer_in(carried)
-    if own is None and carried is not None and carried.is_dir():
+    carried_tokenizer = None if carried is None else tokenizer_in(carried)
+    if carried_tokenizer is None and carried is not None and carried.is_dir():
         raise UserError(f"{carried} holds no tokenizer (tokenizer.json, tokenizer.model); give --tokenizer-model")
-    if own is None:
+    if carried_tokenizer is None:
         if pairs is None:
             raise UserError("--load: the checkpoint brings no tokenizer; name it with --tokenizer-model")
         train_tokenizer(config.data.train_data, pairs, model, vocab_size=config.data.tokenizer_vocab_size)
         return SENTENCEPIECE
-    kind, source = own
+    kind, source = carried_tokenizer
     with writing("--run-dir", model if kind == SENTENCEPIECE else folder):
         if kind == SENTENCEPIECE:
             _copy(source, model)
@@ -246,9 +246,11 @@ def _fitted(
     # A micro-batch holds at least one whole sequence.
     context = architecture.max_position_embeddings
     context = min(context, config.training.max_tokens_per_micro_batch or context)
-    answer_budget = r.answer_budget or max(len(one.example.answer_ids) for made in encoded for one in made.placed)
+    answer_budget = r.answer_budget or max(
+        len(placed.example.answer_ids) for encoding in encoded for placed in encoding.placed
+    )
     # Prompt, rationale, a forced close token, the template's bridge and the answer share the context.
-    bridge = max(longest_bridge(made.placed) for made in encoded)
+    bridge = max(longest_bridge(encoding.placed) for encoding in encoded)
     room = context - r.rationale_budget - 1 - bridge - answer_budget
     if room < 1:
         raise UserError(
@@ -257,18 +259,18 @@ def _fitted(
             "--answer-budget, or raise --max-position-embeddings or --max-tokens-per-micro-batch"
         )
 
-    def fit(made: Encoded) -> EncodedExamples:
-        imitated = config.objective.row.reads_rationales and made is encoded[0]
+    def fit(encoding: Encoded) -> EncodedExamples:
+        imitated = config.objective.row.reads_rationales and encoding is encoded[0]
         return select_fitting(
-            made.placed,
+            encoding.placed,
             max_prompt_tokens=min(room, d.max_prompt_tokens or room),
             answer_budget=answer_budget,
             rationale_budget=r.rationale_budget if imitated else None,
             overlong=d.overlong_prompts,
         )
 
-    train, *heldout = fitted = [fit(made) for made in encoded]
-    overlong = [made.overlong for made in fitted]
+    train, *heldout = fitted = [fit(encoding) for encoding in encoded]
+    overlong = [encoding.overlong for encoding in fitted]
     data = DataSets(
         tokenizer,
         train.examples,

@@ -17,11 +17,11 @@ from megatron_jq.train.run_directory import METRICS, check_settings, save_folder
 
 @dataclass(frozen=True)
 class StartPoint:
-    """found: the checkpoint to load. resumed: it is this run's own; otherwise metrics begin anew. notes: what else the
+    """checkpoint: the one to load. resumed: it is this run's own; otherwise metrics begin anew. notes: what else the
     user should know.
     """
 
-    found: Checkpoint | None
+    checkpoint: Checkpoint | None
     step: int  # steps done
     resumed: bool
     weights_only: bool
@@ -30,18 +30,18 @@ class StartPoint:
     @property
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl that stays."""
-        return (self.found.manifest.metrics_bytes or 0) if self.found is not None and self.resumed else 0
+        return (self.checkpoint.manifest.metrics_bytes or 0) if self.checkpoint is not None and self.resumed else 0
 
     def described(self, seed: int, train_iters: int) -> str:
         """Lines for the user: where the weights come from, and what else there is to know."""
         return "\n".join((self._origin(seed, train_iters), *self.notes))
 
     def _origin(self, seed: int, train_iters: int) -> str:
-        if self.found is None:
+        if self.checkpoint is None:
             return f"begins with random weights (--seed {seed})"
         if self.weights_only:
-            return f"begins with the weights of {self.found.description}"
-        done = f"goes on from {self.found.folder}: {self.step} steps are done"
+            return f"begins with the weights of {self.checkpoint.description}"
+        done = f"goes on from {self.checkpoint.folder}: {self.step} steps are done"
         return done if self.step < train_iters else f"{done}, nothing is left to do (--train-iters {train_iters})"
 
 
@@ -53,29 +53,29 @@ def find_start_point(config: Config, runtime: Runtime) -> StartPoint:
     """
     c, folder, notes = config.checkpoint, save_folder(config), ()
     if c.resume:
-        found = find_checkpoint(folder, "--resume: --save", runtime, print, missing_ok=True)
-        if found is not None:
-            on_all_ranks(runtime, lambda: check_settings(found.manifest, config), main_only=True)
-            notes = on_all_ranks(runtime, lambda: _aside(found, folder), main_only=True) or ()
-            return StartPoint(found, found.manifest.step, resumed=True, weights_only=False, notes=notes)
+        checkpoint = find_checkpoint(folder, "--resume: --save", runtime, print, missing_ok=True)
+        if checkpoint is not None:
+            on_all_ranks(runtime, lambda: check_settings(checkpoint.manifest, config), main_only=True)
+            notes = on_all_ranks(runtime, lambda: _aside(checkpoint, folder), main_only=True) or ()
+            return StartPoint(checkpoint, checkpoint.manifest.step, resumed=True, weights_only=False, notes=notes)
         notes = on_all_ranks(runtime, lambda: _lost(config, folder), main_only=True) or ()
     folder_flag = _folder_with_weights(config, runtime)
     if folder_flag is not None:
-        found = open_folder(*folder_flag, runtime)
-        return StartPoint(found, 0, resumed=False, weights_only=True, notes=notes)
+        checkpoint = open_folder(*folder_flag, runtime)
+        return StartPoint(checkpoint, 0, resumed=False, weights_only=True, notes=notes)
     if c.load is not None:
-        found = find_checkpoint(Path(c.load), "--load", runtime, print)
-        if found is None:
+        checkpoint = find_checkpoint(Path(c.load), "--load", runtime, print)
+        if checkpoint is None:
             raise none_found(Path(c.load), [], "--load")
-        weights_only = c.finetune or found.manifest.optimizer is None
-        step = 0 if weights_only else found.manifest.step
+        weights_only = c.finetune or checkpoint.manifest.optimizer is None
+        step = 0 if weights_only else checkpoint.manifest.step
         if not weights_only and step >= config.training.train_iters:
             raise UserError(
                 f"--load {c.load}: its run is done ({step} steps, --train-iters {config.training.train_iters}), so "
                 "nothing would be trained: --finetune begins a new run at step 0 with its weights, a larger "
                 "--train-iters continues it"
             )
-        return StartPoint(found, step, resumed=False, weights_only=weights_only, notes=notes)
+        return StartPoint(checkpoint, step, resumed=False, weights_only=weights_only, notes=notes)
     return StartPoint(None, 0, resumed=c.resume, weights_only=False, notes=notes)
 
 
@@ -97,9 +97,9 @@ def _folder_with_weights(config: Config, runtime: Runtime) -> tuple[Path, str] |
     return seen[0]
 
 
-def _aside(found: Checkpoint, folder: Path) -> tuple[str, ...]:
+def _aside(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
     """Checkpoints that the run does not go on from: of later steps, or of a branch that it left before."""
-    later = [step for step in saved_steps(folder) if step > found.manifest.step]
+    later = [step for step in saved_steps(folder) if step > checkpoint.manifest.step]
     steps = sorted({*left_aside(folder, "--save"), *later})
     if not steps:
         return ()

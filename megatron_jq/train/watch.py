@@ -67,8 +67,8 @@ class Watch:
     def _signs(self) -> list[str]:
         keys = [str(rank) for rank in range(self._runtime.world_size)]
         present = [key if self._store.check([key]) else None for key in keys]
-        found = iter(self._store.multi_get([key for key in present if key is not None]))
-        return ["" if key is None else next(found).decode() for key in present]
+        answers = iter(self._store.multi_get([key for key in present if key is not None]))
+        return ["" if key is None else next(answers).decode() for key in present]
 
     def _run(self) -> None:
         count, entered = 0, None

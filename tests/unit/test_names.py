@@ -23,7 +23,6 @@ MOST = {
     "megatron_jq/evaluate": 18,
     "megatron_jq/preflight": 2,
     "megatron_jq/rollout": 6,
-    "megatron_jq/train": 44,
     "tests/distributed": 109,
     "tests/e2e": 45,
     "tests/gpu": 20,
