@@ -12,7 +12,7 @@ class Knobs:
 
     q: the step's. num_resamples: PAFT's K. generator: random numbers of this estimator, seed and step, alike on every
     rank. Any other name is a setting of [objective]. Reading one that the row does not declare is a UserError: what a
-    run says of its settings would not be true.
+    run says of its settings would not be true. names_read: what has been read so far.
     """
 
     q: float
@@ -21,12 +21,15 @@ class Knobs:
     generator: Generator
 
     def __init__(self, estimator: str, values: Mapping[str, Any]):
-        self.__dict__.update(values)
-        self.__dict__["_estimator"] = estimator
+        self._estimator, self._values = estimator, dict(values)
+        self.names_read: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
+        if name in self._values:
+            self.names_read.add(name)
+            return self._values[name]
         raise UserError(
             f"--estimator {self._estimator}: its function reads knobs.{name}, which its row does not declare; add "
             f'"{name}" to reads in megatron_jq/estimators.py'

@@ -75,30 +75,9 @@ class Estimator:
         resamples = self.num_resamples if self.row.resamples else None
         scale_B1 = prompt_mean_scale(table.valid_BM, self.minimum_rationales, num_resamples=resamples)[:, None]
         scale_B1 = scale_B1 / self.row_tokens
-        rationale_BM, answer_BM = self._call(self.row.function, table, q, step)
+        function = resolve(self.row, self.row.function)
+        rationale_BM, answer_BM = function(DeclaredTable(table, self.row), self.knobs(q=q, step=step))
         return Coefficients(rationale_BM * scale_B1, answer_BM * scale_B1)
-
-    def rehearse(self, num_rationales: int) -> None:
-        """Call the estimator's function on made-up numbers. UserError, which names it, where it could not train a run.
-
-        A function that reads what its row does not declare, fails, breaks its contract, or gives every rationale the
-        constant 0 would end a run at its first step, or train on nothing and end well.
-        """
-        at = f"--estimator {self.name}: {self.row.function}"
-        table = _made_up_table(num_rationales, self.minimum_rationales)
-        try:
-            result = self._call(self.row.function, table, float(self.settings["q"]), step=0)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{at} fails on made-up numbers: {type(error).__name__}: {error}") from error
-        if fault := _fault(result, table.valid_BM):
-            raise UserError(f"{at} {fault}")
-        if not any(each_BM.any() for each_BM in result):
-            raise UserError(
-                f"{at} gives every rationale the constant 0 with --num-rationales {num_rationales}: nothing would be "
-                "trained; give more, and correct minimum_rationales in its row in megatron_jq/estimators.py"
-            )
 
     def kl_weights(self, valid_BM: torch.Tensor, beta: float) -> torch.Tensor:
         """beta/(B·M_b) for each token of a sequence that is in the batch, float64 [B, M], 0 elsewhere."""
@@ -110,60 +89,40 @@ class Estimator:
         if not valid_BM.any():
             return 0.0
         if self.row.effective_reward is not None:
-            return self._call(self.row.effective_reward, table, q, step=0).max().item()
+            function = resolve(self.row, self.row.effective_reward)
+            return function(DeclaredTable(table, self.row), self.knobs(q=q, step=0)).max().item()
         scale_B1 = prompt_mean_scale(valid_BM, self.minimum_rationales)[:, None]
         factor_BM = (coefficients.rationale_BM / scale_B1).nan_to_num(0.0)  # 0 / 0: a prompt that left the batch
         return factor_BM.max().item()
 
-    def _call(self, function: str, table: StepTable, q: float, step: int) -> Any:
+    def knobs(self, *, q: float, step: int) -> Knobs:
+        """Return what the estimator's function may read besides the table."""
         values = {**self.settings, "q": q, "normalize": self.normalize, "num_resamples": self.num_resamples}
         if GENERATOR in self.row.reads:
             values[GENERATOR] = stream(f"{self.name.upper()}'s draws", self.seed, step)
-        knobs = Knobs(self.name, {name: values[name] for name in self.row.reads})
-        return resolve(self.row, function)(_declared(table, self.row), knobs)
+        return Knobs(self.name, {name: values[name] for name in self.row.reads})
 
 
-def _made_up_table(num_rationales: int, minimum: int) -> StepTable:
-    """Distinct ln w, rewards of both kinds, and a rationale that is not valid where the prompt can spare one."""
-    shape = (2, num_rationales)
-    number_BM = torch.arange(2 * num_rationales, dtype=torch.float64).reshape(shape)
-    valid_BM = torch.ones(shape, dtype=torch.bool)
-    valid_BM[1, -1] = num_rationales <= minimum
-    log_w_BM = -1.0 - number_BM / 3
-    return StepTable(log_w_BM, valid_BM, log_w_BM - 1.0, log_w_BM - 2.0, (number_BM + 1) % 2)
+class DeclaredTable(StepTable):
+    """A step's table as an estimator's function sees it: what its row does not declare is refused, not None.
 
+    names_read: which of the numbers that only some estimators need have been read. UserError where the table lacks one
+    that the row declares.
+    """
 
-def _fault(result: Any, valid_BM: torch.Tensor) -> str | None:
-    """What an estimator's function promises and does not keep."""
-    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, torch.Tensor) for t in result)):
-        return f"returns {type(result).__name__}; two tensors must come back: (rationale_BM, answer_BM)"
-    for name, each_BM in zip(("rationale_BM", "answer_BM"), result, strict=True):
-        if each_BM.shape != valid_BM.shape or each_BM.dtype != torch.float64 or each_BM.requires_grad:
-            came = f"{list(each_BM.shape)}, {each_BM.dtype}{', with a gradient' * each_BM.requires_grad}"
-            return f"returns {name} as {came}; float64 {list(valid_BM.shape)} without a gradient must come back"
-        if not torch.isfinite(each_BM).all():
-            return f"returns {name} with a number that is not finite"
-        if each_BM[~valid_BM].any():
-            return f"returns {name} other than 0 for a rationale that is not valid"
-    return None
-
-
-class _DeclaredTable(StepTable):
-    """A step's table as an estimator's function sees it: what its row does not declare is refused, not None."""
+    def __init__(self, table: StepTable, row: EstimatorRow):
+        if lacking := [name for name in row.fields if getattr(table, name) is None]:
+            raise UserError(f"--estimator {row.name} needs {', '.join(lacking)}, which this step's table does not have")
+        object.__setattr__(self, "row", row)
+        object.__setattr__(self, "names_read", set())
+        super().__init__(**{f.name: getattr(table, f.name) for f in fields(StepTable)})
 
     def __getattribute__(self, name: str) -> Any:
-        if name in _DECLARED and name not in object.__getattribute__(self, "row").fields:
-            row = object.__getattribute__(self, "row")
-            raise UserError(
-                f"--estimator {row.name}: its function reads table.{name}, which its row does not declare; change "
-                "needs in megatron_jq/estimators.py"
-            )
-        return object.__getattribute__(self, name)
-
-
-def _declared(table: StepTable, row: EstimatorRow) -> StepTable:
-    if lacking := [name for name in row.fields if getattr(table, name) is None]:
-        raise UserError(f"--estimator {row.name} needs {', '.join(lacking)}, which this step's table does not have")
-    declared = _DeclaredTable(**{f.name: getattr(table, f.name) for f in fields(StepTable)})
-    object.__setattr__(declared, "row", row)
-    return declared
+        if name in _DECLARED:
+            if name not in self.row.fields:
+                raise UserError(
+                    f"--estimator {self.row.name}: its function reads table.{name}, which its row does not declare; "
+                    "change needs in megatron_jq/estimators.py"
+                )
+            self.names_read.add(name)
+        return super().__getattribute__(name)

@@ -13,6 +13,7 @@ from megatron_jq.rollout.engines import engine_row
 from megatron_jq.train.assemble import assemble
 from megatron_jq.train.estimators import Estimator
 from megatron_jq.train.failures import Phase, peers_must_answer
+from megatron_jq.train.rehearsal import rehearse
 from megatron_jq.train.run_directory import RunFolders
 from megatron_jq.train.saving import Saving
 from megatron_jq.train.setup import prepare_data
@@ -35,7 +36,7 @@ def run_training(config: Config) -> int:
             print(note, flush=True)
         on_all_ranks(runtime, lambda: engine_row(config))
         on_all_ranks(runtime, lambda: reward_of(config))  # the user's own module: before any work
-        on_all_ranks(runtime, lambda: Estimator.of(config, derived).rehearse(config.rollout.num_rationales))
+        on_all_ranks(runtime, lambda: rehearse(Estimator.of(config, derived), config.rollout.num_rationales))
         start = find_start_point(config, runtime)
         carried = None if start.checkpoint is None else start.checkpoint.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)

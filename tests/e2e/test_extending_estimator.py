@@ -55,7 +55,7 @@ class Copy:
     def python(self, *words: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [sys.executable, *words], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=180
+            [sys.executable, *words], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600
         )
 
     def train(self, *flags: str) -> subprocess.CompletedProcess:

@@ -36,7 +36,8 @@ from megatron_jq.objective.knobs import Knobs
 from megatron_jq.objective.table import StepTable
 from megatron_jq.report import describe_q
 from megatron_jq.seeds import stream
-from megatron_jq.train.estimators import Estimator
+from megatron_jq.train.estimators import DeclaredTable, Estimator
+from megatron_jq.train.rehearsal import rehearse
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASELINES = REPOSITORY / "docs" / "baselines.md"
@@ -86,9 +87,9 @@ class SamePerPrompt:
         return stream("a test", 1).random(size[1:])[None].repeat(size[0], axis=0)
 
 
-def knobs_of(row: EstimatorRow, kind: type[Knobs] = Knobs, generator=None, **changes) -> Knobs:
+def knobs_of(row: EstimatorRow, generator=None, **changes) -> Knobs:
     values = {**VALUES, **changes, GENERATOR: generator or stream("a test", 1)}
-    return kind(row.name, {name: values[name] for name in row.reads})
+    return Knobs(row.name, {name: values[name] for name in row.reads})
 
 
 def both(row: EstimatorRow, table: StepTable, **changes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,37 +219,13 @@ def test_another_number_of_rationales_is_refused_at_start_by_name(row):
         validate_training(parse_args(["--estimator", row.name, "--num-rationales", str(wrong)]), 1)
 
 
-class Recording(Knobs):
-    """Knobs that remember what was read of them."""
-
-    def __init__(self, estimator: str, values):
-        super().__init__(estimator, values)
-        self.__dict__["names"] = set()
-
-    def __getattribute__(self, name: str):
-        if name in VALUES or name == GENERATOR:
-            self.__dict__["names"].add(name)
-        return super().__getattribute__(name)
-
-
-class RecordingTable(StepTable):
-    """A table that remembers its floats that were read."""
-
-    def __getattribute__(self, name: str):
-        if name in FLOATS:
-            object.__getattribute__(self, "__dict__").setdefault("names", set()).add(name)
-        return super().__getattribute__(name)
-
-
 @each_row
 def test_what_a_row_declares_is_what_its_function_reads(row):
     """By what is declared a run says which flags have no effect, and computes ln w, or draws answers, or does not."""
-    knobs, table = knobs_of(row, Recording), made_up_table()
-    table = RecordingTable(**{f.name: getattr(table, f.name) for f in dataclasses.fields(StepTable)})
-    table.__dict__.pop("names", None)
+    knobs, table = knobs_of(row), DeclaredTable(made_up_table(), row)
     resolve(row, row.function)(table, knobs)
-    assert knobs.names == set(row.reads), "change reads"
-    assert table.__dict__.get("names", set()) == set(row.fields), "change needs"
+    assert knobs.names_read == set(row.reads), "change reads"
+    assert table.names_read == set(row.fields), "change needs"
 
 
 @each_function
@@ -261,13 +238,13 @@ def test_reading_what_is_not_declared_is_refused_by_name(row, function, monkeypa
     for field, value, words in undeclared:
         monkeypatch.setitem(ESTIMATORS, row.name, dataclasses.replace(row, function=function, **{field: value}))
         with pytest.raises(UserError, match=f"--estimator {row.name}: its function reads {words}, .* {field}"):
-            estimator(row).rehearse(4)
+            rehearse(estimator(row), 4)
 
 
 def is_read(row: EstimatorRow, function: str, words: str) -> bool:
-    knobs = knobs_of(row, Recording)
+    knobs = knobs_of(row)
     resolve(row, function)(made_up_table(), knobs)
-    return words.startswith("table.") or words.removeprefix("knobs.") in knobs.names
+    return words.startswith("table.") or words.removeprefix("knobs.") in knobs.names_read
 
 
 @each_function
@@ -325,7 +302,7 @@ def test_the_effective_reward_is_a_number(row):
 @each_row
 def test_a_right_row_is_let_through_at_start(row):
     for num_rationales in range(row.minimum_rationales, 2 if row.imitates else 5):
-        estimator(row).rehearse(num_rationales)
+        rehearse(estimator(row), num_rationales)
 
 
 def too_few(table, knobs):
@@ -348,6 +325,11 @@ def infinite(table, knobs):
     return torch.where(table.valid_BM, torch.inf, 0.0).double(), table.valid_BM.double()
 
 
+def not_in_log_space(table, knobs):
+    weight_BM = torch.where(table.valid_BM, table.log_w_BM.exp(), 0.0)
+    return weight_BM / weight_BM.sum(dim=1, keepdim=True), weight_BM
+
+
 def fails(table, knobs):
     raise KeyError("w")
 
@@ -364,16 +346,18 @@ def three_arguments(table, knobs, extra):
         ("not_masked", "returns rationale_BM other than 0 for a rationale that is not valid"),
         ("zeros", "gives every rationale the constant 0 with --num-rationales 3: nothing would be trained"),
         ("infinite", "returns rationale_BM with a number that is not finite"),
+        ("not_in_log_space", "returns rationale_BM with a number that is not finite"),
         ("fails", "fails on made-up numbers: KeyError: 'w'"),
         ("three_arguments", r"missing a required argument: 'extra'; it is called as three_arguments\(table, knobs\)"),
         ("nowhere", "has no function nowhere"),
     ],
 )
 def test_a_function_that_cannot_train_is_refused_at_start(function, words, monkeypatch):
-    row = dataclasses.replace(ESTIMATORS[DEFAULT], function=f"{__name__}:{function}", minimum_rationales=1)
+    changes = {"function": f"{__name__}:{function}", "minimum_rationales": 1}
+    row = dataclasses.replace(ESTIMATORS[DEFAULT], **changes, reads=(), aliases=(), effective_reward=None)
     monkeypatch.setitem(ESTIMATORS, DEFAULT, row)
     with pytest.raises(UserError, match=words):
-        Estimator.of(Config(), derive(parse_args(["--num-rationales", "3"]), 1)).rehearse(3)
+        rehearse(Estimator.of(Config(), derive(parse_args(["--num-rationales", "3"]), 1)), 3)
 
 
 def test_a_least_number_that_is_too_low_is_refused_at_start(monkeypatch):
@@ -382,7 +366,22 @@ def test_a_least_number_that_is_too_low_is_refused_at_start(monkeypatch):
     config = parse_args(["--num-rationales", "1"])
     validate_training(config, 1)
     with pytest.raises(UserError, match="the constant 0 with --num-rationales 1: nothing would be trained"):
-        Estimator.of(config, derive(config, 1)).rehearse(1)
+        rehearse(Estimator.of(config, derive(config, 1)), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reads": ("q", "normalize", "num_resamples")}, "does not read knobs.num_resamples, which its row declares"),
+        ({"needs": Needs.GOLD_SCORE | Needs.REWARD}, "does not read table.reward_BM, which its row declares"),
+        ({"effective_reward": f"{__name__}:fails"}, "fails on made-up numbers: KeyError: 'w'"),
+    ],
+)
+def test_a_row_that_says_more_than_its_function_does_is_refused_at_start(changes, words, monkeypatch):
+    """An unread q would stand in every line that is said of the run; an unneeded reward trains another answer."""
+    monkeypatch.setitem(ESTIMATORS, DEFAULT, dataclasses.replace(ESTIMATORS[DEFAULT], **changes))
+    with pytest.raises(UserError, match=words):
+        rehearse(estimator(ESTIMATORS[DEFAULT]), 4)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +406,7 @@ def test_a_row_that_is_wrong_is_refused_at_start_by_name(changes, words, monkeyp
         monkeypatch.setattr("megatron_jq.estimators.NAMES", (*NAMES, "paft"))
     with pytest.raises(UserError, match=f"megatron_jq/estimators.py, row {row.name}: .*{words}"):
         config = Config()
-        Estimator.of(config, derive(config, 1)).rehearse(4)
+        rehearse(Estimator.of(config, derive(config, 1)), 4)
 
 
 def test_settings_that_are_refused_elsewhere_are_read_somewhere():
