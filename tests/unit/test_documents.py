@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torchrun
 
-from megatron_jq.config import SETTINGS, settings_of_text
+from megatron_jq.config import OLD_NAMES, SETTINGS, settings_of_text
 from megatron_jq.data.template import template_of
 from megatron_jq.toml_files import tomllib
 from tests.e2e.documents import DOCUMENTS, REPOSITORY
@@ -45,7 +45,7 @@ def flags() -> set[str]:
     """Of the settings, of every parser in the sources, and of torchrun; without the dashes."""
     known = {"config", "help", "version"}
     known |= {name[2:] for action in torchrun()._actions for name in action.option_strings if name.startswith("--")}
-    for name in SETTINGS:
+    for name in (*SETTINGS, *OLD_NAMES):
         known |= {name.replace("_", "-"), f"no-{name.replace('_', '-')}"}
     for pattern in SOURCES:
         for path in REPOSITORY.glob(pattern):
