@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import os
 import signal
 
@@ -9,6 +10,9 @@ import pytest
 # The same examples every time, and no deadline: the suite must not depend on how busy the machine is.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# In a forked child a collection would walk all that the suite imported, and copy its pages: half a second of CPU each.
+os.register_at_fork(after_in_child=gc.freeze)
 
 # A shell that starts the suite in the background ignores SIGINT (nohup: SIGHUP), and every process that a test starts
 # would inherit that; runs rightly leave an ignored signal alone.

@@ -22,6 +22,9 @@ import torch
 # Imported here, before any fork, so that no rank pays for it again.
 import megatron_jq.train.run  # noqa: F401
 from megatron_jq.cli.main import main
+from megatron_jq.config import parse_args
+
+parse_args([])  # tyro imports much at its first call
 
 DEADLINE_SECONDS = 90
 REPOSITORY = Path(__file__).resolve().parents[2]
