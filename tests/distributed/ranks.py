@@ -103,10 +103,10 @@ def _fork(works: list[tuple], method: str = "fork") -> list[Any]:
     context = multiprocessing.get_context(method)
     pipes, processes, results = [], [], {}
     for work in works:
-        ours, theirs = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_child, args=(theirs, *work), daemon=True))
+        ours, child_end = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_child, args=(child_end, *work), daemon=True))
         processes[-1].start()
-        theirs.close()  # so that a dead child reads as end of file
+        child_end.close()  # so that a dead child reads as end of file
         pipes.append(ours)
     end = time.monotonic() + DEADLINE_SECONDS
     try:

@@ -133,8 +133,8 @@ def kill(process: subprocess.Popen) -> tuple[str, str]:
 
 def worker_codes(ended: Ended) -> dict[int, int]:
     """{rank: exit code} of torchrun's closing table, which names the ranks that failed before it ended the others."""
-    found = re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", ended.err)
-    return {int(rank): int(code) for rank, code in found}
+    matches = re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", ended.err)
+    return {int(rank): int(code) for rank, code in matches}
 
 
 def wait_for_steps(run_dir: Path, steps: int, alive: Callable[[], bool]) -> None:

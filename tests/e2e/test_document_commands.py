@@ -191,7 +191,7 @@ def with_words_of_a_reader(argv: list[str], document: str, place: Path) -> list[
     for at, word in enumerate(argv):
         if word == "…":
             before = argv[at - 1] if at else ""
-            more = [flags.split() for (where, flag), flags in MORE.items() if where == document and flag in argv]
+            more = [flags.split() for (name, flag), flags in MORE.items() if name == document and flag in argv]
             result += [VALUES[before]] if before in VALUES else sum(more, [])
         elif word == "NEW":
             result.append(f"NEW-{len(list(place.glob('NEW-*')))}")
@@ -261,9 +261,9 @@ def train(argv: list[str], size: int, call: Call, place: Path) -> None:
 
 
 def evaluate(argv: list[str], size: int, call: Call, place: Path) -> None:
-    own, rest = evaluate_command.parser().parse_known_args(argv)
+    args, rest = evaluate_command.parser().parse_known_args(argv)
     config = parse_args(rest)
-    if own.rescore is None:
+    if args.rescore is None:
         argv = with_flags(argv, eval_examples=1, eval_samples=8, rationale_budget=4, answer_budget=32, device="cpu")
         if config.training.eval_temperature == 0:
             argv = with_flags(argv, eval_temperature=1)
@@ -351,12 +351,12 @@ def nemo_run_script(argv: list[str], size: int, call: Call, place: Path) -> None
     folder = REPOSITORY / "launch" / "nemo_run"
     sources = (folder / "experiment.py").read_text() + (folder / Path(call.words[0]).name).read_text()
     switches = set(re.findall(r'add_argument\(\s*"(--[\w-]+)", action="store_true"', sources))
-    own = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', sources)) - switches
+    with_value = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', sources)) - switches
     rest, values = [], False
     for word in argv:
         if word.startswith("--"):
-            values = word in own
-            if word not in own | switches:
+            values = word in with_value
+            if word not in with_value | switches:
                 rest.append(word)
         elif not values:
             rest.append(word)

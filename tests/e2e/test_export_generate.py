@@ -61,8 +61,8 @@ def _generated(folder: Path, prompts: list[str], budget: int) -> list[tuple[list
         ids = model.generate(ids, max_new_tokens=budget, eos_token_id=ends, do_sample=False)
         if ids[0, -1] != close:
             ids = torch.cat([ids, torch.tensor([[close]])], dim=1)
-        whole = model.generate(ids, max_new_tokens=40, do_sample=False)
-        answer = whole[0, ids.shape[1] :].tolist()
+        text = model.generate(ids, max_new_tokens=40, do_sample=False)
+        answer = text[0, ids.shape[1] :].tolist()
         generated.append((ids[0, length:].tolist(), answer, tokenizer.decode(answer, skip_special_tokens=True)))
     return generated
 
@@ -93,8 +93,8 @@ def test_generate_says_what_evaluate_drew_and_stops_there(kind, tmp_path):
     assert "</think>" in said and "gives that token, which no text can in a run" in said
     assert "</think>" in (tmp_path / "back" / "README.md").read_text()
     _, samples = read_samples(out / "samples.jsonl")
-    drawn = [(list(one.rationale_ids), list(one.answer_ids), one.answer) for [one] in samples]
-    assert any(one.ended for [one] in samples), "no text of the run ends, so that the test shows nothing"
+    drawn = [(list(sample.rationale_ids), list(sample.answer_ids), sample.answer) for [sample] in samples]
+    assert any(sample.ended for [sample] in samples), "no text of the run ends, so that the test shows nothing"
     prompts = [row["prompt"] for row in ROWS] if kind != "builtin" else _builtin_prompts(len(drawn))
     budget = max(len(ids) for _, ids, _ in drawn)
     for (rationale, answer, text), (z, y, words) in zip(
@@ -104,7 +104,7 @@ def test_generate_says_what_evaluate_drew_and_stops_there(kind, tmp_path):
         assert (answer, text.strip()) == (y, words.strip()) or answer[: len(y)] == y and len(y) == budget
     names = ("config.json", "generation_config.json")
     config, generation = (json.loads((tmp_path / "back" / name).read_text()) for name in names)
-    eos = next(one.answer_ids[-1] for [one] in samples if one.ended)
+    eos = next(sample.answer_ids[-1] for [sample] in samples if sample.ended)
     expected = [eos, 0, 7] if kind == "huggingface" else eos
     assert config["eos_token_id"] == generation["eos_token_id"] == expected
     assert (config["bos_token_id"] is None) == (kind != "huggingface")

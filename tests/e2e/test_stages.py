@@ -146,21 +146,21 @@ def test_a_run_that_stops_goes_on_exactly_and_at_any_number_of_replicas(estimato
         "pretrain": pretraining(folder, 8),
         "sft": ["--estimator", "sft", *problems(folder, 8), "--load", f"{chain['pretrain']}/checkpoints", "--finetune"],
     }[estimator]
-    whole = train(tmp_path, "whole", *flags, "--save-interval", "4")
+    uninterrupted = train(tmp_path, "whole", *flags, "--save-interval", "4")
     # The corpus is read less than once: a shorter run's rows are the longer one's first.
     train(tmp_path, "part", *flags, "--train-iters", "4")
     again = train(tmp_path, "part", *flags, "--resume")
-    lines = [[json.loads(line) for line in compared(path)] for path in (whole, again)]
+    lines = [[json.loads(line) for line in compared(path)] for path in (uninterrupted, again)]
     for line in lines[1][3], lines[0][3]:  # the shorter run was also evaluated at its own end
         line.update(dict.fromkeys(("eval_loss", "eval_exact_match", "eval_pass_at_k", "eval_maj_at_k")))
     assert lines[0] == lines[1] and len(lines[0]) == 8
     two = train(tmp_path, "two", *flags, size=2)
-    for ours, theirs in zip(metrics(two), metrics(whole), strict=True):
+    for ours, wanted in zip(metrics(two), metrics(uninterrupted), strict=True):
         for key in ("loss", "log_p_mean", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
-        assert ours["tokens_trained"] == theirs["tokens_trained"]
+            assert ours[key] == pytest.approx(wanted[key], rel=1e-4), key
+        assert ours["tokens_trained"] == wanted["tokens_trained"]
     key = {"pretrain": "eval_loss", "sft": "eval_exact_match"}[estimator]
-    assert metrics(two)[-1][key] == pytest.approx(metrics(whole)[-1][key], rel=1e-4)
+    assert metrics(two)[-1][key] == pytest.approx(metrics(uninterrupted)[-1][key], rel=1e-4)
 
 
 def test_a_longer_run_that_reads_its_files_again_is_refused_with_the_flags_that_did_it(folder, tmp_path):
@@ -189,15 +189,15 @@ def test_sft_then_rlvr_as_a_q_schedule_is_two_runs_with_the_optimizer_carried_on
     common = ["--estimator", "garl", "--prompts-per-step", "4", "--num-rationales", "4", "--rationale-budget", "4",
               "--train-examples", "32", "--eval-examples", "4"]  # fmt: skip
     schedule = ["--q", "1", "--q-schedule", "step", "--q-final", "0", "--q-schedule-iters", "3", "--train-iters", "6"]
-    one = train(tmp_path, "one", *common, *schedule)
+    single = train(tmp_path, "one", *common, *schedule)
     first = train(tmp_path, "first", *common, "--q", "1", "--train-iters", "3")
     then = train(tmp_path, "then", *common, "--q", "0", "--train-iters", "6", "--load", f"{first}/checkpoints")
     lines = [json.loads(line) for line in [*compared(first), *compared(then)]]
-    expected = [json.loads(line) for line in compared(one)]
+    expected = [json.loads(line) for line in compared(single)]
     assert [line["q"] for line in lines] == [line["q"] for line in expected] == [1.0] * 3 + [0.0] * 3
-    for ours, theirs in zip(lines, expected, strict=True):
+    for ours, wanted in zip(lines, expected, strict=True):
         for key in ("step", "loss", "log_p_mean", "grad_norm", "rationale_tokens_mean"):
-            assert ours[key] == theirs[key], (ours["step"], key)
+            assert ours[key] == wanted[key], (ours["step"], key)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "garl"])
@@ -270,14 +270,14 @@ def test_a_bad_row_that_one_replica_meets_ends_all_of_them(folder, tmp_path):
 
 def test_documents_ends_are_no_part_of_the_loss_at_any_number_of_replicas(folder, chain, tmp_path):
     flags = [*pretraining(folder, 4), "--eod-mask-loss", "--reset-attention-mask"]
-    one, two = train(tmp_path, "one", *flags), train(tmp_path, "two", *flags, size=2)
+    single, two = train(tmp_path, "one", *flags), train(tmp_path, "two", *flags, size=2)
     plain = metrics(chain["pretrain"])
-    for ours, theirs, other in zip(metrics(two), metrics(one), plain, strict=False):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for ours, wanted, other in zip(metrics(two), metrics(single), plain, strict=False):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert ours["log_p_mean"] > -64 * ours["loss"], "fewer than 64 tokens of a row are scored"
         assert ours["loss"] != pytest.approx(other["loss"], rel=1e-4)
-    assert metrics(two)[-1]["eval_loss"] == pytest.approx(metrics(one)[-1]["eval_loss"], rel=1e-4)
-    refused = train_again(tmp_path, one, *pretraining(folder, 5), "--reset-attention-mask")
+    assert metrics(two)[-1]["eval_loss"] == pytest.approx(metrics(single)[-1]["eval_loss"], rel=1e-4)
+    refused = train_again(tmp_path, single, *pretraining(folder, 5), "--reset-attention-mask")
     assert "--eod-mask-loss was True and is False" in refused
 
 

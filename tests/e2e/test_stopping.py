@@ -115,20 +115,20 @@ def test_a_run_ends_by_time_on_all_ranks_and_says_what_is_left(uninterrupted, tm
 
 def test_a_run_whose_terminal_goes_away_saves_and_ends(uninterrupted, tmp_path):
     """As an SSH connection that breaks: SIGHUP, and from then on every write to the terminal fails."""
-    ours, theirs = pty.openpty()
+    ours, child_end = pty.openpty()
 
     def on_the_terminal(rank: int) -> None:
         os.setsid()
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(child_end, termios.TIOCSCTTY, 0)
         os.close(ours)
-        os.dup2(theirs, 1), os.dup2(theirs, 2), os.close(theirs)
+        os.dup2(child_end, 1), os.dup2(child_end, 2), os.close(child_end)
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         streams.protect()  # as `program` does
         slow_steps(rank)
 
     ranks = Ranks(of(tmp_path), tmp_path, prepare=on_the_terminal)
     ranks.wait_for_steps(tmp_path / "run", 2)
-    os.close(theirs), os.close(ours)
+    os.close(child_end), os.close(ours)
     assert ranks.ended()[0].code == 0
     done = len(metrics(tmp_path / "run"))
     assert 2 <= done < 10 and kept_steps(tmp_path) == [done]

@@ -96,10 +96,10 @@ class _Names(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and device is CUDA and not isinstance(args[0], Tensor):
             WAITS["copy from host"] += 1
-        made = func(*args, **kwargs, device=CPU)
-        if any(made is x for x in args):  # as_tensor of a tensor
-            return self._moved(made, made, device)
-        return places.put(made, device)
+        result = func(*args, **kwargs, device=CPU)
+        if any(result is x for x in args):  # as_tensor of a tensor
+            return self._moved(result, result, device)
+        return places.put(result, device)
 
     def _to(self, tensor: Tensor, *args, **kwargs):
         copy, other = kwargs.pop("copy", False), kwargs.pop("other", args[0] if args else None)
@@ -150,17 +150,17 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         places = self._places
         tensors = list(_tensors((*args, *kwargs.values())))
-        found = [places.of(x) for x in tensors]
+        found_places = [places.of(x) for x in tensors]
         if func.namespace == "c10d":
-            self._collective(func, args, found)
+            self._collective(func, args, found_places)
             return func(*args, **kwargs)
-        device = CUDA if CUDA in found else CPU
+        device = CUDA if CUDA in found_places else CPU
         if func in _MOVES:
-            device = found[0]
+            device = found_places[0]
         elif func in _INDEX:
-            self._index(func, args, tensors, found)
+            self._index(func, args, tensors, found_places)
         elif device is CUDA and any(
-            place is CPU and (x.dim() > 0 or func in _STRICT) for x, place in zip(tensors, found, strict=True)
+            place is CPU and (x.dim() > 0 or func in _STRICT) for x, place in zip(tensors, found_places, strict=True)
         ):
             raise DeviceMismatch(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
         if device is CUDA:
@@ -172,12 +172,12 @@ class _Operations(TorchDispatchMode):
                 places.put(x, device)
         return result
 
-    def _index(self, func, args, tensors, found) -> None:
+    def _index(self, func, args, tensors, found_places) -> None:
         values = args[2] if len(args) > 2 else args[0]
-        on_host = found[0] is CPU
-        if (on_host and CUDA in found) or (not on_host and self._places.of(values) is CPU and values.dim() > 0):
+        on_host = found_places[0] is CPU
+        if (on_host and CUDA in found_places) or (not on_host and self._places.of(values) is CPU and values.dim() > 0):
             raise DeviceMismatch(f"{func}: indices or values lie on another device than the indexed tensor")
-        if not on_host and CPU in found[1 : len(found) - (len(args) > 2)]:
+        if not on_host and CPU in found_places[1 : len(found_places) - (len(args) > 2)]:
             WAITS["index from host"] += 1
         if not on_host and any(x is not None and x.dtype == torch.bool for x in args[1]):
             WAITS["boolean index"] += 1
@@ -188,10 +188,10 @@ class _Operations(TorchDispatchMode):
         if ragged or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"):
             WAITS[name] += 1
 
-    def _collective(self, func, args, found) -> None:
+    def _collective(self, func, args, found_places) -> None:
         group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
         of_host = self.objects_travel or group.group_name in self.host_groups
-        if not of_host and CPU in found and func.overloadpacket.__name__ != "barrier":
+        if not of_host and CPU in found_places and func.overloadpacket.__name__ != "barrier":
             raise DeviceMismatch(f"{func}: No backend type associated with device type cpu")
 
 
@@ -216,9 +216,9 @@ def _emulated(func, args, kwargs):
     assert args[6] is None and args[7] is None and args[8:10] == (q.shape[2], k.shape[2]) and lse.is_contiguous()
     weight = (score - lse[..., None]).exp()
     slope = weight * (grad @ wide[2].transpose(-1, -2) - (grad * out).sum(dim=-1, keepdim=True)) * scale
-    found = slope @ wide[1], slope.transpose(-1, -2) @ wide[0], weight.transpose(-1, -2) @ grad
+    gradients = slope @ wide[1], slope.transpose(-1, -2) @ wide[0], weight.transpose(-1, -2) @ grad
     groups = (k.shape[1], -1)
-    return tuple((x if x is found[0] else x.unflatten(1, groups).sum(dim=2)).to(q.dtype) for x in found)
+    return tuple((x if x is gradients[0] else x.unflatten(1, groups).sum(dim=2)).to(q.dtype) for x in gradients)
 
 
 _KERNELS = (

@@ -69,8 +69,8 @@ def test_scores_and_gradients_are_the_cpus(on_cpu, on_cuda, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_head_is_the_cpus(on_cpu, on_cuda, dtype):
     for name, expected in on_cpu["head"][dtype].items():
-        for mine, theirs in zip(on_cuda["head"][dtype][name], expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        for got, wanted in zip(on_cuda["head"][dtype][name], expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
@@ -84,8 +84,8 @@ def _parallel(runtime):
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"dp": 2}], ids=["TP2xPP2", "DP2"])
 def test_what_ranks_exchange_lies_on_the_device(layout, on_cpu):
-    for found, rollouts in run_ranks(_parallel, device="cuda", around=pretended_cuda, **layout):
-        for case, step in found.items():
+    for actual, rollouts in run_ranks(_parallel, device="cuda", around=pretended_cuda, **layout):
+        for case, step in actual.items():
             expected = on_cpu["steps"]["float32"][case]
             torch.testing.assert_close(step.log_w_BM, expected.log_w_BM, rtol=1e-5, atol=1e-4)
         same_rollouts(rollouts, on_cpu["greedy"], 1e-4)
@@ -94,14 +94,14 @@ def test_what_ranks_exchange_lies_on_the_device(layout, on_cpu):
 def _waits(runtime):
     """What the host waits for: in passes of 3 micro-batches, in passes of 9, in decoding."""
     policy, model = policy_on(runtime)
-    found = []
+    waits = []
     for size in (3, 1):
         pretend.WAITS.clear()
         one_step(runtime, policy, model, "garl", BatchOptions(micro_batch_size=size))
-        found.append(Counter(pretend.WAITS))
+        waits.append(Counter(pretend.WAITS))
     pretend.WAITS.clear()
     MegatronEngine([policy], runtime).generate(REQUESTS, SAMPLED)
-    return *found, Counter(pretend.WAITS)
+    return *waits, Counter(pretend.WAITS)
 
 
 def test_the_host_waits_once_a_token_in_decoding_and_in_no_micro_batch():
@@ -153,16 +153,16 @@ def _without_kernels(channels: int):
         )
 
     with pretended_cuda():
-        found = attend(*(x.to("cuda") for x in (q, k, v, grad)))
-    return found, attend(*(x.float() for x in (q, k, v, grad)))
+        actual = attend(*(x.to("cuda") for x in (q, k, v, grad)))
+    return actual, attend(*(x.float() for x in (q, k, v, grad)))
 
 
 @pytest.mark.parametrize("channels", [12, 264])
 def test_heads_that_no_flash_kernel_takes_are_computed_plainly(channels):
-    found, expected = run_apart(_without_kernels, channels)
-    assert found[0].dtype == torch.float32 and {x.dtype for x in found[1:]} == {torch.bfloat16}
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine.float(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+    actual, expected = run_apart(_without_kernels, channels)
+    assert actual[0].dtype == torch.float32 and {x.dtype for x in actual[1:]} == {torch.bfloat16}
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got.float(), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
 
 
 # The instrument itself
@@ -178,31 +178,31 @@ def _refused(work) -> bool:
 
 def _mixtures() -> dict[str, bool]:
     with pretended_cuda():
-        here, there, index = torch.ones(3, 4), torch.ones(3, 4, device="cuda"), torch.tensor([0, 2])
+        on_host, there, index = torch.ones(3, 4), torch.ones(3, 4, device="cuda"), torch.tensor([0, 2])
         parameter = torch.ones(4, device="cuda", requires_grad=True)
         (there * parameter).sum().backward()
         pretend.WAITS.clear()
         there[there > 0].sum().item()
         return {
             "places": str(parameter.grad.device) == str((there @ there.t())[0].device) == "cuda:0" and there.is_cuda,
-            "moves": there.cpu().device == there.to(here).device == here.device == torch.device("cpu"),
+            "moves": there.cpu().device == there.to(on_host).device == on_host.device == torch.device("cpu"),
             "waits": pretend.WAITS["boolean index"] == pretend.WAITS["_local_scalar_dense"] == 1,
-            "sum": _refused(lambda: here + there),
-            "gradient": _refused(lambda: (there * parameter).backward(here)),
+            "sum": _refused(lambda: on_host + there),
+            "gradient": _refused(lambda: (there * parameter).backward(on_host)),
             "out": _refused(lambda: torch.mm(there, there.t(), out=torch.empty(3, 3))),
-            "the host's tensor by the device's index": _refused(lambda: here[index.to("cuda")]),
+            "the host's tensor by the device's index": _refused(lambda: on_host[index.to("cuda")]),
             "put": _refused(lambda: there.index_put_((index,), torch.ones(2, 4))),
-            "cat": _refused(lambda: torch.cat([here, there])),
-            "where": _refused(lambda: torch.where(here > 0, there, 0.0)),
+            "cat": _refused(lambda: torch.cat([on_host, there])),
+            "where": _refused(lambda: torch.where(on_host > 0, there, 0.0)),
             "a number of the host": not _refused(lambda: there * torch.tensor(2.0)),
             "the device's tensor by the host's index": not _refused(lambda: there[index]),
-            "copy": not _refused(lambda: there.copy_(here)),
+            "copy": not _refused(lambda: there.copy_(on_host)),
         }
 
 
 def test_the_instrument_refuses_what_torch_refuses_where_there_is_a_gpu():
-    found = run_apart(_mixtures)
-    assert all(found.values()), found
+    actual = run_apart(_mixtures)
+    assert all(actual.values()), actual
 
 
 def _all_reduce_of_the_host(runtime) -> bool:

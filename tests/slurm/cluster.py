@@ -119,14 +119,14 @@ class Cluster:
 
     def wait(self, number: str, seconds: float = 240) -> Job:
         """Until a job has ended for good."""
-        found: list[Job] = []
+        jobs: list[Job] = []
 
         def ended() -> bool:
-            found[:] = [self.job(number)]
-            return found[0].ended
+            jobs[:] = [self.job(number)]
+            return jobs[0].ended
 
         self.until(ended, seconds, f"the end of job {number}", every=0.5)
-        return found[0]
+        return jobs[0]
 
     def clear(self) -> None:
         """End all jobs, whatever became of their processes."""
@@ -164,13 +164,13 @@ class Cluster:
 
     def ranks(self) -> dict[int, tuple[psutil.Process, str]]:
         """{rank: (its process, its node's name)} of the running job."""
-        found = {}
+        processes = {}
         for process in self._first.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 if "RANK" in environment and is_rank(process):
-                    found.setdefault(int(environment["RANK"]), (process, environment["SLURMD_NODENAME"]))
-        return found
+                    processes.setdefault(int(environment["RANK"]), (process, environment["SLURMD_NODENAME"]))
+        return processes
 
     def until(self, true: Callable[[], bool], seconds: float, what: str, every: float = 0.05) -> None:
         """Wait for a condition; a deadline fails the test with what the cluster's logs say."""
@@ -193,8 +193,8 @@ def is_rank(process: psutil.Process) -> bool:
 
 def _environment() -> dict[str, str]:
     """The tester's own, with the folders of daemons, which not every root has on the path."""
-    kept = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
-    return {**kept, "PATH": f"{kept.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
+    environment = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
+    return {**environment, "PATH": f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
 
 
 def _die_with_parent() -> None:

@@ -28,12 +28,12 @@ def segment_by_segment(lengths, q, k, v):
     """softmax(scale · q kᵀ + causal mask) v, one segment and one head at a time."""
     outputs, start, per_group = [], 0, q.shape[1] // k.shape[1]
     for length in lengths:
-        here = slice(start, start + length)
+        segment = slice(start, start + length)
         heads = []
         for head in range(q.shape[1]):
-            score = SCALE * q[here, head] @ k[here, head // per_group].t()
+            score = SCALE * q[segment, head] @ k[segment, head // per_group].t()
             score = score.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
-            heads.append(score.softmax(dim=-1) @ v[here, head // per_group])
+            heads.append(score.softmax(dim=-1) @ v[segment, head // per_group])
         outputs.append(torch.stack(heads, dim=1))
         start += length
     return torch.cat(outputs)
@@ -44,11 +44,11 @@ def segment_by_segment(lengths, q, k, v):
 def test_packed_attention_equals_attention_segment_by_segment(name, heads, groups):
     lengths, (q, k, v) = LENGTHS[name], inputs(LENGTHS[name], heads, groups)
     upstream = torch.randn(sum(lengths), heads, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    found = CausalSegments(lengths, CPU).attend(1, q, k, v, SCALE)
+    actual = CausalSegments(lengths, CPU).attend(1, q, k, v, SCALE)
     expected = segment_by_segment(lengths, q, k, v)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    mine, theirs = (torch.autograd.grad(x, (q, k, v), upstream) for x in (found, expected))
-    for a, b in zip(mine, theirs, strict=True):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    got, wanted = (torch.autograd.grad(x, (q, k, v), upstream) for x in (actual, expected))
+    for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 

@@ -33,8 +33,8 @@ def tokens(count: int = 400, spread: float = 0.5):
 
 def derivative(value_of, log_prob):
     leaf = log_prob.clone().requires_grad_()
-    [found] = torch.autograd.grad(value_of(leaf).sum(), leaf)
-    return found
+    [gradient] = torch.autograd.grad(value_of(leaf).sum(), leaf)
+    return gradient
 
 
 def test_coefficients_are_the_derivatives_of_the_values():
@@ -102,12 +102,12 @@ def test_figures_count_tokens_with_an_advantage_and_tokens_that_the_penalty_weig
     log_prob, old, reference, advantage = tokens()
     weight = torch.rand(len(old), dtype=torch.float64)
     weight[::3] = 0.0
-    found = TokenFigures(*TokenRule(*BOUNDS, old, reference, weight).figures(-advantage, log_prob).tolist())
+    actual = TokenFigures(*TokenRule(*BOUNDS, old, reference, weight).figures(-advantage, log_prob).tolist())
     kl = reference_kl(log_prob, reference)
     flat = clipped_tokens(log_prob, old, advantage, *BOUNDS)
-    assert found.clipped_fraction == pytest.approx(flat[advantage != 0].double().mean().item())
-    assert found.kl_mean == pytest.approx(kl[weight > 0].mean().item())
-    assert found.kl_loss == pytest.approx((weight * kl).sum().item())
+    assert actual.clipped_fraction == pytest.approx(flat[advantage != 0].double().mean().item())
+    assert actual.kl_mean == pytest.approx(kl[weight > 0].mean().item())
+    assert actual.kl_loss == pytest.approx((weight * kl).sum().item())
     nothing = TokenFigures(*TokenRule(*BOUNDS).figures(torch.empty(0), torch.empty(0)).tolist())
     assert (nothing.clipped_fraction, nothing.kl_mean, nothing.kl_loss) == (0, 0, 0)
 
@@ -146,8 +146,8 @@ def test_the_training_heads_gradient_is_that_of_the_rules_loss(layer, chunk, tem
     log_prob = torch.log_softmax(hidden @ weight[:V].t() * scale, dim=-1)[torch.arange(T), targets]
     expected = rule.loss(coefficients, log_prob)
     torch.testing.assert_close(head(hidden, weight), expected, rtol=1e-12, atol=1e-12)
-    mine, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (head(hidden, weight), expected))
-    torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+    got, wanted = (torch.autograd.grad(x, (hidden, weight)) for x in (head(hidden, weight), expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
 
 
 def test_with_a_rule_too_the_weights_gradient_goes_to_main_grad(layer):
@@ -170,9 +170,9 @@ def test_log_probs_without_gradient_are_the_training_heads_bit_for_bit(dtype, co
     weight = torch.randn(500, 64, generator=generator).to(dtype)
     targets = torch.randint(490, (count,), generator=generator)
     options = {"chunk_tokens": 16, "vocab_size": 490, "inverse_temperature_T": torch.full((count,), 1.25)}
-    found = log_probs_as_trained(hidden, weight, targets, None, **options)
+    actual = log_probs_as_trained(hidden, weight, targets, None, **options)
     trained = weighted_log_probs(hidden, weight, targets, torch.ones(count).double(), None, **options)[1]
-    assert torch.equal(found, trained) and found.dtype == torch.float32 and len(found) == count
+    assert torch.equal(actual, trained) and actual.dtype == torch.float32 and len(actual) == count
 
 
 def test_the_penalty_weighs_every_sequence_of_the_batch_alike():
@@ -212,5 +212,5 @@ def test_other_estimators_refuse_grpos_flags(estimator, flags):
     ],
 )
 def test_settings_without_meaning_are_refused_in_one_line(flags, words):
-    found = problems(f"--estimator grpo {flags}")
-    assert words in found and len(found.splitlines()) == 1
+    actual = problems(f"--estimator grpo {flags}")
+    assert words in actual and len(actual.splitlines()) == 1

@@ -48,7 +48,7 @@ def run(words: str, capsys) -> tuple[int, str, str]:
 
 def rows_of(text: str) -> list[dict[str, str]]:
     """Every row of every Markdown table, by heading."""
-    found, headings = [], None
+    rows, headings = [], None
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("|"):
@@ -56,8 +56,8 @@ def rows_of(text: str) -> list[dict[str, str]]:
         elif headings is None:
             headings = cells
         elif not line.startswith("|-"):
-            found.append(dict(zip(headings, cells, strict=True)))
-    return found
+            rows.append(dict(zip(headings, cells, strict=True)))
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -95,35 +95,35 @@ def test_flops_and_tokens_are_those_counted_by_hand(flag, tokens, pairs):
 )
 def test_estimators_that_imitate_train_and_nothing_else(flags, lengths, tokens, head_rows):
     config = parse_args(f"--device cpu --prompts-per-step 4 --model small {flags}".split())
-    found = estimate(make_plan(config, 1, lengths, 1024))
-    assert [(work.phase, work.tokens, work.head_rows, work.passes) for work in found.work] == [
+    actual = estimate(make_plan(config, 1, lengths, 1024))
+    assert [(work.phase, work.tokens, work.head_rows, work.passes) for work in actual.work] == [
         ("rollout", 0, 0, 0),
         ("score", 0, 0, 0),
         ("train", 4 * tokens, 4 * head_rows, 1),
     ]
-    assert found.flops.step == found.flops.train
+    assert actual.flops.step == actual.flops.train
     layers = 6 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)
     attended = 4 * 8 * 64 * 6 * sum(range(1, tokens + 1))
-    assert found.flops.train == pytest.approx(4 * (6 * (layers * tokens + 1024 * 512 * head_rows) + 3.5 * attended))
-    memory = found.stages[0].memory
+    assert actual.flops.train == pytest.approx(4 * (6 * (layers * tokens + 1024 * 512 * head_rows) + 3.5 * attended))
+    memory = actual.stages[0].memory
     assert memory.kv_cache == 0 and memory.peak_phase in ("train", "update")
 
 
 def test_updates_and_a_reference_repeat_the_training_pass_forward_or_both_ways():
-    one, several, held = (
+    single, several, held = (
         estimated(f"--estimator grpo --tensor-model-parallel-size 2 {flags}", 2)
         for flags in ("", "--grpo-iterations 3", "--grpo-iterations 3 --grpo-kl-beta 0.1")
     )
-    assert several.flops.train == held.flops.train == 3 * one.flops.train
-    assert several.flops.rollout == one.flops.rollout and several.flops.score == one.flops.score
-    (trained,), (repeated,) = ([work for work in e.work if work.phase == "train"] for e in (one, several))
+    assert several.flops.train == held.flops.train == 3 * single.flops.train
+    assert several.flops.rollout == single.flops.rollout and several.flops.score == single.flops.score
+    (trained,), (repeated,) = ([work for work in e.work if work.phase == "train"] for e in (single, several))
     assert (repeated.tokens, repeated.passes) == (3 * trained.tokens, 3 * trained.passes)
     (reference,) = (work for work in held.work if work.phase == "reference")
     assert replace(reference, phase="train") == trained
     assert not [work for work in several.work if work.phase == "reference"] and several.flops.reference == 0
     # forward it is what scoring is, but for the rows of the rationales that meet the vocabulary
     (score,) = (work for work in held.work if work.phase == "score")
-    more = 2 * one.vocab_size * 64 * (reference.head_rows - score.head_rows)
+    more = 2 * single.vocab_size * 64 * (reference.head_rows - score.head_rows)
     assert held.flops.reference == pytest.approx(held.flops.score + more)
 
 
@@ -159,7 +159,7 @@ LAYOUTS = st.builds(
 def test_rows_are_those_of_the_trainer(layout, first, count, bound):
     """bound: up to 9 sequences of a micro-batch, or tokens."""
     by_tokens, slots = bound > 9, list(range(first, first + count))
-    found = layout.rows_by_tokens(slots, bound) if by_tokens else layout.rows_by_count(slots, bound)
+    actual = layout.rows_by_tokens(slots, bound) if by_tokens else layout.rows_by_count(slots, bound)
     batches = micro_batches(
         sequences_of(slots, layout),
         micro_batch_size=bound,
@@ -168,8 +168,8 @@ def test_rows_are_those_of_the_trainer(layout, first, count, bound):
         share_prompts=layout.share_prompts,
     )
     options = BatchOptions(bound, sequence_multiple=layout.sequence_multiple)
-    assert [row.sequences for row in found] == [len(batch) for batch in batches]
-    for row, batch in zip(found, batches, strict=True):
+    assert [row.sequences for row in actual] == [len(batch) for batch in batches]
+    for row, batch in zip(actual, batches, strict=True):
         shared, unshared = (
             row_tokens(batch, options, layout.row_multiple, share_prompts=share)
             for share in (layout.share_prompts, False)
@@ -199,18 +199,18 @@ def test_pairs_are_those_of_the_attention_mask(layout, count, first):
 
 @given(LAYOUTS, st.integers(1, 6), st.integers(2, 5))
 def test_replicas_shares_are_those_of_the_trainers_balance(layout, prompts, replicas):
-    total, found = prompts * layout.num_rationales, []
+    total, shares = prompts * layout.num_rationales, []
     sequences, gathered = sequences_of(range(total), layout), batching._all_gather
     batching._all_gather = lambda *_: [sequences]
     try:
         for rank in range(replicas):
             dp = SimpleNamespace(size=lambda: replicas, rank=lambda rank=rank: rank)
             runtime = SimpleNamespace(groups=SimpleNamespace(dp=dp))
-            mine = batching.balance([], 64, runtime, share_prompts=layout.share_prompts)
-            found.append([s.prompt_slot * layout.num_rationales + s.rationale_slot for s in mine])
+            share = batching.balance([], 64, runtime, share_prompts=layout.share_prompts)
+            shares.append([s.prompt_slot * layout.num_rationales + s.rationale_slot for s in share])
     finally:
         batching._all_gather = gathered
-    assert layout.balanced(total, replicas, 64) == found
+    assert layout.balanced(total, replicas, 64) == shares
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,9 @@ def test_a_layout_shares_the_flops_out_and_adds_none(flags, size):
 
 
 def test_optimizer_state_is_shared_out_over_replicas_and_experts_over_their_own():
-    whole, shared = (estimated(f"--bf16 {flag}", 4) for flag in ("", "--use-distributed-optimizer"))
-    parameters = whole.stages[0].parameters
-    for e, replicas in ((whole, 1), (shared, 4)):
+    replicated, shared = (estimated(f"--bf16 {flag}", 4) for flag in ("", "--use-distributed-optimizer"))
+    parameters = replicated.stages[0].parameters
+    for e, replicas in ((replicated, 1), (shared, 4)):
         memory = e.stages[0].memory
         assert (memory.parameters, memory.gradients) == (2 * parameters, 4 * parameters)
         assert memory.optimizer == 12 * parameters / replicas

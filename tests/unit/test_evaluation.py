@@ -55,7 +55,7 @@ PROMPTS = [[sample(prompt, number) for number in range(4)] for prompt in range(3
 
 
 def right(judge: Judge) -> list[list[bool]]:
-    return [list(judge_prompt([s.drawn for s in some], some[0].golds, judge).right) for some in PROMPTS]
+    return [list(judge_prompt([s.drawn for s in samples], samples[0].golds, judge).right) for samples in PROMPTS]
 
 
 def test_answers_are_judged_by_match_and_rule():
@@ -69,9 +69,9 @@ def test_answers_are_judged_by_match_and_rule():
 
 def brute_force_majority(votes: list, golds_right, k: int) -> bool:
     """The winner among those with most votes is the one whose first vote came first."""
-    some = votes[:k]
-    most = max(some.count(vote) for vote in some)
-    return golds_right(next(vote for vote in some if some.count(vote) == most))
+    first_votes = votes[:k]
+    most = max(first_votes.count(vote) for vote in first_votes)
+    return golds_right(next(vote for vote in first_votes if first_votes.count(vote) == most))
 
 
 @given(st.lists(st.sampled_from("abAB "), min_size=1, max_size=7), st.sampled_from(["a", "b", "c"]))
@@ -80,7 +80,8 @@ def test_the_figures_of_a_prompt_are_those_of_all_its_subsets_and_votes(texts, g
     folded = [text.strip().lower() for text in texts]
     for k in range(1, len(texts) + 1):
         subsets = list(itertools.combinations(folded, k))
-        assert judged.value(Metric("pass", k)) == pytest.approx(sum(gold in some for some in subsets) / len(subsets))
+        passing = sum(gold in subset for subset in subsets)
+        assert judged.value(Metric("pass", k)) == pytest.approx(passing / len(subsets))
         assert judged.value(Metric("maj", k)) == brute_force_majority(folded, gold.__eq__, k)
 
 
@@ -191,8 +192,8 @@ def test_results_are_means_over_prompts_with_their_intervals():
 
 def written(path, prompts=PROMPTS) -> None:
     file = SampleFile(path, HEADER)
-    for some in prompts:
-        file.append(some)
+    for samples in prompts:
+        file.append(samples)
     file.close()
 
 
@@ -205,17 +206,17 @@ def test_the_file_gives_back_what_was_written(tmp_path):
 def test_a_cut_file_continues_after_its_last_whole_prompt(cut, tmp_path):
     path = tmp_path / "s.jsonl"
     written(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) - cut])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - cut])
     if cut:
         with pytest.raises(UserError, match=r"holds \d of 3 prompts: its evaluation was stopped; run the same command"):
             read_samples(path)
     file = SampleFile(path, replace(HEADER, source="moved"))
     assert file.done == (3 if not cut else 2 if cut < 700 else 1)
-    for some in PROMPTS[file.done :]:
-        file.append(some)
+    for samples in PROMPTS[file.done :]:
+        file.append(samples)
     file.close()
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
 def test_a_file_of_another_evaluation_is_refused_by_what_differs(tmp_path):
@@ -249,10 +250,10 @@ def test_a_damaged_file_is_refused_by_its_line(line, text, message, tmp_path):
 
 def test_results_are_written_whole_and_refused_where_there_is_no_room_for_them(tmp_path):
     write_results(HEADER, PROMPTS, Judge(), "pass@1", Interval(10), tmp_path / "new" / "out")
-    found = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
-    assert found["metrics"]["pass@1"]["value"] == pytest.approx(1 / 6)
-    assert found["evaluation"]["checkpoint_step"] == 7
-    assert found["judge"] == {"match": "exact", "rule": "none", "extract": "none", "ratios": False}
+    results = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
+    assert results["metrics"]["pass@1"]["value"] == pytest.approx(1 / 6)
+    assert results["evaluation"]["checkpoint_step"] == 7
+    assert results["judge"] == {"match": "exact", "rule": "none", "extract": "none", "ratios": False}
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output .*file/out cannot be written: Not a directory"):
         write_results(HEADER, PROMPTS, Judge(), None, Interval(10), tmp_path / "file" / "out")

@@ -76,22 +76,22 @@ def imported_names(source: str, module: str, *, is_package: bool) -> set[str]:
 
     `from a import b` counts as a.b: whether b is a module or a name in one cannot be told from the source alone.
     """
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parents = module.split(".")
                 parents = parents[: len(parents) - node.level + is_package]
                 base = ".".join(parents + ([node.module] if node.module else []))
-            found.update(f"{base}.{alias.name}" for alias in node.names)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
-                found.add(node.args[0].value)
-    return found
+                names.add(node.args[0].value)
+    return names
 
 
 def attribute_chains(source: str) -> set[str]:
@@ -144,11 +144,11 @@ def foreign_packages(source: str, module: str, *, is_package: bool = False) -> s
 
 def modules() -> list[tuple[str, Path]]:
     """Every module of the package as (dotted name, file); a package's own name stands for its __init__.py."""
-    found = []
+    result = []
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = ["megatron_jq", *path.relative_to(PACKAGE).with_suffix("").parts]
-        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
-    return found
+        result.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return result
 
 
 MODULES = modules()

@@ -71,12 +71,12 @@ def test_query_key_and_value_rows_lie_group_by_group(kind):
     values = {letter: torch.randn(tensor.shape, generator=generator) for letter, tensor in parts.items()}
     grouped = [values[letter].unflatten(0, (2, -1, 4)) for letter in "qkv"]
     expected = torch.cat(grouped, dim=1).flatten(0, 2)
-    found = torch.full_like(expected, torch.nan)
+    actual = torch.full_like(expected, torch.nan)
     for letter, tensor in parts.items():
         for span in tensor.spans:
             assert span.slab.key == f"decoder.layers.self_attention.linear_qkv.{kind}" and span.slab.index == (1,)
-            found[span.at : span.at + span.count] = values[letter][span.start : span.start + span.count]
-    assert torch.equal(found, expected)
+            actual[span.at : span.at + span.count] = values[letter][span.start : span.start + span.count]
+    assert torch.equal(actual, expected)
 
 
 CONFIGS = {

@@ -56,8 +56,8 @@ def test_fit_nodes_have_no_faults():
     ],
 )
 def test_each_fault_names_its_node(change, fault):
-    (found,) = verdict(b=change)
-    assert found.startswith(fault)
+    (line,) = verdict(b=change)
+    assert line.startswith(fault)
 
 
 def test_the_odd_one_is_the_one_that_differs_from_most_even_if_it_is_the_first():
@@ -119,8 +119,8 @@ def test_a_clock_is_judged_by_the_median_and_a_slow_answer_is_no_skew():
 def test_a_file_that_the_first_node_does_not_see_is_on_another_file_system(tmp_path):
     (tmp_path / "here").touch()
     facts = {"a": replace(FIT, mark="here"), "b": replace(FIT, node="b", mark="elsewhere"), "c": FIT}
-    (found,) = unseen_marks(facts, tmp_path)
-    assert found.startswith(f"b: run directory {tmp_path} is not shared")
+    (fault,) = unseen_marks(facts, tmp_path)
+    assert fault.startswith(f"b: run directory {tmp_path} is not shared")
 
 
 def test_a_nodes_facts_survive_the_wire_and_leave_one_mark(tmp_path):
@@ -166,11 +166,11 @@ def test_nodes_meet_and_a_wrong_clock_is_measured():
     for thread in threads:
         thread.start()
     host.wait()
-    found = faults(NODES, host.facts, host.clocks, LIMITS)
-    host.reply(found)
+    lines = faults(NODES, host.facts, host.clocks, LIMITS)
+    host.reply(lines)
     for thread in threads:
         thread.join(10)
-    assert len(found) == 1 and found[0].startswith("c: clock +") and heard == dict.fromkeys(NODES, found)
+    assert len(lines) == 1 and lines[0].startswith("c: clock +") and heard == dict.fromkeys(NODES, lines)
     assert 30 - host.clocks["c"].error <= host.clocks["c"].skew <= 30 + host.clocks["c"].error
 
 

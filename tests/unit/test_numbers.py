@@ -38,10 +38,10 @@ def in_digits(value: Fraction, places: int) -> tuple[str, str]:
     return digits[: len(digits) - places], digits[len(digits) - places :]
 
 
-def grouped(whole: str, separator: str, *, indian: bool) -> str:
-    if len(whole) <= 3:
-        return whole
-    head, tail, size = whole[:-3], whole[-3:], 2 if indian else 3
+def grouped(integer: str, separator: str, *, indian: bool) -> str:
+    if len(integer) <= 3:
+        return integer
+    head, tail, size = integer[:-3], integer[-3:], 2 if indian else 3
     first = len(head) % size
     groups = [head[:first]] * (first > 0) + [head[i : i + size] for i in range(first, len(head), size)]
     return separator.join([*groups, tail])
@@ -57,13 +57,13 @@ def written(draw, values=decimals) -> tuple[str, Fraction, str]:
     inner = value / Fraction(10) ** (scale + shift)
     places = next(places for places in range(places, 120) if (inner * 10**places).denominator == 1)
     places += draw(st.integers(0, 2))  # zeros that say nothing
-    whole, fraction = in_digits(inner, places)
-    whole = draw(st.sampled_from(("", "00"))) + whole if draw(st.booleans()) else grouped(
-        whole, draw(st.sampled_from((",", "'", " ", "\u202f", "\u2009", "\u00a0"))), indian=False
+    integer, fraction = in_digits(inner, places)
+    integer = draw(st.sampled_from(("", "00"))) + integer if draw(st.booleans()) else grouped(
+        integer, draw(st.sampled_from((",", "'", " ", "\u202f", "\u2009", "\u00a0"))), indian=False
     )  # fmt: skip
-    if draw(st.booleans()) and whole.isdigit() and not whole.startswith("0"):
-        whole = grouped(whole, ",", indian=True)
-    number = whole + (f".{fraction}" if fraction or draw(st.booleans()) else "")
+    if draw(st.booleans()) and integer.isdigit() and not integer.startswith("0"):
+        integer = grouped(integer, ",", indian=True)
+    number = integer + (f".{fraction}" if fraction or draw(st.booleans()) else "")
     if shift:
         number += draw(st.sampled_from(("e{}", "E{}", "×10^{}", " x 10^{{{}}}", " × 10^{}"))).format(shift)
     number += draw(st.sampled_from(SCALES[scale])) if scale else ""
@@ -103,16 +103,16 @@ near = st.sampled_from([Fraction(n, d) for n in (-36, -3, 0, 3, 30, 36, 3000) fo
 def test_equality_is_that_of_values_and_an_equivalence(forms, gold):
     accepted = AcceptedAnswers([gold[0]], "exact", "number")
     for text, value, unit in forms:
-        named = unit or gold[2]
-        equal = value == gold[1] and (gold[2] == "" or named == gold[2])
+        unit_of_answer = unit or gold[2]
+        equal = value == gold[1] and (gold[2] == "" or unit_of_answer == gold[2])
         assert accepted.accepts(accepted.key(text)) == equal, (text, gold)
         other = AcceptedAnswers([text], "exact", "number")  # symmetric
         assert other.accepts(other.key(gold[0])) == (value == gold[1] and (unit == "" or (gold[2] or unit) == unit))
     keys = [accepted.key(text) for text, _, _ in forms]
-    for (_, one, u), a in zip(forms, keys, strict=True):
+    for (_, form, u), a in zip(forms, keys, strict=True):
         for (_, two, v), b in zip(forms, keys, strict=True):
             same_unit = gold[2] == "" or (u or gold[2]) == (v or gold[2])
-            assert (a == b) == (one == two and same_unit)
+            assert (a == b) == (form == two and same_unit)
 
 
 @given(st.text(alphabet="0123456789.,-+%$€ kKmM()eE/^×*_`\"'\\{}abt°⅓½²", max_size=12))

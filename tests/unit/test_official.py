@@ -64,7 +64,7 @@ def test_an_evaluation_reports_both_with_their_intervals(data_format):
     results = results_of(header, PROMPTS, Judge("exact", "squad"), (), Interval(500, 0.9, 1))
     each = [[scores(s.answer, s.golds, data_format) for s in samples] for samples in PROMPTS]
     for place, name in enumerate(("em", "f1")):
-        mean = sum(sum(pair[place] for pair in some) / len(some) for some in each) / len(each)
+        mean = sum(sum(pair[place] for pair in pairs) / len(pairs) for pairs in each) / len(each)
         figure = results.metrics[name]
         assert figure.value == pytest.approx(mean) and figure.low <= mean <= figure.high
         assert f"\n{name} " in table(results)

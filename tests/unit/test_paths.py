@@ -97,8 +97,8 @@ def test_a_leading_tilde_is_the_home_directory_in_every_path(name, rest):
 def test_every_setting_that_is_a_path_is_among_them(tmp_path):
     """By its comment or its name; one that is missing here would make a folder called ~."""
     words = ("_dir", "_path", "_data", "_model", "_template", "save", "load")
-    named = {n for n, (_, kind) in SETTINGS.items() if n.endswith(words) and "str" in str(kind)}
-    assert named <= set(PATHS), f"add to config.PATHS: {named - set(PATHS)}"
+    by_name = {n for n, (_, kind) in SETTINGS.items() if n.endswith(words) and "str" in str(kind)}
+    assert by_name <= set(PATHS), f"add to config.PATHS: {by_name - set(PATHS)}"
     (tmp_path / "a.toml").write_text("run_dir = '~/runs'\n", encoding="utf-8")
     config = parse_args(["--config", str(tmp_path / "a.toml")])
     assert config.training.run_dir == os.path.expanduser("~/runs")

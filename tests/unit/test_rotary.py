@@ -17,7 +17,7 @@ LLAMA_3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, o
 
 def frequencies(channels: int, base: float, scaling: RopeScaling | None) -> list[float]:
     """base^(-2i/d), then Llama 3's rule as transformers publishes it, frequency by frequency, in double precision."""
-    found = []
+    result = []
     for i in range(channels // 2):
         frequency = base ** (-2 * i / channels)
         if scaling is not None:
@@ -31,8 +31,8 @@ def frequencies(channels: int, base: float, scaling: RopeScaling | None) -> list
                     scaling.high_freq_factor - scaling.low_freq_factor
                 )
                 frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-        found.append(frequency)
-    return found
+        result.append(frequency)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -41,18 +41,18 @@ def frequencies(channels: int, base: float, scaling: RopeScaling | None) -> list
     ids=["tiny", "qwen3", "llama-3.2", "llama-3.1"],
 )
 def test_angles_are_position_times_frequency_in_the_half_split_layout(channels, base, scaling):
-    found = RotaryAt(channels, base, scaling, CPU).at(torch.tensor(POSITIONS))
-    assert found.shape == (len(POSITIONS), 1, 1, channels) and found.dtype == torch.float32
+    actual = RotaryAt(channels, base, scaling, CPU).at(torch.tensor(POSITIONS))
+    assert actual.shape == (len(POSITIONS), 1, 1, channels) and actual.dtype == torch.float32
     expected = frequencies(channels, base, scaling)
     for t, position in enumerate(POSITIONS):
-        assert found[t, 0, 0].tolist() == pytest.approx([position * f for f in expected + expected], rel=5e-6)
+        assert actual[t, 0, 0].tolist() == pytest.approx([position * f for f in expected + expected], rel=5e-6)
 
 
 def test_llama_scaling_reaches_all_three_of_its_regions():
     plain, scaled = frequencies(64, 5e5, None), frequencies(64, 5e5, LLAMA_3_2)
     ratios = [b / a for a, b in zip(plain, scaled, strict=True)]
-    kept, divided = ratios.count(1.0), sum(math.isclose(r, 1 / 32) for r in ratios)
-    assert kept > 5 and divided > 5 and kept + divided < len(ratios)
+    unscaled, divided = ratios.count(1.0), sum(math.isclose(r, 1 / 32) for r in ratios)
+    assert unscaled > 5 and divided > 5 and unscaled + divided < len(ratios)
 
 
 @pytest.mark.parametrize(("channels", "base"), [(128, 1e6), (64, 5e5)])
@@ -68,8 +68,8 @@ def test_unscaled_angles_are_hugging_faces_bit_for_bit(channels, base):
 def test_positions_are_those_given_whatever_their_order_in_the_row():
     rotary = RotaryAt(16, 1e4, None, CPU)
     positions = torch.tensor([5, 0, 1, 2, 0, 1, 5])
-    found = rotary.at(positions)
-    assert torch.equal(found, rotary.at(torch.arange(6))[positions])
+    actual = rotary.at(positions)
+    assert torch.equal(actual, rotary.at(torch.arange(6))[positions])
 
 
 def test_turned_queries_and_keys_meet_by_their_distance_alone():

@@ -17,11 +17,11 @@ def sequences(seed: int = 0, count: int = 7) -> list[TrainingSequence]:
     def ids(low, high):
         return tuple(rng.randrange(1, 1000) for _ in range(rng.randint(low, high)))
 
-    made = []
+    result = []
     for b in range(count):
         rationale = ids(1, 6)
-        made.append(TrainingSequence(b, 0, ids(1, 5), rationale, rng.randint(0, len(rationale)), ids(0, 4)))
-    return made
+        result.append(TrainingSequence(b, 0, ids(1, 5), rationale, rng.randint(0, len(rationale)), ids(0, 4)))
+    return result
 
 
 def scored_by_hand(sequences: list[TrainingSequence], *, with_rationale: bool) -> list[tuple[int, int, int, int]]:
@@ -53,15 +53,15 @@ def test_exactly_the_sampled_and_answer_tokens_are_scored_each_by_the_place_befo
         padded = -(-len(s) // sequence_multiple) * sequence_multiple
         assert rows.position_T[place : place + padded].tolist() == list(range(padded))
         place += padded
-    found = set()
+    scored = set()
     head = rows.head
     for position, target, cell in zip(
         head.position_N.tolist(), head.target_N.tolist(), head.cell_N.tolist(), strict=True
     ):
         n, column = divmod(cell, 2)
-        found.add((n, position + 1 - starts[n], target, column))
+        scored.add((n, position + 1 - starts[n], target, column))
     expected = scored_by_hand(batch, with_rationale=with_rationale)
-    assert found == set(expected) and len(head.cell_N) == len(expected)
+    assert scored == set(expected) and len(head.cell_N) == len(expected)
     assert head.num_sequences == len(batch)
     assert len(rows.token_T) % row_multiple == 0 and len(rows.token_T) - place < row_multiple
     assert sum(rows.attention.lengths) == len(rows.token_T)

@@ -17,12 +17,12 @@ def uniforms(count: int) -> torch.Tensor:
 
 
 def test_a_stream_is_fixed_by_its_key_and_the_draws_number():
-    one, other = UniformStream(1, 2, 3, 4), UniformStream(1, 2, 3, 4)
-    late = [one.at(i) for i in (200, 0, 63, 64)]
+    stream, other = UniformStream(1, 2, 3, 4), UniformStream(1, 2, 3, 4)
+    late = [stream.at(i) for i in (200, 0, 63, 64)]
     assert late == [other.at(i) for i in (200, 0, 63, 64)]
     keys = [(1, 2, 3, 4), (2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5), (4, 3, 2, 1)]
     assert len({UniformStream(*key).at(0) for key in keys}) == len(keys)
-    assert all(0.0 <= one.at(i) < 1.0 for i in range(300))
+    assert all(0.0 <= stream.at(i) < 1.0 for i in range(300))
 
 
 def test_streams_of_neighbouring_rationales_are_uniform_and_uncorrelated():
@@ -48,10 +48,10 @@ def test_frequencies_and_reported_ln_p_are_those_of_the_tempered_nucleus(tempera
         logits.expand(count, V), uniforms(count), temperature=temperature, top_p=top_p, group=None
     )
     torch.testing.assert_close(log_probs, p[ids].log(), rtol=1e-6, atol=1e-6)
-    found, expected = torch.bincount(ids, minlength=V).double(), count * p
-    assert (found[~inside] == 0).all()
+    counts, expected = torch.bincount(ids, minlength=V).double(), count * p
+    assert (counts[~inside] == 0).all()
     large = expected >= 5
-    statistic = ((found - expected)[large] ** 2 / expected[large]).sum().item()
+    statistic = ((counts - expected)[large] ** 2 / expected[large]).sum().item()
     degrees = int(large.sum()) - 1
     assert abs(statistic - degrees) < 4 * math.sqrt(2 * degrees), (statistic, degrees)
 
@@ -80,10 +80,10 @@ def test_temperature_zero_takes_the_largest_logit_and_the_lowest_id_among_equals
 
 def test_rows_taken_in_parts_draw_the_same(monkeypatch):
     logits, uniform = torch.randn(50, V, generator=torch.Generator().manual_seed(4)), uniforms(50)
-    whole = sample_tokens(logits, uniform, temperature=0.9, top_p=0.9, group=None)
+    at_once = sample_tokens(logits, uniform, temperature=0.9, top_p=0.9, group=None)
     monkeypatch.setattr(sampling, "_WORKSPACE_ELEMENTS", 3 * V)
     parts = sample_tokens(logits, uniform, temperature=0.9, top_p=0.9, group=None)
-    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+    assert torch.equal(at_once[0], parts[0]) and torch.equal(at_once[1], parts[1])
 
 
 def test_no_rows_draw_nothing():

@@ -49,10 +49,10 @@ def test_escape_integral_and_flow_equal_the_antiderivatives_at_both_poles():
 @pytest.mark.parametrize("q", QS[1:])
 @pytest.mark.parametrize("eps", (0.3, 0.1, 0.01))
 def test_the_two_label_loss_has_its_minimum_at_the_escort_distribution(q, eps):
-    found = noise.equilibrium(eps, q)
-    assert found == pytest.approx(noise.escort(eps, q), rel=1e-9)
+    actual = noise.equilibrium(eps, q)
+    assert actual == pytest.approx(noise.escort(eps, q), rel=1e-9)
     near = [
-        noise.two_label_loss(torch.tensor(math.log(found / (1 - found)) + d), eps, q).item() for d in (-0.1, 0, 0.1)
+        noise.two_label_loss(torch.tensor(math.log(actual / (1 - actual)) + d), eps, q).item() for d in (-0.1, 0, 0.1)
     ]
     assert near[1] < min(near[0], near[2])
 
@@ -92,10 +92,10 @@ def brute_force(q: float, num: int) -> tuple[torch.Tensor, float, float]:
 @pytest.mark.parametrize("q", QS)
 def test_counts_give_the_moments_of_all_ordered_pools(q):
     mean, garl, paft = brute_force(q, 3)
-    found = enumeration.moments(MODEL, q, 3)
-    assert found.bias == pytest.approx(float((mean - MODEL.exact_gradient(q)).norm()), rel=1e-10, abs=1e-15)
-    assert found.variance_garl == pytest.approx(garl, rel=1e-10)
-    assert found.variance_paft == pytest.approx(paft, rel=1e-10)
+    actual = enumeration.moments(MODEL, q, 3)
+    assert actual.bias == pytest.approx(float((mean - MODEL.exact_gradient(q)).norm()), rel=1e-10, abs=1e-15)
+    assert actual.variance_garl == pytest.approx(garl, rel=1e-10)
+    assert actual.variance_paft == pytest.approx(paft, rel=1e-10)
 
 
 def test_the_enumerated_models_gradient_is_autograds():
@@ -121,8 +121,8 @@ def test_both_families_have_the_success_that_was_asked_for_and_pools_that_add_up
 @pytest.mark.parametrize("q", (0.5, 1.0))
 def test_bias_grows_as_p_to_minus_q_where_successes_are_rare(q):
     table = enumeration.bias_table((q,), powers=(-3.0, -3.5, -4.0))["exponents"]
-    found = {row["family"]: row["exponent"] for row in table}
-    assert found["rare"] == pytest.approx(-q, abs=0.02) and found["hard"] == pytest.approx(1 - q, abs=0.02)
+    actual = {row["family"]: row["exponent"] for row in table}
+    assert actual["rare"] == pytest.approx(-q, abs=0.02) and actual["hard"] == pytest.approx(1 - q, abs=0.02)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def test_steps_are_counted_by_the_running_mean():
 
 def test_the_interval_spans_seeds_not_prompts_alone():
     # Prompts of a seed agree, seeds do not: a bootstrap over prompts alone would have no width.
-    found = figures.interval_over_seeds([[0.0] * 20, [1.0] * 20, [1.0] * 20])
-    assert found.value == pytest.approx(2 / 3) and (found.low, found.high) == (0.0, 1.0)
+    actual = figures.interval_over_seeds([[0.0] * 20, [1.0] * 20, [1.0] * 20])
+    assert actual.value == pytest.approx(2 / 3) and (actual.low, actual.high) == (0.0, 1.0)
     tight = figures.interval_over_seeds([[0.0, 1.0] * 50] * 3)
     assert tight.value == 0.5 and 0.38 < tight.low < 0.5 < tight.high < 0.62
 

@@ -30,39 +30,39 @@ def inputs(trees, heads, groups, dtype=torch.float64):
 
 def rows(trees):
     """For every plain sequence (trunk and one branch, or a bare trunk): row indices of its tokens, and its own part."""
-    trunk, branch, found = 0, sum(tree.trunk for tree in trees), []
+    trunk, branch, result = 0, sum(tree.trunk for tree in trees), []
     for tree in trees:
         stem = list(range(trunk, trunk + tree.trunk))
-        found.append((stem, stem))
+        result.append((stem, stem))
         for length in tree.branches:
-            own = list(range(branch, branch + length))
-            found.append((stem + own, own))
+            branch_positions = list(range(branch, branch + length))
+            result.append((stem + branch_positions, branch_positions))
             branch += length
         trunk += tree.trunk
-    return found
+    return result
 
 
 def one_by_one(trees, q, k, v):
     """Every sequence by itself, with an explicit mask; of its output the part that is its own."""
     out, per_group = torch.zeros_like(q), q.shape[1] // k.shape[1]
-    for sequence, own in rows(trees):
-        if not own:
+    for sequence, positions in rows(trees):
+        if not positions:
             continue
         score = SCALE * torch.einsum("shd,thd->hst", q[sequence], k[sequence].repeat_interleave(per_group, 1))
         hidden = torch.ones(len(sequence), len(sequence), dtype=torch.bool).triu(1)
         weight = score.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         result = torch.einsum("hst,thd->shd", weight, v[sequence].repeat_interleave(per_group, 1))
-        out = out.index_copy(0, torch.tensor(own), result[-len(own) :])
+        out = out.index_copy(0, torch.tensor(positions), result[-len(positions) :])
     return out
 
 
 def assert_same(trees, heads, groups):
     q, k, v = inputs(trees, heads, groups)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    found, expected = TreeSegments(trees, CPU).attend(1, q, k, v, SCALE), one_by_one(trees, q, k, v)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    mine, theirs = (torch.autograd.grad(x, (q, k, v), upstream) for x in (found, expected))
-    for a, b in zip(mine, theirs, strict=True):
+    actual, expected = TreeSegments(trees, CPU).attend(1, q, k, v, SCALE), one_by_one(trees, q, k, v)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    got, wanted = (torch.autograd.grad(x, (q, k, v), upstream) for x in (actual, expected))
+    for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -124,15 +124,15 @@ def test_plain_attention_holds_no_whole_matrix_of_scores_and_is_the_same(monkeyp
 
     def run():
         trees = TreeSegments([Tree(tokens - 32, (20, 12))], CPU)
-        found = (trees if plan == "trees" else CausalSegments([tokens], CPU)).attend(1, q, k, v, SCALE)
-        return [found, *torch.autograd.grad(found.sin().sum(), (q, k, v))]
+        actual = (trees if plan == "trees" else CausalSegments([tokens], CPU)).attend(1, q, k, v, SCALE)
+        return [actual, *torch.autograd.grad(actual.sin().sum(), (q, k, v))]
 
     expected = run()
     monkeypatch.setattr(flash_module, "_kind", lambda tensor: "another device")
     monkeypatch.setattr(flash_module, "SCORE_ELEMENTS", elements, raising=False)
     with _Largest() as largest:
-        found = run()
-    for a, b in zip(found, expected, strict=True):
+        actual = run()
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     allowed = max(elements, heads * tokens, heads * tokens * D)  # scores of one query; keys and values
     assert largest.elements <= allowed or elements > heads * tokens * tokens
@@ -141,8 +141,8 @@ def test_plain_attention_holds_no_whole_matrix_of_scores_and_is_the_same(monkeyp
 def test_a_row_without_branches_is_plain_packed_attention():
     lengths = [9, 30, 1]
     q, k, v = inputs([Tree(n) for n in lengths], 4, 2)
-    found = TreeSegments([Tree(n) for n in lengths], CPU).attend(1, q, k, v, SCALE)
-    torch.testing.assert_close(found, CausalSegments(lengths, CPU).attend(1, q, k, v, SCALE), rtol=1e-12, atol=1e-12)
+    actual = TreeSegments([Tree(n) for n in lengths], CPU).attend(1, q, k, v, SCALE)
+    torch.testing.assert_close(actual, CausalSegments(lengths, CPU).attend(1, q, k, v, SCALE), rtol=1e-12, atol=1e-12)
 
 
 def test_masked_pairs_are_not_computed():
@@ -156,6 +156,6 @@ def test_low_precision_stays_near_double(dtype):
     trees = TREES["several, ragged"]
     q, k, v = inputs(trees, 4, 2)
     expected = TreeSegments(trees, CPU).attend(1, q, k, v, SCALE)
-    found = TreeSegments(trees, CPU).attend(1, *(x.to(dtype) for x in (q, k, v)), SCALE)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 3e-2)
+    actual = TreeSegments(trees, CPU).attend(1, *(x.to(dtype) for x in (q, k, v)), SCALE)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 3e-2)
