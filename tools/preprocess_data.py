@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
     for files in written:
         empty = f", {files.empty} without text left out" if files.empty else ""
         print(f"{files.prefix}: {files.documents} documents, {files.tokens} tokens{empty}")
-    if bad.faults:
-        print(f"warning: --input {args.input}: {summary_of(bad.faults)}")
+    if bad.errors:
+        print(f"warning: --input {args.input}: {summary_of(bad.errors)}")
     print(progress)
     return 0
 

@@ -58,17 +58,17 @@ def parse_data_path(text: str) -> list[tuple[str, float | None]]:
     words = text.split()
     weights = [_number(word) for word in words[::2]]
     if len(words) % 2 or all(weight is None for weight in weights):
-        found = [(word, None) for word in words]
+        weighted = [(word, None) for word in words]
     elif any(weight is None for weight in weights):
         raise UserError(f"--data-path {text}: write a weight before every prefix, or before none")
     else:
-        found = list(zip(words[1::2], weights, strict=True))
-    for prefix, weight in found:
+        weighted = list(zip(words[1::2], weights, strict=True))
+    for prefix, weight in weighted:
         if weight is not None and not (math.isfinite(weight) and weight > 0):
             raise UserError(f"--data-path {text}: the weight of {prefix} must be above 0")
-    if not found:
+    if not weighted:
         raise UserError("--data-path is empty; give the prefix of .bin and .idx files")
-    return found
+    return weighted
 
 
 def _number(word: str) -> float | None:
@@ -81,30 +81,30 @@ def _number(word: str) -> float | None:
 def open_files(prefix: str) -> IndexedFiles:
     """UserError: a file is missing or empty, or the pair is not whole, or not Megatron's."""
     index, data = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
-    named, cure = f"--data-path {prefix}", "write the files with tools/preprocess_data.py"
+    label, fix = f"--data-path {prefix}", "write the files with tools/preprocess_data.py"
     for path in (index, data):
         if not path.is_file():
-            raise UserError(f"{named}: there is no {path}; {cure}, and give their path without .bin")
+            raise UserError(f"{label}: there is no {path}; {fix}, and give their path without .bin")
     try:
         with open(index, "rb") as file:
             header = file.read(_HEADER.size)
         data_size, index_size = data.stat().st_size, index.stat().st_size
     except OSError as error:
-        raise UserError(f"{named}: {index}: {error.strerror}; give files that can be read") from error
+        raise UserError(f"{label}: {index}: {error.strerror}; give files that can be read") from error
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(f"{named}: {index} is not an index of Megatron's; {cure}")
+        raise UserError(f"{label}: {index} is not an index of Megatron's; {fix}")
     _, version, code, num_sequences, num_documents = _HEADER.unpack(header)
-    if version != 1 or code not in (one.value for one in DType):
-        raise UserError(f"{named}: {index} is of version {version}, type {code}, which is not known; {cure}")
+    if version != 1 or code not in (dtype.value for dtype in DType):
+        raise UserError(f"{label}: {index} is of version {version}, type {code}, which is not known; {fix}")
     if num_sequences == 0 or data_size == 0:
-        raise UserError(f"{named} holds no tokens; {cure} from files with text")
+        raise UserError(f"{label} holds no tokens; {fix} from files with text")
     if index_size < _HEADER.size + 12 * num_sequences + 8 * num_documents:
-        raise UserError(f"{named}: {index} is cut off; {cure} again")
+        raise UserError(f"{label}: {index} is cut off; {fix} again")
     files = IndexedFiles(prefix, num_sequences, DType.dtype_from_code(code))
     try:
         tokens = files.tokens_between(0.0, 1.0)
     except AssertionError as error:
-        raise UserError(f"{named}: {index} is damaged: its documents are not its sequences; {cure} again") from error
+        raise UserError(f"{label}: {index} is damaged: its documents are not its sequences; {fix} again") from error
     if data_size < tokens * DType.size(files.dtype):
-        raise UserError(f"{named}: {data} is cut off: its index counts {tokens} tokens; {cure} again")
+        raise UserError(f"{label}: {data} is cut off: its index counts {tokens} tokens; {fix} again")
     return files

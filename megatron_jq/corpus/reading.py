@@ -128,13 +128,13 @@ class _Builder(BlendedMegatronDatasetBuilder):
 
     def _build_megatron_datasets_parallel(self, prefixes, split, sizes_per_dataset):
         each = zip(prefixes, sizes_per_dataset, strict=True)
-        found = [self._build_megatron_dataset_splits(prefix, split, sizes, False) for prefix, sizes in each]
-        return [list(column) for column in zip(*found, strict=True)]
+        columns = [self._build_megatron_dataset_splits(prefix, split, sizes, False) for prefix, sizes in each]
+        return [list(column) for column in zip(*columns, strict=True)]
 
 
 def _built(options: CorpusOptions, plan: _Plan, folder: Path) -> list[GPTDataset | BlendedDataset | None]:
     """The three splits, with their indices in `folder`: written by rank 0 where they are not there, else read."""
-    config = copy.copy(plan.config)  # not dataclasses.replace: that would derive the splits anew
+    config = copy.copy(plan.config)  # not dataclasses.replace: that would derive the splits again
     config.path_to_cache = str(folder)
     return _Builder(GPTDataset, [options.train_rows, plan.heldout_rows, 0], lambda: True, config).build()
 
@@ -160,8 +160,8 @@ def _write_indices(options: CorpusOptions, plan: _Plan) -> None:
                 if not folder.is_dir():  # it is, where another run was quicker
                     raise
     except OSError as error:
-        fault = f"--data-cache-path {options.cache} cannot be written: {reason(error)}"
-        raise UserError(f"{fault}; name a folder that can") from error
+        problem = f"--data-cache-path {options.cache} cannot be written: {reason(error)}"
+        raise UserError(f"{problem}; name a folder that can") from error
 
 
 def _read_indices(options: CorpusOptions, plan: _Plan, key: str) -> list[GPTDataset | BlendedDataset | None]:
@@ -183,29 +183,29 @@ def _read_indices(options: CorpusOptions, plan: _Plan, key: str) -> list[GPTData
 
 def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Plan:
     _check_helper()
-    named = parse_data_path(options.data_path)
-    files = tuple(open_files(prefix) for prefix, _ in named)
-    for one in files:
-        largest = one.largest_of_first_tokens()
+    prefixes = parse_data_path(options.data_path)
+    files = tuple(open_files(prefix) for prefix, _ in prefixes)
+    for indexed in files:
+        largest = indexed.largest_of_first_tokens()
         if largest >= vocab_size:
-            raise _foreign_token(f"--data-path {one.prefix}", largest, vocab_size)
+            raise _foreign_token(f"--data-path {indexed.prefix}", largest, vocab_size)
     shares = _split_shares(options.split)
-    train, heldout = ([one.tokens_between(*shares[split]) for one in files] for split in (TRAIN, VALID))
-    for one, tokens in zip(files, train, strict=True):
+    train, heldout = ([indexed.tokens_between(*shares[split]) for indexed in files] for split in (TRAIN, VALID))
+    for indexed, tokens in zip(files, train, strict=True):
         if tokens < options.seq_length + 1:
             raise UserError(
-                f"--data-path {one.prefix}: --split {options.split} leaves {tokens} tokens to train on, fewer than a "
-                f"row of {options.seq_length + 1} (--seq-length, and the first one); lower it or give more text"
+                f"--data-path {indexed.prefix}: --split {options.split} leaves {tokens} tokens to train on, fewer than "
+                f"a row of {options.seq_length + 1} (--seq-length, and the first one); lower it or give more text"
             )
     rows = [max(0, tokens - 1) // options.seq_length for tokens in heldout]
     available = sum(rows) if all(rows) else 0
     heldout_rows = min(options.heldout_rows or available, available)
     # Files without weights count by their tokens: so a run may read them more than once.
-    weights = tuple(float(tokens) if w is None else w for (_, w), tokens in zip(named, train, strict=True))
+    weights = tuple(float(tokens) if w is None else w for (_, w), tokens in zip(prefixes, train, strict=True))
     config = GPTDatasetConfig(
         random_seed=short_seed(options.seed),
         sequence_length=options.seq_length,
-        blend=([one.prefix for one in files], list(weights) if len(files) > 1 else None),
+        blend=([indexed.prefix for indexed in files], list(weights) if len(files) > 1 else None),
         split=options.split,
         path_to_cache=str(options.cache),
         tokenizer=_IndexTokenizer(tokenizer),
@@ -221,7 +221,7 @@ def _plan(options: CorpusOptions, tokenizer: Tokenizer, vocab_size: int) -> _Pla
 
 def _key(options: CorpusOptions, files: tuple[IndexedFiles, ...], config: GPTDatasetConfig, heldout_rows: int) -> str:
     """Of all that the sample indices depend on: Megatron-core finds them by the files' names, whatever is in these."""
-    identities = [one.identity() for one in files]
+    identities = [indexed.identity() for indexed in files]
     rows = (options.train_rows, heldout_rows, options.seq_length, options.seed)
     parts = (version("megatron-core"), identities, config.blend, config.split_matrix, rows, config.tokenizer)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -250,9 +250,9 @@ def _check_helper() -> None:
         ) from error
 
 
-def _foreign_token(named: str, token: int, vocab_size: int) -> UserError:
+def _foreign_token(label: str, token: int, vocab_size: int) -> UserError:
     return UserError(
-        f"{named} holds token {token}, and the model's vocabulary has {vocab_size}: it was written with another "
+        f"{label} holds token {token}, and the model's vocabulary has {vocab_size}: it was written with another "
         "tokenizer; write it again with the one that --tokenizer-model names"
     )
 
@@ -263,8 +263,8 @@ def _fingerprint(options: CorpusOptions, plan: _Plan, built: GPTDataset | Blende
     """
     parts = built.datasets if isinstance(built, BlendedDataset) else [built]
     lines = [f"{options.seed} {options.seq_length} {plan.config.split_matrix[TRAIN]}"]
-    for one, weight, tokens, part in zip(plan.files, plan.weights, plan.tokens, parts, strict=True):
+    for indexed, weight, tokens, part in zip(plan.files, plan.weights, plan.tokens, parts, strict=True):
         once = part.num_samples * options.seq_length + 1 <= tokens
         share = weight / math.fsum(plan.weights)
-        lines.append(f"{one.identity()} {share!r} {'once' if once else part.num_samples}")
+        lines.append(f"{indexed.identity()} {share!r} {'once' if once else part.num_samples}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -87,8 +87,8 @@ def write_documents(
                 raise UserError(f"--input has no text for {prefix}; name the field with --json-keys")
         for builder, prefix in zip(builders, partial, strict=True):
             builder.finalize(get_idx_path(prefix))
-    found = zip(prefixes, counts, empty, strict=True)
-    return [Written(prefix, len(count), sum(count), none) for prefix, count, none in found], so_far()
+    files = zip(prefixes, counts, empty, strict=True)
+    return [Written(prefix, len(count), sum(count), none) for prefix, count, none in files], so_far()
 
 
 @contextlib.contextmanager

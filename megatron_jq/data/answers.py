@@ -110,7 +110,7 @@ def folded(text: str) -> str:
     What NFKC would run together with the digits before it stays apart: 10² is not 102, and 3½ is not 31/2.
     """
     text = text.strip(_INVISIBLE)
-    text = _SUPERSCRIPT.sub(lambda found: "^" + found[0], _FRACTION.sub(r" \g<0>", text)).replace("º", "°")
+    text = _SUPERSCRIPT.sub(lambda match: "^" + match[0], _FRACTION.sub(r" \g<0>", text)).replace("º", "°")
     return " ".join(unicodedata.normalize("NFKC", text).translate(_SIGNS).split())
 
 

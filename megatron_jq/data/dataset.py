@@ -76,7 +76,7 @@ def load_source(
     bad.settle(f"{flag} {source}", len(pairs))
     shards = "" if is_hub(source) else other_shards(source)
     notes = (*convert.notes, *([shards] if shards else []))
-    return Source(tuple(pairs[:count]), data_format.name, len(pairs), tuple(bad.faults), notes)
+    return Source(tuple(pairs[:count]), data_format.name, len(pairs), tuple(bad.errors), notes)
 
 
 def is_builtin(source: str) -> bool:

@@ -44,8 +44,8 @@ def read_texts(path: str | Path, fields: Sequence[str], bad: BadRecords) -> Iter
             if isinstance(record, RecordError):
                 raise record
             yield _text_of(*record, fields)
-        except RecordError as fault:
-            _note(bad, fault)
+        except RecordError as error:
+            _note(bad, error)
 
 
 def encode_texts(
@@ -57,8 +57,8 @@ def encode_texts(
     """
     tasks = iter(lambda: list(itertools.islice(texts, _DOCUMENTS_A_TASK)), [])
     if workers == 1:
-        own = load_tokenizer(*tokenizer)
-        done = ([_encoded(own, text, append_eod) for text in task] for task in tasks)
+        encoder = load_tokenizer(*tokenizer)
+        done = ([_encoded(encoder, text, append_eod) for text in task] for task in tasks)
     else:
         done = _in_workers(tasks, tokenizer, append_eod, workers)
     for item in itertools.chain.from_iterable(done):
@@ -105,7 +105,7 @@ def _encode_task(task: list[Text]) -> list[Document | tuple[str, str, str]]:
 
 
 def _encoded(tokenizer: Tokenizer, text: Text, append_eod: bool) -> Document | tuple[str, str, str]:
-    """The document, or a fault's where, kind and detail."""
+    """Return the document, or an error's place, kind and detail."""
     end = [tokenizer.eos_id] if append_eod else []
     try:
         ids = tuple(numpy.array([*tokenizer.encode(t), *end] if t.strip() else [], numpy.int64) for t in text.texts)
@@ -124,7 +124,7 @@ def _text_of(place: str, record: dict, fields: Sequence[str]) -> Text:
     return Text(place, tuple(texts))
 
 
-def _note(bad: BadRecords, fault: RecordError) -> None:
+def _note(bad: BadRecords, error: RecordError) -> None:
     if bad.policy == "error":  # a corpus is long: it is not read to its end first
-        raise UserError(f"{fault} (--bad-records drop leaves such records out)")
-    bad.faults.append(fault)
+        raise UserError(f"{error} (--bad-records drop leaves such records out)")
+    bad.errors.append(error)

@@ -115,8 +115,8 @@ def _without_prepend(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part["type"] == "Replace" and part["pattern"].get("Regex") in (r"\A▁", r"^▁"):
         return None  # it doubles a blank that Metaspace would take for its own
     if part["type"] == "Sequence":
-        inner = [_without_prepend(one) for one in part["normalizers"]]
-        return {**part, "normalizers": [one for one in inner if one is not None]}
+        inner = [_without_prepend(normalizer) for normalizer in part["normalizers"]]
+        return {**part, "normalizers": [normalizer for normalizer in inner if normalizer is not None]}
     return part
 
 

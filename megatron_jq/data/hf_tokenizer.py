@@ -86,20 +86,20 @@ class HuggingFaceTokenizer:
             return []
         probe = self._tokenizer.encode("a", add_special_tokens=True)
         leading = zip(probe.ids, probe.special_tokens_mask, strict=True)
-        own = [token for token, _ in itertools.takewhile(lambda one: one[1], leading)]
+        prefix = [token for token, _ in itertools.takewhile(lambda token: token[1], leading)]
         name = _token_name(self._settings, "bos_token")
         if rule == "on":
-            if not own and (name is None or self._tokenizer.token_to_id(name) is None):
+            if not prefix and (name is None or self._tokenizer.token_to_id(name) is None):
                 raise UserError(f"--add-bos-token on: {self._origin} has no bos_token")
-            return own or [self._tokenizer.token_to_id(name)]
+            return prefix or [self._tokenizer.token_to_id(name)]
         stated = self._settings.get("add_bos_token")
-        if isinstance(stated, bool) and name is not None and stated != bool(own):
-            adds = f"tokenizer.json {'adds one' if own else 'adds none'}"
+        if isinstance(stated, bool) and name is not None and stated != bool(prefix):
+            adds = f"tokenizer.json {'adds one' if prefix else 'adds none'}"
             raise UserError(
                 f"--add-bos-token auto: {self._origin} does not say whether a text begins with {name}: {adds}, "
                 f"tokenizer_config.json has add_bos_token {str(stated).lower()}; give --add-bos-token on or off"
             )
-        return own
+        return prefix
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids without a token, which a model with more rows than tokens may sample, read as U+FFFD at the end, and
@@ -139,7 +139,7 @@ class HuggingFaceTokenizer:
             return self._files[CHAT_TEMPLATE].decode("utf-8", errors="replace")
         template = self._settings.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = next((one["template"] for one in template if one.get("name") == "default"), None)
+            template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
         if not isinstance(template, str):
             raise UserError(
                 f"{self._origin} has no chat template; add {CHAT_TEMPLATE}, "

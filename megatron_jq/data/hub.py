@@ -23,8 +23,8 @@ def read_hub(source: str, default_split: str, *, flag: str = "--train-data") -> 
     except ImportError as error:
         raise UserError(f"{flag} {source} needs the datasets library: {INSTALL}") from error
     if int(datasets.__version__.split(".")[0]) < 4:
-        found = f"datasets {datasets.__version__} is installed"
-        raise UserError(f"{flag} {source}: {found}, which can run a data set's own code; {INSTALL}")
+        installed = f"datasets {datasets.__version__} is installed"
+        raise UserError(f"{flag} {source}: {installed}, which can run a data set's own code; {INSTALL}")
     pieces = source.removeprefix(HUB_PREFIX).split(":")
     name, config, split = (*pieces, "", "")[:3]
     name, _, revision = name.partition("@")

@@ -23,8 +23,8 @@ class NumberText(str):
 
 
 def read_records(path: str | Path, *, flag: str = "--train-data") -> Iterator[Record | RecordError]:
-    """The objects of a file in order, faults among them: one object a line, or one JSON list over any lines, gzipped or
-    not; or the rows of a parquet file.
+    """Yield the objects of a file in order, and errors among them: one object a line, or one JSON list over any lines,
+    gzipped or not; or the rows of a parquet file.
 
     UserError: no such file, nothing in it, a list that breaks off, another container.
     """

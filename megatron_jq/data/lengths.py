@@ -62,29 +62,29 @@ def plot_lengths(splits: Sequence[Lengths], left_out: Lengths, budgets: Budgets,
     left, right = figure.subplots(1, 2)
     shown = [*splits, left_out] if left_out.prompts else list(splits)
     colours = [*_COLOURS[: len(splits)], _GREY][: len(shown)]
-    _histogram(left, [one.prompts for one in shown], colours, budgets.max_prompt_tokens, "--max-prompt-tokens")
-    _histogram(right, [one.answers for one in shown], colours, budgets.answer_budget, "--answer-budget")
+    _histogram(left, [split.prompts for split in shown], colours, budgets.max_prompt_tokens, "--max-prompt-tokens")
+    _histogram(right, [split.answers for split in shown], colours, budgets.answer_budget, "--answer-budget")
     left.set_title("Prompts, with <think>", fontsize=11, loc="left")
     right.set_title("Gold answers, with the end of text", fontsize=11, loc="left")
-    names = [f"{one.name} ({len(one.prompts)})" for one in shown]
+    names = [f"{split.name} ({len(split.prompts)})" for split in shown]
     figure.legend(left.containers, names, loc="outside lower center", ncols=len(shown), frameon=False)
     figure.savefig(output, metadata={"Software": None})
 
 
 def _histogram(axes: Axes, lengths: list[tuple[int, ...]], colours: list[str], limit: int | None, flag: str) -> None:
-    longest = max(n for some in lengths for n in some)
+    longest = max(n for group in lengths for n in group)
     width = max(1, -(-longest // 40))
     edges = [0.5 + width * i for i in range(-(-longest // width) + 1)]
     axes.hist(lengths, bins=edges, stacked=True, color=colours)
     axes.set_ylim(top=axes.get_ylim()[1] * 1.12)  # room for the line below
     if limit is not None and limit <= 1.2 * longest:
         axes.axvline(limit + 0.5, color="0.2", linewidth=1, linestyle="--")
-        beyond = sum(n > limit for some in lengths for n in some)
-        told = f"{flag} {limit}: {beyond} beyond"
+        beyond = sum(n > limit for group in lengths for n in group)
+        note = f"{flag} {limit}: {beyond} beyond"
     else:
-        told = f"longest {longest}" if limit is None else f"longest {longest}, {flag} {limit}"
+        note = f"longest {longest}" if limit is None else f"longest {longest}, {flag} {limit}"
     beneath = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the line may run behind the words
-    axes.annotate(told, (0.99, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=8, bbox=beneath)
+    axes.annotate(note, (0.99, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=8, bbox=beneath)
     axes.set_xlabel("tokens")
     axes.set_ylabel("examples")
     axes.grid(axis="y", color="0.9", linewidth=0.7)

@@ -137,14 +137,14 @@ _ACCOUNTING = re.compile(r"([^()]*)\(([^()]+)\)([^()]*)")
 
 
 def _quantity(text: str) -> Quantity | None:
-    found = _ANY_NUMBER.match(text)
-    return None if found is None else _with_tail(found, text[found.end() :])
+    match = _ANY_NUMBER.match(text)
+    return None if match is None else _with_tail(match, text[match.end() :])
 
 
-def _with_tail(found: re.Match, tail: str) -> Quantity | None:
+def _with_tail(match: re.Match, tail: str) -> Quantity | None:
     """The quantity of a number and all that stands after it; None where that is no scale and no unit."""
-    part = found.groupdict()
-    if (part["sign"] and part["inner"]) or len(found[0]) > LONGEST:
+    part = match.groupdict()
+    if (part["sign"] and part["inner"]) or len(match[0]) > LONGEST:
         return None
     before = CURRENCY_SIGNS.get((part["before"] or "").casefold(), "")
     scale, tail = _scale(tail, money=bool(before))
@@ -163,12 +163,12 @@ def _scale(tail: str, *, money: bool) -> tuple[Fraction | int, str]:
     """(factor, what follows) of at most two scales: "hundred thousand"."""
     factor: Fraction | int = 1
     for _ in range(2):
-        found = _SCALE.match(tail)
-        name = found[1] if found else ""
-        one = SCALE_WORDS.get(name.casefold()) or SCALE_LETTERS.get(name.upper() if money else name)
-        if one is None or (factor != 1 and len(name) <= 3):  # "hundred thousand", but no "k k"
+        match = _SCALE.match(tail)
+        name = match[1] if match else ""
+        word_factor = SCALE_WORDS.get(name.casefold()) or SCALE_LETTERS.get(name.upper() if money else name)
+        if word_factor is None or (factor != 1 and len(name) <= 3):  # "hundred thousand", but no "k k"
             break
-        factor, tail = factor * one, tail[found.end() :]
+        factor, tail = factor * word_factor, tail[match.end() :]
     return factor, tail
 
 
@@ -178,9 +178,9 @@ def _number(part: dict[str, str | None]) -> Fraction | None:
         return int(part["whole"] or 0) + Fraction(int(part["above"]), below) if below else None
     if part.get("ten"):
         return Fraction(10) ** int(part["ten_power"])
-    whole, _, decimals = re.sub("[, ']", "", part["digits"]).partition(".")
+    integer, _, decimals = re.sub("[, ']", "", part["digits"]).partition(".")
     exponent = int(part["e"] or part["power"] or 0) - len(decimals)
-    digits = int(whole + decimals)
+    digits = int(integer + decimals)
     return Fraction(digits * 10**exponent) if exponent >= 0 else Fraction(digits, 10**-exponent)
 
 
@@ -203,11 +203,11 @@ def _raised(name: str, names: dict[str, tuple[str, Fraction | int]]) -> tuple[st
     """ "square feet" and "ft^2" are one unit."""
     if name in names:
         return names[name]
-    found = _RAISED.fullmatch(name)
-    if found is None or found[2] not in UNITS_BELOW or (found[1] and found[3]):
+    match = _RAISED.fullmatch(name)
+    if match is None or match[2] not in UNITS_BELOW or (match[1] and match[3]):
         return None
-    power = found[3] or (found[1] and ("2" if found[1][0] == "s" else "3"))
-    return (f"{UNITS_BELOW[found[2]]}^{power}", 1) if power else None
+    power = match[3] or (match[1] and ("2" if match[1][0] == "s" else "3"))
+    return (f"{UNITS_BELOW[match[2]]}^{power}", 1) if power else None
 
 
 def _digits(value: Fraction) -> int:
@@ -227,9 +227,9 @@ def _written(value: Fraction) -> str:
     if rest != 1 or places > MOST_DIGITS:
         return f"{value.numerator}/{value.denominator}"
     digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
-    whole, decimals = digits[: len(digits) - places], digits[len(digits) - places :]
+    integer, decimals = digits[: len(digits) - places], digits[len(digits) - places :]
     sign = "-" if value < 0 else ""
-    return f"{sign}{whole}.{decimals}" if decimals else f"{sign}{whole}"
+    return f"{sign}{integer}.{decimals}" if decimals else f"{sign}{integer}"
 
 
 def with_numbers_rewritten(text: str) -> str:
@@ -244,21 +244,21 @@ def with_numbers_rewritten(text: str) -> str:
 def _numbers_inside(text: str) -> Iterator[tuple[int, int, Quantity]]:
     """(start, end, quantity) of each, with the longest unit that follows it."""
     end = 0
-    for found in _INSIDE.finditer(text):
-        if found.start() < end:
+    for match in _INSIDE.finditer(text):
+        if match.start() < end:
             continue
-        for stop in _ends(text, found.end()):
-            quantity = None if _ENDS_BADLY.match(text, stop) else _with_tail(found, text[found.end() : stop])
+        for stop in _ends(text, match.end()):
+            quantity = None if _ENDS_BADLY.match(text, stop) else _with_tail(match, text[match.end() : stop])
             if quantity is not None:
-                yield found.start(), stop, quantity
+                yield match.start(), stop, quantity
                 end = stop
                 break
 
 
 def _ends(text: str, start: int) -> list[int]:
     """Where a quantity may end whose number ends at start, furthest first: after four words at most, or at once."""
-    found = _WORDS_AFTER.match(text, start, start + 80)
-    stops = [] if found is None else [start + len(found[0])]
+    match = _WORDS_AFTER.match(text, start, start + 80)
+    stops = [] if match is None else [start + len(match[0])]
     while stops and (blank := text.rfind(" ", start + 1, stops[-1])) > start:
         stops.append(blank)
     bare = [start + len(text[start:stop].rstrip(".,;:!?)*\"'`")) for stop in stops]

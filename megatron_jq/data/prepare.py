@@ -4,14 +4,14 @@ import contextlib
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_jq.config import Config
 from megatron_jq.data.dataset import is_builtin, train_tokenizer
-from megatron_jq.data.lengths import Budgets, Lengths, plot_lengths, quantiles
+from megatron_jq.data.lengths import Budgets, Lengths, plot_lengths
+from megatron_jq.data.prepare_report import UsableExamples, report
 from megatron_jq.data.prepared import (
     FORMAT,
     SPLITS,
@@ -44,19 +44,6 @@ class Prepared:
     report: str
 
 
-@dataclass(frozen=True)
-class _Usable:
-    """One source's examples that fit, and what else became of its records."""
-
-    named: str
-    lengths: Lengths  # of all examples, those that do not fit among them
-    placed: tuple[Placed, ...]
-    too_long: tuple[Placed, ...]
-    dropped: tuple[RecordError, ...]
-    notes: tuple[str, ...]
-    changed: str  # which golds the tokenizer changes, in a line, or nothing
-
-
 def prepare(
     config: Config, output: Path, *, test_data: str | None, split_sizes: str | None, context: int | None
 ) -> Prepared:
@@ -69,28 +56,28 @@ def prepare(
     if output.exists():
         raise UserError(f"--output {output} exists; name a new folder, or remove it")
     config = replace(config, data=resolved(config.data))
-    named = _sources(config, test_data)
-    readings = {split: _read(config, split, source, flag) for split, (flag, source) in named.items()}
+    sources = _sources(config, test_data)
+    readings = {split: _read(config, split, source, flag) for split, (flag, source) in sources.items()}
     template = template_of(readings["train"].source.data_format, config.data.prompt_template)
     sizes = _sizes(split_sizes, template, readings)
     groups = _groups(sizes, readings)
     budgets = _budgets(config, template, context)
-    with _made_whole(output) as partial:
+    with _whole_or_nothing(output) as partial:
         tokenizer = _tokenizer(config, readings["train"], partial)
         usable = {split: _usable(config, readings[split], tokenizer, budgets) for split in readings}
         splits = cut({names: usable[split].placed for split, names in groups.items()}, sizes, config.training.seed)
         manifest = _write(config, partial, template, readings["train"], tokenizer, splits)
         lengths = [_lengths(name, placed) for name, placed in splits.items()]
-        too_long = _lengths("left out: too long", [one for some in usable.values() for one in some.too_long])
+        too_long = _lengths("left out: too long", [entry for source in usable.values() for entry in source.too_long])
         plot_lengths(lengths, too_long, budgets, partial / "lengths.png")
         text = report(config, manifest, template, budgets, list(usable.values()), lengths, shared_prompts(splits))
         (partial / "report.md").write_text(text, encoding="utf-8")
-        _write_dropped(partial / "dropped.jsonl", [fault for one in usable.values() for fault in one.dropped])
+        _write_dropped(partial / "dropped.jsonl", [error for source in usable.values() for error in source.dropped])
     return Prepared(output, manifest.content, text)
 
 
 @contextlib.contextmanager
-def _made_whole(output: Path) -> Iterator[Path]:
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder to fill, which stands at `output` once all of it is on disk, and nowhere if something fails."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -114,13 +101,13 @@ def _sources(config: Config, test_data: str | None) -> dict[str, tuple[str, str]
             f"--estimator {config.objective.estimator} reads --data-path, which tools/preprocess_data.py writes; leave "
             "it out"
         )
-    named = {"train": ("--train-data", d.train_data)}
+    sources = {"train": ("--train-data", d.train_data)}
     validation = d.eval_data or (d.train_data if is_builtin(d.train_data) else None)
     if validation is not None:
-        named["validation"] = ("--eval-data", validation)
+        sources["validation"] = ("--eval-data", validation)
     if test_data is not None:
-        named["test"] = ("--test-data", test_data)
-    return named
+        sources["test"] = ("--test-data", test_data)
+    return sources
 
 
 def _read(config: Config, split: str, source: str, flag: str) -> Reading:
@@ -131,7 +118,7 @@ def _read(config: Config, split: str, source: str, flag: str) -> Reading:
         count = d.train_examples if split == "train" else d.eval_examples
     reading = read_source(config, source, _READ_AS[split], flag, count=count)
     if reading.prepared is not None:
-        raise UserError(f"{reading.named} is a prepared set already; give the files it was made of")
+        raise UserError(f"{reading.label} is a prepared set already; give the files it was made of")
     return reading
 
 
@@ -186,7 +173,7 @@ def _tokenizer(config: Config, train: Reading, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Budgets) -> _Usable:
+def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Budgets) -> UsableExamples:
     encoded = encode_reading(config, reading, tokenizer)
     fitting = select_fitting(
         encoded.placed,
@@ -195,16 +182,16 @@ def _usable(config: Config, reading: Reading, tokenizer: Tokenizer, budgets: Bud
         rationale_budget=budgets.rationale_budget if config.objective.row.reads_rationales else None,
         overlong=config.data.overlong_prompts,
     )
-    placed, kept = tuple(map(Placed, fitting.examples, fitting.places)), set(fitting.places)
-    too_long = tuple(one for one in encoded.placed if one.place not in kept)
+    placed, fitting_places = tuple(map(Placed, fitting.examples, fitting.places)), set(fitting.places)
+    too_long = tuple(entry for entry in encoded.placed if entry.place not in fitting_places)
     dropped = (*encoded.bad, *fitting.misfits)
     changed = describe_changed(placed, tokenizer)
-    lengths = _lengths(reading.named, encoded.placed)
-    return _Usable(reading.named, lengths, placed, too_long, dropped, encoded.notes, changed)
+    lengths = _lengths(reading.label, encoded.placed)
+    return UsableExamples(reading.label, lengths, placed, too_long, dropped, encoded.notes, changed)
 
 
 def _lengths(name: str, placed: Sequence[Placed]) -> Lengths:
-    examples = [one.example for one in placed]
+    examples = [entry.example for entry in placed]
     prompts, answers = [len(e.prompt_ids) for e in examples], [len(e.answer_ids) for e in examples]
     return Lengths(name, tuple(prompts), tuple(answers), longest_bridge(placed))
 
@@ -229,84 +216,5 @@ def _write(config, folder: Path, template: PromptTemplate, train: Reading, token
 
 
 def _write_dropped(path: Path, dropped: Sequence[RecordError]) -> None:
-    rows = ({"where": fault.place, "kind": fault.kind, "detail": fault.detail} for fault in dropped)
+    rows = ({"where": error.place, "kind": error.kind, "detail": error.detail} for error in dropped)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def report(
-    config: Config,
-    manifest: Manifest,
-    template: PromptTemplate,
-    budgets: Budgets,
-    sources: Sequence[_Usable],
-    splits: Sequence[Lengths],
-    shared: int,
-) -> str:
-    """The report as Markdown."""
-    d = config.data
-    lines = [
-        f"# {manifest.data_format}, prompts {d.prompt_style}",
-        "",
-        f"content {manifest.content}",
-        "",
-        f"tokenizer: {manifest.tokenizer_type}, {d.tokenizer_model or 'trained on the training data'}",
-        "",
-        "## Splits",
-        "",
-        "Tokens: smallest / median / 95th percentile / largest.",
-        "",
-        "| split | examples | prompt tokens, with `<think>` | answer tokens, with the end |",
-        "|---|--:|--:|--:|",
-    ]
-    for split in splits:
-        prompts, answers = (" / ".join(map(str, quantiles(some))) for some in (split.prompts, split.answers))
-        lines.append(f"| {split.name} | {len(split.prompts)} | {prompts} | {answers} |")
-    lines += ["", f"Prompts in more than one split: {shared}.", "", "![lengths](lengths.png)", ""]
-    lines += [*_fits(budgets, sources), *_paper(template), *_changed(sources), *_losses(sources)]
-    return "\n".join(lines) + "\n"
-
-
-def _fits(budgets: Budgets, sources: Sequence[_Usable]) -> list[str]:
-    def limit(value: int | None) -> str:
-        return "of any length" if value is None else f"at most {value} tokens"
-
-    bridge = max(one.lengths.bridge for one in sources)
-    lines = [
-        "## What fits the budgets",
-        "",
-        f"Of all good records, before any is left out. Prompts: {limit(budgets.max_prompt_tokens)}; answers: "
-        f"{limit(budgets.answer_budget)}; whole rows, with {budgets.rationale_budget} for the rationale, 1 to close "
-        f"it, {bridge} for the bridge, and the answer budget: {limit(budgets.context)}.",
-        "",
-        "| source | records | prompts that fit | answers that fit | rows that fit |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for one in sources:
-        fits = " | ".join(str(number) for number in one.lengths.within(budgets))
-        lines.append(f"| {one.named} | {len(one.lengths.prompts)} | {fits} |")
-    return [*lines, ""]
-
-
-def _paper(template: PromptTemplate) -> list[str]:
-    paper = template.paper
-    if paper is None:
-        return []
-    return [
-        f"The paper's setting: --rationale-budget {paper.rationale_budget} --answer-budget {paper.answer_budget}; "
-        f"{paper.train} / {paper.validation} / {paper.test} examples to train, validate and test.",
-        "",
-    ]
-
-
-def _changed(sources: Sequence[_Usable]) -> list[str]:
-    lines = [f"- {one.named}: {one.changed}" for one in sources if one.changed]
-    return ["## Gold answers that the tokenizer changes", "", *lines, ""] if lines else []
-
-
-def _losses(sources: Sequence[_Usable]) -> list[str]:
-    lines = ["## Left out", ""]
-    for one in sources:
-        kinds = Counter(fault.kind for fault in one.dropped)
-        counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())) or "none"
-        lines += [f"- {one.named}: {counted}", *(f"- {one.named}: {note}" for note in one.notes)]
-    return [*lines, "", "dropped.jsonl names each by file and line, with its reason."]

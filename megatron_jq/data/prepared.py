@@ -84,10 +84,10 @@ def write_split(folder: Path, split: str, placed: Sequence[Placed]) -> SplitEntr
     """The split's file and its entry of the manifest."""
     digest = hashlib.sha256()
     with open(folder / f"{split}.jsonl", "wb") as file:
-        for one in placed:
-            example = one.example
+        for entry in placed:
+            example = entry.example
             row = {
-                "where": one.place,
+                "where": entry.place,
                 "prompt": example.prompt_text,
                 "answer": example.answer_text,
                 "aliases": example.aliases,
@@ -99,7 +99,7 @@ def write_split(folder: Path, split: str, placed: Sequence[Placed]) -> SplitEntr
             line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
             file.write(line)
             digest.update(line)
-    return SplitEntry(len(placed), digest.hexdigest(), fingerprint(one.example for one in placed))
+    return SplitEntry(len(placed), digest.hexdigest(), fingerprint(entry.example for entry in placed))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -164,8 +164,8 @@ def read_prepared(source: str, split: str, *, count: int | None = None, flag: st
 
 def _placed(index: int, row: dict) -> Placed:
     lists = (tuple(row[name]) for name in ("prompt_ids", "answer_ids", "aliases", "joint_ids"))
-    given = tuple(row["rationale_ids"]) if "rationale_ids" in row else None
-    return Placed(Example(index, row["prompt"], row["answer"], *lists, given), row["where"])
+    rationale_ids = tuple(row["rationale_ids"]) if "rationale_ids" in row else None
+    return Placed(Example(index, row["prompt"], row["answer"], *lists, rationale_ids), row["where"])
 
 
 def _files() -> set[str]:

@@ -1,7 +1,7 @@
 """F2: pairs to examples. A row of the trainer is prompt, `<think>`, rationale, `</think>`, bridge, y*, end of text.
 
 Here are its fixed parts: prompt_ids end with `<think>` (and what the template puts after it), answer_ids end with the
-end of text. The rationale and its `</think>`, sampled or forced, come between them later, and behind them bridge_ids:
+end of text. The rationale and its `</think>`, sampled or forced, come between them later, and after them bridge_ids:
 what the template puts after `</think>`, which is given like the prompt. y* is tokenised on its own and joined on ids,
 so that its tokens depend neither on the rationale nor on the bridge.
 """
@@ -86,13 +86,14 @@ class PromptWriter:
         try:
             prompt_ids = self._prompt(frame, system, text)
             gold = self._continued(pair.answer, self._bridge_ids)
-            given = None if pair.rationale is None else self._given(frame, pair.rationale)
+            rationale_ids = None if pair.rationale is None else self._given(frame, pair.rationale)
         except UserError as error:
             raise RecordError(pair.place, "not in the tokenizer", str(error)) from error
         if not gold:
             raise RecordError(pair.place, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
         answer_ids = (*gold, self.tokenizer.eos_id)
-        return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, pair.aliases, self._bridge_ids, given)
+        others = (pair.aliases, self._bridge_ids, rationale_ids)
+        return Example(index, text, pair.answer, tuple(prompt_ids), answer_ids, *others)
 
     @property
     def notes(self) -> list[str]:
@@ -130,7 +131,7 @@ class PromptWriter:
 
 
 def encode_pairs(pairs: Sequence[Pair], writer: PromptWriter, bad: BadRecords) -> list[Placed]:
-    """Token ids for every pair that has some; faults go to `bad`."""
+    """Token ids for every pair that has some; errors go to `bad`."""
     return bad.sieve(enumerate(pairs), lambda row: Placed(writer.example(*row), row[1].place))
 
 
@@ -152,24 +153,24 @@ def select_fitting(
         raise UserError(f"--overlong-prompts {overlong} is not known; it is one of {', '.join(OVERLONG_POLICIES)}")
     limits = {"prompt": max_prompt_tokens, "rationale": rationale_budget, "answer": answer_budget}
     fitting, misfits = [], []
-    for one in placed:
-        excess = _excess(one.example, limits)
+    for entry in placed:
+        excess = _excess(entry.example, limits)
         if excess:
             detail = ", ".join(f"{tokens} {part} tokens" for part, tokens in excess.items())
-            misfits.append(RecordError(one.place, f"{next(iter(excess))} too long", detail))
+            misfits.append(RecordError(entry.place, f"{next(iter(excess))} too long", detail))
         else:
-            fitting.append(one)
-    named = tuple(f"{fault.place} ({fault.detail})" for fault in misfits[:_NAMED_AT_MOST])
-    report = OverlongReport(len(misfits), len(placed), named)
+            fitting.append(entry)
+    examples_shown = tuple(f"{error.place} ({error.detail})" for error in misfits[:_NAMED_AT_MOST])
+    report = OverlongReport(len(misfits), len(placed), examples_shown)
     if misfits and (overlong == "error" or not fitting):
         raise UserError(_misfit_message(report, limits, can_drop=bool(fitting)))
-    examples, places = (tuple(one.example for one in fitting), tuple(one.place for one in fitting))
+    examples, places = (tuple(entry.example for entry in fitting), tuple(entry.place for entry in fitting))
     return EncodedExamples(examples, report, places, tuple(misfits))
 
 
 def longest_bridge(placed: Iterable[Placed]) -> int:
     """Tokens of the longest bridge between `</think>` and an answer: what a row needs for it."""
-    return max((len(one.example.bridge_ids) for one in placed), default=0)
+    return max((len(entry.example.bridge_ids) for entry in placed), default=0)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -203,6 +204,6 @@ def _excess(example: Example, limits: dict[str, int | None]) -> dict[str, int]:
 
 def _misfit_message(report: OverlongReport, limits: dict[str, int | None], *, can_drop: bool) -> str:
     more = ", …" if report.count > len(report.first) else ""
-    cure = "leave them out with --overlong-prompts drop, or allow for more" if can_drop else "allow for more"
+    fix = "leave them out with --overlong-prompts drop, or allow for more" if can_drop else "allow for more"
     exceeded = " and ".join(f"{limit} {part} tokens" for part, limit in limits.items() if limit is not None)
-    return f"{report.count} of {report.total} examples exceed {exceeded}: {', '.join(report.first)}{more}; {cure}"
+    return f"{report.count} of {report.total} examples exceed {exceeded}: {', '.join(report.first)}{more}; {fix}"

@@ -16,9 +16,9 @@ from megatron_jq.formats.record_error import RecordError
 
 @dataclass(frozen=True)
 class Reading:
-    """One source that was read: pairs of text, or a prepared split with its ids. named: the flag and its value."""
+    """One source that was read: pairs of text, or a prepared split with its ids. label: the flag and its value."""
 
-    named: str
+    label: str
     source: Source | None
     prepared: PreparedSplit | None
 
@@ -66,20 +66,20 @@ def read_source(config: Config, source: str, split: str, flag: str, *, count: in
     read_prepared.
     """
     count = count or None
-    d, named = config.data, f"{flag} {source}"
+    d, label = config.data, f"{flag} {source}"
     imitated = split == "train" and config.objective.row.reads_rationales
     if is_prepared(source):
         name = "validation" if split == "heldout" else split
         prepared = read_prepared(source, name, count=count, flag=flag)
         if d.prompt_style not in ("plain", prepared.prompt_style) or d.prompt_template is not None:
             raise UserError(
-                f"{named} was prepared with --prompt-style {prepared.prompt_style}; "
+                f"{label} was prepared with --prompt-style {prepared.prompt_style}; "
                 "leave --prompt-style and --prompt-template out, or prepare the set again"
             )
-        _check_prompts(named, config, prepared)
-        if imitated and any(one.example.rationale_ids is None for one in prepared.placed):
-            raise UserError(f"{named} was prepared without rationales; prepare it again with --estimator sft")
-        return Reading(named, None, prepared)
+        _check_prompts(label, config, prepared)
+        if imitated and any(entry.example.rationale_ids is None for entry in prepared.placed):
+            raise UserError(f"{label} was prepared without rationales; prepare it again with --estimator sft")
+        return Reading(label, None, prepared)
     options = ReadOptions(
         data_format=d.data_format,
         prompt_field=d.prompt_field,
@@ -91,19 +91,19 @@ def read_source(config: Config, source: str, split: str, flag: str, *, count: in
         rationales=imitated,
     )
     seed = config.training.seed
-    return Reading(named, load_source(source, options, count=count, seed=seed, split=split, flag=flag), None)
+    return Reading(label, load_source(source, options, count=count, seed=seed, split=split, flag=flag), None)
 
 
-def _check_prompts(named: str, config: Config, prepared: PreparedSplit) -> None:
+def _check_prompts(label: str, config: Config, prepared: PreparedSplit) -> None:
     """UserError where a setting asks for other prompts than the set holds."""
     d = config.data
-    for flag, wanted, default, held in (
+    for flag, wanted, default, prepared_with in (
         ("--add-bos-token", d.add_bos_token, "auto", prepared.add_bos_token),
         ("--chat-date", d.chat_date, None, prepared.chat_date),
     ):
-        if wanted not in (default, held):
-            was = f"with {flag} {held}" if held is not None else f"without {flag}"
-            raise UserError(f"{named} was prepared {was}; leave {flag} out, or prepare the set again")
+        if wanted not in (default, prepared_with):
+            was = f"with {flag} {prepared_with}" if prepared_with is not None else f"without {flag}"
+            raise UserError(f"{label} was prepared {was}; leave {flag} out, or prepare the set again")
 
 
 def _notes(config: Config, prepared: PreparedSplit, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -123,9 +123,9 @@ def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> En
     """
     if reading.prepared is not None:
         if reading.prepared.tokenizer != tokenizer.fingerprint():
-            own = reading.prepared.tokenizer_path
+            path = reading.prepared.tokenizer_path
             raise UserError(
-                f"{reading.named} was prepared with another tokenizer; use its own, --tokenizer-model {own}"
+                f"{reading.label} was prepared with another tokenizer; use its own, --tokenizer-model {path}"
             )
         notes = _notes(config, reading.prepared, tokenizer)
         return Encoded(reading.prepared.placed, (), reading.data_format, reading.total, notes)
@@ -134,9 +134,9 @@ def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> En
     bad = BadRecords(d.bad_records)
     writer = PromptWriter(style, tokenizer, add_bos_token=d.add_bos_token, chat_date=d.chat_date)
     placed = encode_pairs(source.pairs, writer, bad)
-    bad.settle(reading.named, len(placed))
+    bad.settle(reading.label, len(placed))
     notes = (*source.notes, *writer.notes)
-    return Encoded(tuple(placed), (*source.bad, *bad.faults), reading.data_format, reading.total, notes)
+    return Encoded(tuple(placed), (*source.bad, *bad.errors), reading.data_format, reading.total, notes)
 
 
 def number_of(number: int, total: int) -> str:

@@ -40,9 +40,9 @@ def describe_changed(placed: Sequence[Placed], tokenizer: Tokenizer) -> str:
     Nothing where every y* comes back.
     """
     changed = [
-        f"{one.place} ({one.example.answer_text!r} as {back!r})"
-        for one in placed
-        if (back := text_of(one.example.answer_ids, tokenizer)).strip() != one.example.answer_text.strip()
+        f"{entry.place} ({entry.example.answer_text!r} as {back!r})"
+        for entry in placed
+        if (back := text_of(entry.example.answer_ids, tokenizer)).strip() != entry.example.answer_text.strip()
     ]
     if not changed:
         return ""

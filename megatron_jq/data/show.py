@@ -34,7 +34,7 @@ def described(
         f"prompt x: {prompt} tokens, weight 0{_beginning(example, tokenizer)}",
         *_tokens(example.prompt_ids, tokenizer),
         "",
-        *_rationale(example, tokenizer, rationale_budget, given=row.reads_rationales),
+        *_rationale(example, tokenizer, rationale_budget, imitated=row.reads_rationales),
         "",
     ]
     if bridge:
@@ -62,11 +62,11 @@ def _beginning(example: Example, tokenizer: Tokenizer) -> str:
     return f", begins with {names}" if has else f", without {names} at its beginning (--add-bos-token)"
 
 
-def _rationale(example: Example, tokenizer: Tokenizer, budget: int, *, given: bool) -> list[str]:
+def _rationale(example: Example, tokenizer: Tokenizer, budget: int, *, imitated: bool) -> list[str]:
     weight = "weight: the rationale's coefficient"
-    if given:
-        named = f"rationale z: {len(example.rationale_ids)} given tokens, of at most {budget}, {weight}"
-        return [named, *_tokens(example.rationale_ids, tokenizer)]
+    if imitated:
+        heading = f"rationale z: {len(example.rationale_ids)} given tokens, of at most {budget}, {weight}"
+        return [heading, *_tokens(example.rationale_ids, tokenizer)]
     close = tokenizer.piece(tokenizer.think_close_id)
     return [
         f"rationale z: up to {budget} sampled tokens, {weight}",

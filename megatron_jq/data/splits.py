@@ -58,8 +58,8 @@ def shared_prompts(splits: dict[str, Sequence[Placed]]) -> int:
     """How many prompts stand in more than one split."""
     seen: dict[tuple[int, ...], set[str]] = {}
     for name, placed in splits.items():
-        for one in placed:
-            seen.setdefault(one.example.prompt_ids, set()).add(name)
+        for entry in placed:
+            seen.setdefault(entry.example.prompt_ids, set()).add(name)
     return sum(len(names) > 1 for names in seen.values())
 
 

@@ -191,7 +191,7 @@ def heldout_examples(
     )
     changed = describe_changed(tuple(map(Placed, fitting.examples, fitting.places)), tokenizer)
     left_out = [remark for remark in (*encoded.remarks, str(fitting.overlong), changed, _first_ones(reading)) if remark]
-    warning = f"warning: {reading.named}: {'; '.join(left_out)}" if left_out else ""
+    warning = f"warning: {reading.label}: {'; '.join(left_out)}" if left_out else ""
     return HeldOut(source, reading.data_format, fitting.examples, reading.total, answer_budget, warning)
 
 

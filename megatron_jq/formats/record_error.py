@@ -4,7 +4,7 @@ from megatron_jq.errors import UserError
 
 
 class RecordError(UserError):
-    """One record's fault. kind: a few words that its like share, to count by; str(): "path:line: " and the detail."""
+    """What is wrong with one record. kind: a few words to count by; str(): "path:line: " and the detail."""
 
     def __init__(self, place: str, kind: str, detail: str):
         super().__init__(f"{place}: {detail}")

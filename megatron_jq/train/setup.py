@@ -90,12 +90,12 @@ def prepare_data(
         for reading, encoding in zip(sources, encoded, strict=True):
             changed = describe_changed(encoding.placed, tokenizer)
             for remark in (*encoding.remarks, *([changed] if changed else [])):
-                print(f"warning: {reading.named}: {remark}", flush=True)
+                print(f"warning: {reading.label}: {remark}", flush=True)
     data, overlong = on_all_ranks(runtime, lambda: _fitted(config, architecture, tokenizer, path, encoded))
     if runtime is None or runtime.is_main:
         for reading, report in zip(sources, overlong, strict=True):
             if report.count:
-                print(f"warning: {reading.named}: {report}", flush=True)
+                print(f"warning: {reading.label}: {report}", flush=True)
     return data
 
 
@@ -175,7 +175,7 @@ def _check_carried(train: Reading, carried: Path | None) -> None:
         return
     carried_tokenizer = tokenizer_in(carried)
     if carried_tokenizer is not None and load_tokenizer(*carried_tokenizer).fingerprint() != train.prepared.tokenizer:
-        raise UserError(f"{train.named} was prepared with another tokenizer than the checkpoint's, {carried}")
+        raise UserError(f"{train.label} was prepared with another tokenizer than the checkpoint's, {carried}")
 
 
 def _run_tokenizer(

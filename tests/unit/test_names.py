@@ -17,8 +17,6 @@ MOST = {
     "launch": 3,
     "megatron_jq": 1,
     "megatron_jq/cli": 4,
-    "megatron_jq/corpus": 14,
-    "megatron_jq/data": 111,
     "megatron_jq/estimate": 40,
     "megatron_jq/evaluate": 18,
     "megatron_jq/preflight": 2,
