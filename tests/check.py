@@ -13,7 +13,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 #: Findings of pyright that a room may still have. They only fall; a room that is not listed has none.
-MOST = {"megatron_jq/rollout": 15, "megatron_jq/train": 56}
+MOST: dict[str, int] = {}
 
 
 def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +43,7 @@ def pyright_passes() -> bool:
     counts = Counter({room: len(lines) for room, lines in rooms.items()})
     checked = report["summary"]["filesAnalyzed"]
     by_room = ", ".join(f"{room} {count}" for room, count in sorted(counts.items()))
-    print(f"pyright: {checked} files, {counts.total()} findings {by_room}")
+    print(f"pyright: {checked} files, {counts.total()} findings", by_room)
     worse = [room for room in rooms if counts[room] > MOST.get(room, 0)]
     for room in worse:
         print(f"{room} has {counts[room]} findings, {MOST.get(room, 0)} at most:", *rooms[room], sep="\n")

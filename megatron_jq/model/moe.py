@@ -7,7 +7,8 @@ coefficients (docs/loss-scaling.md).
 Axes: T tokens of this rank, n sequences of the micro-batch, E experts.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -82,11 +83,17 @@ def balances_experts(config: TransformerConfig) -> bool:
     return config.num_moe_experts is not None and config.moe_aux_loss_coeff > 0
 
 
-def _routers(model: torch.nn.Module) -> list[SequenceBalancedRouter]:
+class HasModules(Protocol):
+    """A module, or a TrainingModel of several."""
+
+    def modules(self) -> Iterator[torch.nn.Module]: ...
+
+
+def _routers(model: HasModules) -> list[SequenceBalancedRouter]:
     return [module for module in model.modules() if isinstance(module, SequenceBalancedRouter)]
 
 
-def begin_balancing(model: torch.nn.Module, sequences_of_step: int, loss_scale: float = 1.0) -> None:
+def begin_balancing(model: HasModules, sequences_of_step: int, loss_scale: float = 1.0) -> None:
     """Tell this stage's routers the denominator of the training pass that follows, sequences over all replicas, and the
     factor on the loss."""
     for router in _routers(model):
@@ -94,7 +101,7 @@ def begin_balancing(model: torch.nn.Module, sequences_of_step: int, loss_scale: 
         router.loss_scale = loss_scale
 
 
-def mean_balance(model: torch.nn.Module, config: TransformerConfig, world: dist.ProcessGroup) -> float:
+def mean_balance(model: HasModules, config: TransformerConfig, world: dist.ProcessGroup) -> float:
     """Return the mean over sequences and layers of E · Σ f_e · P_e in the pass since begin_balancing, on every rank."""
     routers = _routers(model)
     total = torch.stack([torch.as_tensor(router.balance, device=router.weight.device) for router in routers]).sum()

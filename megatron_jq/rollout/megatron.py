@@ -1,15 +1,16 @@
 """F3: generation inside the training job, with the training weights, at any tensor- and pipeline-parallel layout.
 
-Each replica decodes its share in waves. A wave prefills every prompt once, then feeds one token a row and step. Ranks
-of a model-parallel group run the same bookkeeping on the same sampled ids; only hidden states and three numbers a row
-travel.
+Each replica decodes its share in waves. A wave prefills every prompt once, then feeds one token per row and step. Ranks
+of a model-parallel group keep the same books on the same sampled ids; hidden states and three numbers per row travel.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.model.head import HeadOutput
@@ -33,7 +34,7 @@ class _Row:
     stream: UniformStream
     gold: tuple[int, ...] | None
     bridge: tuple[int, ...]
-    steps: int = 0  # tokens fed behind the prompt, a finished row's dummies included
+    steps: int = 0  # tokens fed after the prompt, a finished row's dummies included
     fed: int = 0  # real ones among them
     log_w: float | None = None
     rationale: list[int] = field(default_factory=list)
@@ -169,7 +170,7 @@ class MegatronEngine:
                 active = [active[i] for i in kept]
                 cache.keep(kept)
             tokens, positions, drawing = _next_tokens(active)
-            logits = self._forward(tokens, positions, DecodePlan(cache), self._logits_of(drawing))
+            logits = self._logits(tokens, positions, DecodePlan(cache), drawing)
             cache.length += 1
             self._sample(active, drawing, logits, options)
         self._score_gold(active, cache)
@@ -208,17 +209,23 @@ class MegatronEngine:
         for i, log_w in zip(due, self.runtime.groups.from_last_stage(log_w_n).tolist(), strict=True):
             active[i].log_w = log_w
 
-    def _prefill(self, wave: list[RolloutRequest], cache: WaveCache) -> torch.Tensor | None:
+    def _prefill(self, wave: list[RolloutRequest], cache: WaveCache) -> Tensor | None:
         lengths = [len(r.prompt_ids) for r in wave]
         tokens = [token for r in wave for token in r.prompt_ids]
         positions = [position for length in lengths for position in range(length)]
         last = torch.tensor(lengths).cumsum(0) - 1
         padding = -len(tokens) % self._row_multiple
         plan = PrefillPlan(lengths, padding, cache, self.runtime.device)
-        return self._forward(tokens, positions, plan, self._logits_of(last.tolist()))
+        return self._logits(tokens, positions, plan, last.tolist())
 
-    def _logits_of(self, where: list[int]) -> LogitsHead:
-        return LogitsHead(to_device(torch.tensor(where, dtype=torch.long), self.runtime.device))
+    def _logits(self, tokens: list[int], positions: list[int], plan: AttentionPlan, scored: list[int]) -> Tensor | None:
+        """The logits of the tokens at `scored`, on the last stage."""
+        output = self._forward(tokens, positions, plan, self._head_at(scored))
+        assert not isinstance(output, HeadOutput)
+        return output
+
+    def _head_at(self, positions: list[int]) -> LogitsHead:
+        return LogitsHead(to_device(torch.tensor(positions, dtype=torch.long), self.runtime.device))
 
     @property
     def _row_multiple(self) -> int:
@@ -237,16 +244,18 @@ class MegatronEngine:
         """A pass over padding: its tokens keep this rank's experts in the exchange that other replicas wait for."""
         padding = [0] * self._row_multiple
         plan = CausalSegments([len(padding)], self.runtime.device)
-        self._pass_through(padding, range(len(padding)), plan, self._logits_of([]))
+        self._pass_through(padding, range(len(padding)), plan, self._head_at([]))
 
     def _forward(
         self, tokens: list[int], positions: list[int], plan: AttentionPlan, head: LogitsHead | ScoreHead
-    ) -> torch.Tensor | HeadOutput | None:
+    ) -> Tensor | HeadOutput | None:
         """One pass through all pipeline stages. The last stage gets what `head` asks for, the others None."""
         self._expert_peers_at_work(True)
         return self._pass_through(tokens, positions, plan, head)
 
-    def _pass_through(self, tokens, positions, plan, head) -> torch.Tensor | None:
+    def _pass_through(
+        self, tokens: Sequence[int], positions: Sequence[int], plan: AttentionPlan, head: LogitsHead | ScoreHead
+    ) -> Tensor | HeadOutput | None:
         padding = [0] * (-len(tokens) % self._row_multiple)
         groups, config, device = self.runtime.groups, self.config, self.runtime.device
         self.tokens_computed += len(tokens) + len(padding)
@@ -268,9 +277,7 @@ class MegatronEngine:
             dist.send(output.contiguous(), dst=groups.next_stage, group=groups.pp)
         return None
 
-    def _sample(
-        self, rows: list[_Row], drawing: list[int], logits: torch.Tensor | None, options: SamplingOptions
-    ) -> None:
+    def _sample(self, rows: list[_Row], drawing: list[int], logits: Tensor | None, options: SamplingOptions) -> None:
         """Draw for the given rows on the last stage, tell the other stages, and let each row take its token."""
         if not drawing:
             return

@@ -77,7 +77,8 @@ def train_by_token(
     arguments = schedule_arguments(model, batches, runtime, options, coefficients=coefficients, head_of=head_of)
     with runtime.megatron():
         outputs = get_forward_backward_func()(**arguments)
-    shape = tuple(coefficients.answer_BM.shape)
+    prompts, rationales = coefficients.answer_BM.shape
+    shape = prompts, rationales
     result = complete_table(model, outputs, batches, shape, runtime, options)
     sums = torch.zeros(len(fields(TokenFigures)), dtype=torch.float64, device=runtime.device)
     for output in outputs:

@@ -39,6 +39,7 @@ def step_metrics(
     valid_BM, trained = table.valid_BM, update.trained
     computed = [result for result in (scored, trained) if result is not None]
     in_batch_B = valid_BM.sum(dim=1) >= estimator.minimum_rationales
+    assert table.log_w_BM is not None, "a scoring or training pass computes it"
     log_p_B = log_mean_weight(table.log_w_BM, valid_BM)[in_batch_B]
     count, tokens, forced, trained_tokens = _totals(rollouts, sequences, trained.table, runtime, share_prompts)
     return StepMetrics(

@@ -39,6 +39,7 @@ class Imitation(Loop):
         pace = self.pace.compare(self.stage.seconds)
         with self.stage(step, "metrics", prompts):
             table = replace(update.trained.table, valid_BM=valid_BM)
+            assert table.log_w_BM is not None, "a scoring or training pass computes it"
             self.numerics.scored(table.log_w_BM, valid_BM, self._answer_tokens(prompts))
             self.show(step, pace, prompts, rollouts, table)
             return step_metrics(
@@ -57,6 +58,7 @@ class Imitation(Loop):
         rows = Batch(self.data.heldout, range(len(self.data.heldout)))
         sequences = sequences_of(self.engine.generate(self.requests(rows), self.sampling(step)), rows, gold=True)
         scored = score(self.model, sequences, (len(rows), 1), self.runtime, self.score_options)
+        assert scored.table.log_w_BM is not None, "a scoring or training pass computes it"
         return -scored.table.log_w_BM.sum().item() / max(self._scored_tokens(sequences), 1)
 
     def _for_rows_of(self, sequences: list[TrainingSequence], count: int) -> Estimator:

@@ -64,6 +64,7 @@ class MismatchWatch:
         where a later one is twice as large, and once of an engine that gives no ln p(z|x). One all-reduce of 3 numbers.
         rollouts: this replica's. trained: as the (first) training pass found it.
         """
+        assert trained.log_z_BM is not None, "a scoring or training pass computes it"
         gap = excess = -math.inf
         unknown = 0.0
         for r in rollouts:

@@ -58,7 +58,7 @@ class Numerics:
         if start.checkpoint is None or start.weights_only:
             return
         manifest = start.checkpoint.manifest
-        self.scale.restore(manifest.optimizer, self._optimizer)
+        self.scale.restore(manifest.optimizer or {}, self._optimizer)
         self._watch.falls = FallWatch((manifest.optimizer or {}).get("log_p_per_token", ()))
 
     def state(self) -> dict[str, Any]:

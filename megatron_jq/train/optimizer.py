@@ -170,6 +170,8 @@ def decoupled_decay(optimizer: MegatronOptimizer) -> Iterator[None]:
 def first_nonfinite_parameter(model: TrainingModel) -> str | None:
     """Name of this rank's first parameter whose reduced gradient is not finite."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all():
+        if not parameter.requires_grad:
+            continue
+        if not torch.isfinite(parameter.main_grad).all():  # pyright: ignore[reportAttributeAccessIssue]
             return name
     return None

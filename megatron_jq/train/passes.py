@@ -110,7 +110,8 @@ def train(
     arguments = schedule_arguments(model, batches, runtime, options, coefficients=coefficients)
     with runtime.megatron():
         outputs = get_forward_backward_func()(**arguments)
-    shape = tuple(coefficients.answer_BM.shape)
+    prompts, rationales = coefficients.answer_BM.shape
+    shape = prompts, rationales
     return with_expert_balance(model, complete_table(model, outputs, batches, shape, runtime, options), runtime)
 
 
@@ -140,7 +141,7 @@ def begin_expert_balance(
     """Before a training pass over these micro-batches, where experts are balanced."""
     if balances_experts(model.config):
         count = torch.tensor(sum(map(len, batches)), device=runtime.device)
-        begin_balancing(model, runtime.groups.sum_over_replicas(count).item(), options.loss_scale)
+        begin_balancing(model, int(runtime.groups.sum_over_replicas(count)), options.loss_scale)
 
 
 def with_expert_balance(model: TrainingModel, result: PassResult, runtime: Runtime) -> PassResult:
@@ -209,7 +210,10 @@ def schedule_arguments(
             document_end_id=options.document_end_id,
         )
         # Only the last stage's head has tokens to ask about.
-        return rows if head_of is None or not last_stage else replace(rows, head=head_of(number, rows.head))
+        if head_of is None or not last_stage:
+            return rows
+        assert isinstance(rows.head, ScoreHead)
+        return replace(rows, head=head_of(number, rows.head))
 
     def forward_step(iterator: Iterator[int], stage_model: torch.nn.Module):
         rows = rows_of(next(iterator))

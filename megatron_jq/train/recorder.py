@@ -140,6 +140,7 @@ class Recorder:
         example = prompts[rollout.prompt_slot]
         rationale = tokenizer.decode(list(rollout.rationale_ids[: rollout.num_sampled]))
         answer = tokenizer.decode(list(rollout.answer_ids)) if rollout.answer_ids else "(none sampled)"
+        assert table.log_w_BM is not None, "a scoring or training pass computes it"
         log_w = table.log_w_BM[rollout.prompt_slot, rollout.rationale_slot].item()
         close = " [closed by force]" if rollout.forced else ""
         text = (

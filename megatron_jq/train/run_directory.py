@@ -65,6 +65,7 @@ class RunFolders:
     def claim(self) -> None:
         """Make both folders this run's. UserError where a folder cannot be written, or another run was quicker."""
         with writing("--save", self.save):
+            assert self.run is not None, "open comes first"
             claim_save(self.save, self.run)
         claim_run_directory(self.run_dir, self._config, resume=self._resume)
         remove_partial(self.save)
@@ -118,6 +119,7 @@ class RunFolders:
     def _wrote(self, manifest: Manifest | None) -> bool:
         if manifest is None or manifest.run is None:
             return manifest is not None and self._difference(manifest) is None
+        assert self.run is not None, "open comes first"
         return manifest.run["id"] == self.run.id
 
 

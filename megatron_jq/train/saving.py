@@ -106,7 +106,7 @@ class Saving:
             raise UserError(
                 f"{checkpoint.folder} was trained on other data than {flag} gives now{because}; restore it, {remedy}"
             )
-        if saved.optimizer["name"] != optimizer:
+        if saved.optimizer is not None and saved.optimizer["name"] != optimizer:
             raise UserError(
                 f"{checkpoint.folder} was trained with --optimizer {saved.optimizer['name']}, not {optimizer}; "
                 f"keep that, {remedy}"
@@ -185,7 +185,9 @@ class Saving:
                 recorder.log(f"warning: {fault}")
 
     def _save(self, metrics: StepMetrics, recorder: Recorder | None, *, by_time: bool = False) -> None:
-        written = on_all_ranks(self._runtime, lambda: recorder.written(), main_only=True)
+        written = on_all_ranks(
+            self._runtime, lambda: None if recorder is None else recorder.written(), main_only=True
+        )
         manifest = Manifest(
             step=metrics.step + 1,
             architecture=asdict(self._derived.architecture),

@@ -69,6 +69,7 @@ def prepare_data(
     """
     d = config.data
     if config.objective.row.pretrains:
+        assert runtime is not None, "--show-example refuses pretraining"
         return _prepare_corpus(config, architecture, runtime, run_dir, carried)
     count = d.train_examples if is_builtin(d.train_data) else None
     train = on_all_ranks(runtime, lambda: read_source(config, d.train_data, "train", "--train-data", count=count))
@@ -82,6 +83,7 @@ def prepare_data(
         kind, path = train.prepared.tokenizer_type, train.prepared.tokenizer_path
         on_all_ranks(runtime, lambda: _check_carried(train, carried))
     else:
+        assert train.source is not None, "data that is not prepared has a source"
         kind, path = _run_tokenizer(config, runtime, train.source.pairs, run_dir, carried)
     tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path))
     sources = [train] if heldout is None else [train, heldout]
@@ -119,6 +121,7 @@ def _prepare_corpus(
         kind, path = _run_tokenizer(config, runtime, None, run_dir, carried)
     tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path))
     on_all_ranks(runtime, lambda: _check_vocabulary(architecture, tokenizer))
+    assert d.data_path is not None, "validated: pretraining needs --data-path"
     options = CorpusOptions(
         data_path=d.data_path,
         split=d.split,
@@ -145,6 +148,7 @@ def show_example(config: Config) -> int:
     if config.objective.row.pretrains:
         raise UserError("--show-example shows prompts and answers; rows of pretraining have neither")
     number, architecture = config.data.show_example, resolve_architecture(config)
+    assert number is not None
     has_tokenizer = config.data.tokenizer_model is not None or is_prepared(config.data.train_data)
     if config.checkpoint.load is not None and not has_tokenizer:
         raise UserError("--show-example does not open checkpoints; name the tokenizer with --tokenizer-model")
@@ -174,6 +178,7 @@ def _check_carried(train: Reading, carried: Path | None) -> None:
     if carried is None or not carried.is_dir():
         return
     carried_tokenizer = tokenizer_in(carried)
+    assert train.prepared is not None
     if carried_tokenizer is not None and load_tokenizer(*carried_tokenizer).fingerprint() != train.prepared.tokenizer:
         raise UserError(f"{train.label} was prepared with another tokenizer than the checkpoint's, {carried}")
 
@@ -189,7 +194,9 @@ def _run_tokenizer(
     kinds = [on_all_ranks(runtime, lambda: _place_tokenizer(config, pairs, run_dir, carried), main_only=True)]
     if runtime is not None:
         dist.broadcast_object_list(kinds, src=0)
-    return kinds[0], run_dir / ("tokenizer.model" if kinds[0] == SENTENCEPIECE else "tokenizer")
+    [kind] = kinds
+    assert kind is not None, "rank 0 has broadcast it"
+    return kind, run_dir / ("tokenizer.model" if kind == SENTENCEPIECE else "tokenizer")
 
 
 def _place_tokenizer(config: Config, pairs: Sequence[Pair] | None, run_dir: Path, carried: Path | None) -> str:

@@ -56,6 +56,7 @@ class Trainer(Loop):
         if r.score_check_interval == 0 or step % r.score_check_interval:
             return scored
         exact = score(self.model, gold, shape, self.runtime, self.score_options).table
+        assert scored.table.log_w_BM is not None and exact.log_w_BM is not None, "a scoring pass computes it"
         mismatch = self.mismatch.log_w(step, scored.table.log_w_BM, exact.log_w_BM, scored.table.valid_BM)
         return replace(scored, log_w_mismatch_max=mismatch)
 
@@ -67,6 +68,7 @@ class Trainer(Loop):
 
     def _judge(self, step: int, q: float, table: StepTable, prompts: Batch, gold: list[TrainingSequence]) -> None:
         """Refuse a table that is not finite, and weights that the update before destroyed."""
+        assert table.log_w_BM is not None, "a scoring or training pass computes it"
         check_finite("ln p(y*|x,z)", table.log_w_BM[table.valid_BM], gold)
         self.numerics.start(step, q if self.estimator.uses_q else None, sequences=int(table.valid_BM.sum()))
         self.numerics.scored(table.log_w_BM, table.valid_BM, [float(len(p.answer_ids)) for p in prompts])
