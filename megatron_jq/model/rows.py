@@ -8,6 +8,7 @@ Axes: T tokens of the row (padding included), N head rows (positions whose next 
 
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -164,9 +165,7 @@ def pack_sequences(
             targets.extend(ids[i] for i in scored)
             cells.extend([2 * n + column] * len(scored))
 
-    def ints(values: list[int] | list[tuple[int, int]]) -> torch.Tensor:
-        return to_device(torch.tensor(values, dtype=torch.long), device)
-
+    ints = partial(_longs, device=device)
     cell_N = ints(cells)
     if not with_rationale and not tempered_answers:  # nothing that is scored was sampled
         temperature = top_p = 1.0
@@ -233,6 +232,10 @@ def _lay_out(
 
 def _branch_tokens(sequence: TrainingSequence, multiple: int) -> int:
     return padded(len(sequence.rationale_ids) + len(sequence.answer_ids), multiple)
+
+
+def _longs(values: list[int] | list[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    return to_device(torch.tensor(values, dtype=torch.long), device)
 
 
 def _doubles(pairs: list[tuple[float, float]], device: torch.device) -> torch.Tensor:
