@@ -57,7 +57,7 @@ def _made_up_table(level: float, num_rationales: int, minimum: int) -> StepTable
     number_BM = torch.arange(2 * num_rationales, dtype=torch.float64).reshape(shape)
     valid_BM = torch.ones(shape, dtype=torch.bool)
     valid_BM[1, -1] = num_rationales <= minimum
-    log_w_BM = level - number_BM / 3
+    log_w_BM = (level - number_BM / 3).requires_grad_()  # so that coefficients which keep a gradient are seen
     return StepTable(log_w_BM, valid_BM, log_w_BM - 1.0, log_w_BM - 2.0, (number_BM + 1) % 2)
 
 

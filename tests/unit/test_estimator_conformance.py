@@ -313,8 +313,13 @@ def single_precision(table, knobs):
     return table.log_w_BM.float(), table.log_w_BM.float()
 
 
+def with_gradient(table, knobs):
+    weight_BM = torch.where(table.valid_BM, table.log_w_BM, 0.0)
+    return weight_BM, weight_BM
+
+
 def not_masked(table, knobs):
-    return table.log_w_BM, table.log_w_BM
+    return table.log_w_BM.detach(), table.log_w_BM.detach()
 
 
 def zeros(table, knobs):
@@ -326,7 +331,7 @@ def infinite(table, knobs):
 
 
 def not_in_log_space(table, knobs):
-    weight_BM = torch.where(table.valid_BM, table.log_w_BM.exp(), 0.0)
+    weight_BM = torch.where(table.valid_BM, table.log_w_BM.detach().exp(), 0.0)
     return weight_BM / weight_BM.sum(dim=1, keepdim=True), weight_BM
 
 
@@ -342,7 +347,8 @@ def three_arguments(table, knobs, extra):
     ("function", "words"),
     [
         ("too_few", "returns Tensor; two tensors must come back"),
-        ("single_precision", "returns rationale_BM as .*float32; float64 .* must come back"),
+        ("single_precision", "returns rationale_BM as .*float32.*; float64 .* must come back"),
+        ("with_gradient", "returns rationale_BM as .*, with a gradient; float64 .* must come back"),
         ("not_masked", "returns rationale_BM other than 0 for a rationale that is not valid"),
         ("zeros", "gives every rationale the constant 0 with --num-rationales 3: nothing would be trained"),
         ("infinite", "returns rationale_BM with a number that is not finite"),
