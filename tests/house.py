@@ -1,7 +1,10 @@
-"""Counts of what makes the package easy or hard to read: `python -m tests.house`. Source is parsed, not imported."""
+"""Counts of what makes the package easy or hard to read: `python -m tests.house`. One short run, the rest parsed."""
 
 import ast
+import subprocess
+import sys
 
+from tests.unit.test_estimator_names import lines_that_test
 from tests.unit.test_names import POINTING, REPOSITORY, bound_names
 
 PACKAGE = REPOSITORY / "megatron_jq"
@@ -45,12 +48,17 @@ def main() -> None:
     untyped = [f"{name}:{f.lineno} {f.name}" for name, f in functions() if not typed(f)]
     print(f"{len(TREES)} files, {sum(source.count(chr(10)) for source in SOURCES.values()):,} lines")
     print(f"variables with a name that only points: {pointing} of {len(variables):,} ({pointing / len(variables):.2%})")
+    asking = [f"{name} {len(lines)}" for name, source in SOURCES.items() if (lines := lines_that_test(source))]
+    print(f"lines that test an estimator's name: {asking or 'none'}")
     print(f"files over 300 lines: {long_files() or 'none'}")
     print(f"functions over 60 lines: {long_functions() or 'none'}")
     print(f"import statements of train/trainer.py: {imports('megatron_jq/train/trainer.py')}")
     print(f"functions with a type on every parameter and the return: {1 - len(untyped) / len(functions()):.1%}")
     for label in untyped:
         print(f"  untyped: {label}")
+    frames = subprocess.run([sys.executable, "-m", "tests.frames"], cwd=REPOSITORY, capture_output=True, text=True)
+    lines = [line for line in frames.stdout.splitlines() if "megatron_jq/" in line]  # without the run's own output
+    print("\n".join([f"frames of the package from main to the loss: {len(lines) or frames.stderr}", *lines]))
 
 
 if __name__ == "__main__":
