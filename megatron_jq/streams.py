@@ -10,6 +10,7 @@ import io
 import os
 import select
 import sys
+from typing import Any
 
 #: What a write says when its reader is gone: that one has what it wanted, or there is nobody to tell.
 _READER_IS_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN)
@@ -33,7 +34,7 @@ class _Drain(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:  # of any type with a buffer
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):

@@ -147,9 +147,7 @@ def pack_sequences(
     row, before, start, attention = _lay_out(
         sequences, row_multiple, sequence_multiple, share_prompts, device, document_end_id
     )
-    positions: list[int] = []
-    targets: list[int] = []
-    cells: list[int] = []
+    positions, targets, cells = list[int](), list[int](), list[int]()
     for n, sequence in enumerate(sequences):
         ids = (*sequence.prompt_ids, *sequence.rationale_ids, *sequence.answer_ids)
         first_z = len(sequence.prompt_ids)

@@ -191,7 +191,6 @@ def schedule_arguments(
     the head instead, for a micro-batch by its number.
     """
     of_loss = None if coefficients is None else coefficients.of_loss(options.loss_scale)
-    last_stage = runtime.groups.is_last_stage
 
     def rows_of(number: int) -> Rows:
         batch = batches[number]
@@ -209,8 +208,7 @@ def schedule_arguments(
             mask_loss_after_id=options.mask_loss_after_id,
             document_end_id=options.document_end_id,
         )
-        # Only the last stage's head has tokens to ask about.
-        if head_of is None or not last_stage:
+        if head_of is None or not runtime.groups.is_last_stage:  # the other stages' heads have no tokens to ask about
             return rows
         assert isinstance(rows.head, ScoreHead)
         return replace(rows, head=head_of(number, rows.head))
