@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_jq import streams
 from megatron_jq.architecture import PRESETS
 from megatron_jq.config import Config
 from megatron_jq.model.build import BuildOptions, build_policies
@@ -124,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    streams.protect()  # output whose reader has gone ends no training
     main()
