@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from megatron_jq.rollout.cache import Bucket, WaveCache
+from megatron_jq.rollout.cache import Bucket, RolloutCache
 from megatron_jq.rollout.engine import RolloutRequest
 from megatron_jq.rollout.megatron import MegatronEngine
 
@@ -12,8 +12,8 @@ from megatron_jq.rollout.megatron import MegatronEngine
 class CopyingEngine(MegatronEngine):
     """Prefills a prompt once, as MegatronEngine does, then copies its keys and values to each rationale."""
 
-    def _prefill(self, wave: list[RolloutRequest], cache: WaveCache) -> torch.Tensor | None:
-        logits = super()._prefill(wave, cache)
+    def _prefill(self, batch: list[RolloutRequest], cache: RolloutCache) -> torch.Tensor | None:
+        logits = super()._prefill(batch, cache)
         cache.buckets = [_copied(bucket) for bucket in cache.buckets]
         cache.keep(list(range(cache.rows)))
         return logits

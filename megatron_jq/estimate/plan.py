@@ -229,7 +229,7 @@ class Plan:
         return max(row.tokens for rows in self.rows for row in rows)
 
     def waves(self, replica: int) -> list[tuple[int, int]]:
-        """(rationales, distinct prompts) of each wave that a replica decodes (rollout/megatron.py: _waves); none where
+        """(rationales, distinct prompts) of each batch that a replica decodes (rollout/megatron.py); none where
         nothing is drawn.
         """
         if self.imitates:

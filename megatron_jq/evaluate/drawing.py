@@ -68,11 +68,11 @@ def draw(
     """
     dp = runtime.groups.dp
     requests = requests_of_replica(examples, num_samples, dp.rank(), dp.size(), first=first, score=score)
-    mine = engine.generate(requests, options)
+    rollouts = engine.generate(requests, options)
     if dp.size() == 1:
-        return mine
+        return rollouts
     everyones: list[list[Rollout]] = [[]] * dp.size()
-    dist.all_gather_object(everyones, mine, group=dp)
+    dist.all_gather_object(everyones, rollouts, group=dp)
     return [rollout for replica in everyones for rollout in replica]  # a replica's share is a range of the slots
 
 

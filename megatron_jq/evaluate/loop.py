@@ -24,7 +24,7 @@ ROWS_A_BLOCK = 256
 SECONDS_A_LINE = 30.0
 
 
-def fill(
+def sample_into(
     file: SampleFile | None,
     engine: RolloutEngine,
     examples: Sequence[Example],
@@ -48,9 +48,9 @@ def fill(
     block = max(1, (rows or ROWS_A_BLOCK) * runtime.groups.dp.size() // num_samples)
     progress = Progress(done[0], len(examples), num_samples) if file is not None else None
     for first in range(done[0], len(examples), block):
-        some = examples[first : first + block]
-        enter(f"evaluation, prompts {first} to {first + len(some) - 1}")
-        rollouts = draw(engine, some, runtime, options, num_samples=num_samples, first=first, score=True)
+        block_examples = examples[first : first + block]
+        enter(f"evaluation, prompts {first} to {first + len(block_examples) - 1}")
+        rollouts = draw(engine, block_examples, runtime, options, num_samples=num_samples, first=first, score=True)
         fault, kind = None, UserError
         if file is not None:
             try:
@@ -64,7 +64,7 @@ def fill(
                 fault, kind = str(error), type(error)
         raise_on_all_ranks(runtime, fault, kind)
         if progress is not None:
-            progress.advance(len(some))
+            progress.advance(len(block_examples))
     if progress is not None:
         progress.close()
 

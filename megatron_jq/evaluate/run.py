@@ -24,7 +24,7 @@ from megatron_jq.evaluate.inputs import (
     tokenizer_of,
 )
 from megatron_jq.evaluate.judging import Interval, judge_of, read_metrics
-from megatron_jq.evaluate.loop import fill
+from megatron_jq.evaluate.loop import sample_into
 from megatron_jq.evaluate.report import make_folder, write_results
 from megatron_jq.evaluate.reward import Reward, reward_of
 from megatron_jq.evaluate.samples import Header, SampleFile, read_samples
@@ -171,7 +171,7 @@ def _generate(
         seed=evaluation_seed(header.seed),
         step=max(0, header.checkpoint_step - 1),
     )
-    fill(
+    sample_into(
         file,
         engine,
         job.heldout.examples,

@@ -1,4 +1,4 @@
-"""F3: keys and values of a wave of rationales: each prompt's once, each rationale's own behind it.
+"""F3: keys and values of a batch of rationales: each prompt's once, each rationale's own after it.
 
 Axes: G prompts of similar length, L that of the longest, N rationales (rows), R room for generated tokens, g key/value
 groups, s query heads a group, d channels a head. Heads are this tensor-parallel rank's, layers this pipeline stage's.
@@ -11,35 +11,36 @@ from megatron_jq.model.attention import AttentionPlan, CausalSegments
 from megatron_jq.parallel.transfers import to_device
 
 
-class Seating:
+class RowGroups:
     """Rows of one prompt side by side, so that queries of all of them meet the prompt's keys in one product.
 
-    rows_per_prompt: of each prompt in turn; as many seats a prompt as its busiest one needs.
+    rows_per_prompt: of each prompt in turn. Each prompt has as many places as the busiest one needs.
     """
 
     def __init__(self, rows_per_prompt: list[int], device: torch.device):
         self.prompts, self.widest = len(rows_per_prompt), max(rows_per_prompt)
-        seats = [b * self.widest + n for b, count in enumerate(rows_per_prompt) for n in range(count)]
-        self.full = len(seats) == self.prompts * self.widest
-        row_of_seat = torch.zeros(self.prompts * self.widest, dtype=torch.long)  # an empty seat's result is not read
-        row_of_seat[seats] = torch.arange(len(seats))
-        self.seat_of_row, self.row_of_seat = to_device(torch.tensor(seats), device), to_device(row_of_seat, device)
+        places = [b * self.widest + n for b, count in enumerate(rows_per_prompt) for n in range(count)]
+        self.full = len(places) == self.prompts * self.widest
+        row_at_place = torch.zeros(self.prompts * self.widest, dtype=torch.long)  # an empty place's result is not read
+        row_at_place[places] = torch.arange(len(places))
+        self.place_of_row = to_device(torch.tensor(places), device)
+        self.row_at_place = to_device(row_at_place, device)
 
-    def seat(self, x_N: Tensor) -> Tensor:
-        """[N, g, s, ·] by row → [G, g, seats·s, ·] by prompt."""
-        x_N = x_N if self.full else x_N[self.row_of_seat]
+    def gather_by_prompt(self, x_N: Tensor) -> Tensor:
+        """[N, g, s, ·] by row → [G, g, places·s, ·] by prompt."""
+        x_N = x_N if self.full else x_N[self.row_at_place]
         return x_N.unflatten(0, (self.prompts, self.widest)).transpose(1, 2).flatten(2, 3)
 
-    def unseat(self, x_G: Tensor) -> Tensor:
-        """[G, g, seats·s, ·] by prompt → [N, g, s, ·] by row."""
+    def scatter_to_rows(self, x_G: Tensor) -> Tensor:
+        """[G, g, places·s, ·] by prompt → [N, g, s, ·] by row."""
         x = x_G.unflatten(2, (self.widest, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.full else x[self.seat_of_row]
+        return x if self.full else x[self.place_of_row]
 
 
 class Bucket:
-    """Prompts of similar length that stand side by side in the wave: one product for all of them.
+    """Prompts of similar length that stand side by side in the batch: one product for all of them.
 
-    Keys and values are padded behind to the longest prompt; no query meets the padding. first: where these prompts
+    Keys and values are padded at the end to the longest prompt; no query meets the padding. first: where these prompts
     begin in the packed row. lengths: of each prompt.
     """
 
@@ -62,7 +63,7 @@ class Bucket:
         self.layers[layer] = keys, values
 
     def scores(self, layer: int, q_Ggnd: Tensor) -> Tensor:
-        """Of seated queries: [G, g, n, L]."""
+        """Of queries gathered by prompt: [G, g, n, L]."""
         scores = q_Ggnd @ self.layers[layer][0].transpose(2, 3)
         return scores if self.padding_G11L is None else scores.masked_fill_(self.padding_G11L, float("-inf"))
 
@@ -86,32 +87,32 @@ def _similar(lengths: list[int]) -> list[list[int]]:
     return buckets
 
 
-class Meeting:
+class PromptAttention:
     """Queries of some rows, ascending, with the prompts of each: which rows of the query meet which bucket."""
 
     def __init__(self, buckets: list[Bucket], rows_per_prompt: list[list[int]], device: torch.device):
         """rows_per_prompt: by bucket and prompt, of the rows that ask."""
-        self.parts: list[tuple[Bucket, slice, Seating]] = []
+        self.parts: list[tuple[Bucket, slice, RowGroups]] = []
         first = 0
         for bucket, counts in zip(buckets, rows_per_prompt, strict=True):
             if any(counts):
-                self.parts.append((bucket, slice(first, first + sum(counts)), Seating(counts, device)))
+                self.parts.append((bucket, slice(first, first + sum(counts)), RowGroups(counts, device)))
                 first += sum(counts)
 
     def attend(self, layer: int, q_Ngsd: Tensor, of_branch_Ngst: Tensor, values_Ngtd: Tensor) -> Tensor:
         """Scaled queries against their prompts' keys and, by the scores [N, g, s, t] given, their own: [N, g, s, d]."""
         outputs, exact = [], torch.promote_types(q_Ngsd.dtype, torch.float32)
-        for bucket, rows, seating in self.parts:
-            of_prompt = seating.unseat(bucket.scores(layer, seating.seat(q_Ngsd[rows]))).to(exact)
+        for bucket, rows, groups in self.parts:
+            of_prompt = groups.scatter_to_rows(bucket.scores(layer, groups.gather_by_prompt(q_Ngsd[rows]))).to(exact)
             of_branch = of_branch_Ngst[rows].to(exact)
             weight = torch.cat([of_prompt, of_branch], dim=-1).softmax(dim=-1).to(q_Ngsd.dtype)
             of_prompt, of_branch = weight.split([bucket.length, of_branch.shape[-1]], dim=-1)
-            found = seating.unseat(seating.seat(of_prompt) @ bucket.layers[layer][1])
-            outputs.append(found + of_branch @ values_Ngtd[rows])
+            from_prompt = groups.scatter_to_rows(groups.gather_by_prompt(of_prompt) @ bucket.layers[layer][1])
+            outputs.append(from_prompt + of_branch @ values_Ngtd[rows])
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-class WaveCache:
+class RolloutCache:
     """Keys and values by layer. Rows are ordered by prompt; dropping finished rows keeps that order.
 
     Per layer, keys hold one vector a key/value group for each prompt token and for each row's room: a prompt that was
@@ -131,7 +132,7 @@ class WaveCache:
             self.buckets.append(Bucket(tokens, lengths, counts, device))
             tokens, prompts = tokens + sum(lengths), prompts + len(lengths)
         self.branch: dict[int, tuple[Tensor, Tensor]] = {}  # layer → keys, values [N, g, R, d]
-        self.meeting = self._meeting()
+        self.prompt_attention = self._prompt_attention()
 
     @property
     def rows(self) -> int:
@@ -143,8 +144,8 @@ class WaveCache:
         pairs = [pair for bucket in self.buckets for pair in bucket.layers.values()]
         return sum(x.nbytes for pair in (*pairs, *self.branch.values()) for x in pair)
 
-    def _meeting(self) -> Meeting:
-        return Meeting(self.buckets, [bucket.rows_per_prompt for bucket in self.buckets], self.device)
+    def _prompt_attention(self) -> PromptAttention:
+        return PromptAttention(self.buckets, [bucket.rows_per_prompt for bucket in self.buckets], self.device)
 
     def prompt_of_row(self) -> list[tuple[int, int]]:
         """(bucket, prompt in it) of each row."""
@@ -165,7 +166,7 @@ class WaveCache:
         return counts
 
     def store_prompts(self, layer: int, k_Tgd: Tensor, v_Tgd: Tensor) -> None:
-        """The prompts' packed keys and values, in order; what stands behind them is padding."""
+        """The prompts' packed keys and values, in order; what stands after them is padding."""
         for bucket in self.buckets:
             bucket.store(layer, k_Tgd, v_Tgd)
 
@@ -188,13 +189,13 @@ class WaveCache:
             bucket.keep(left)
         self.buckets = [bucket for bucket in self.buckets if bucket.rows_per_prompt]
         self.branch = {layer: (k[index], v[index]) for layer, (k, v) in self.branch.items()}
-        self.meeting = self._meeting()
+        self.prompt_attention = self._prompt_attention()
 
 
 class PrefillPlan(CausalSegments):
     """Causal attention over packed prompts that leaves their keys and values in the cache."""
 
-    def __init__(self, lengths: list[int], padding: int, cache: WaveCache, device: torch.device):
+    def __init__(self, lengths: list[int], padding: int, cache: RolloutCache, device: torch.device):
         super().__init__([*lengths, padding] if padding else lengths, device)
         self.cache = cache
 
@@ -206,14 +207,14 @@ class PrefillPlan(CausalSegments):
 class DecodePlan(AttentionPlan):
     """One new token a row: it attends to its prompt's cached keys (shared by the group) and to its own."""
 
-    def __init__(self, cache: WaveCache):
+    def __init__(self, cache: RolloutCache):
         super().__init__()
         self.cache, self.rows = cache, cache.rows
 
     def attend(self, layer, q, k, v, scale):
         keys, values = self.cache.append(layer, k[: self.rows], v[: self.rows])
         q_Ngsd = q[: self.rows].unflatten(1, (k.shape[1], -1)) * scale
-        output = self.cache.meeting.attend(layer, q_Ngsd, q_Ngsd @ keys.transpose(2, 3), values)
+        output = self.cache.prompt_attention.attend(layer, q_Ngsd, q_Ngsd @ keys.transpose(2, 3), values)
         return _with_padding(output.flatten(1, 2), q)
 
 
@@ -221,13 +222,15 @@ class TailPlan(AttentionPlan):
     """Several new tokens a row at once, not kept: they attend to the prompt, to the row's cached tokens, to each other.
 
     rows: which of the cache's rows, ascending, [n]. cached: how many of each row's generated tokens count, [n].
-    lengths: new tokens of each row; they lie behind one another, [T].
+    lengths: new tokens of each row; one row's after another's, [T].
     """
 
-    def __init__(self, cache: WaveCache, rows: list[int], cached: list[int], lengths: list[int], device: torch.device):
+    def __init__(
+        self, cache: RolloutCache, rows: list[int], cached: list[int], lengths: list[int], device: torch.device
+    ):
         super().__init__()
         self.cache, self.rows = cache, to_device(torch.tensor(rows), device)
-        self.meeting = Meeting(cache.buckets, cache.count(rows), device)
+        self.prompt_attention = PromptAttention(cache.buckets, cache.count(rows), device)
         count, longest = torch.tensor(lengths), max(lengths)
         start = count.cumsum(0) - count
         token_nt = start[:, None] + torch.minimum(torch.arange(longest), count[:, None] - 1)
@@ -251,7 +254,7 @@ class TailPlan(AttentionPlan):
             keys, values = torch.cat([old_keys, k_new], dim=2), torch.cat([old_values, v_new], dim=2)
         of_branch = q_ngsd @ keys.transpose(2, 3)
         of_branch = of_branch.masked_fill(self.mask.repeat_interleave(per_token, dim=1)[:, None], float("-inf"))
-        output = self.meeting.attend(layer, q_ngsd, of_branch, values)
+        output = self.prompt_attention.attend(layer, q_ngsd, of_branch, values)
         output = output.unflatten(2, (-1, per_token)).transpose(1, 2).flatten(0, 1).flatten(1, 2)  # [n·t, h, d]
         return _with_padding(output[self.place_T], q)
 

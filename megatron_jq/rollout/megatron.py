@@ -1,7 +1,8 @@
 """F3: generation inside the training job, with the training weights, at any tensor- and pipeline-parallel layout.
 
-Each replica decodes its share in waves. A wave prefills every prompt once, then feeds one token per row and step. Ranks
-of a model-parallel group keep the same books on the same sampled ids; hidden states and three numbers per row travel.
+Each replica decodes its share in batches. A batch prefills every prompt once, then feeds one token per row and step.
+Ranks of a model-parallel group keep the same books on the same sampled ids; hidden states and three numbers per row
+travel.
 """
 
 from collections import deque
@@ -19,7 +20,7 @@ from megatron_jq.model.rows import ANSWER, LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.parallel.transfers import to_device
 from megatron_jq.records import Rollout
-from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, TailPlan, WaveCache
+from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, RolloutCache, TailPlan
 from megatron_jq.rollout.engine import EngineSetup, NamedWeights, RolloutRequest, SamplingOptions
 from megatron_jq.rollout.sampling import UniformStream, sample_tokens
 
@@ -81,7 +82,7 @@ class _Row:
 
 
 def _next_tokens(active: list[_Row]) -> tuple[list[int], list[int], list[int]]:
-    """(token, position) that each row feeds next, and the rows that draw behind it. Finished rows feed a dummy."""
+    """(token, position) that each row feeds next, and the rows that draw after it. Finished rows feed a dummy."""
     tokens, positions, drawing = [], [], []
     for i, row in enumerate(active):
         row.fed += bool(row.to_feed)
@@ -117,7 +118,7 @@ class MegatronEngine:
     @torch.no_grad()
     def generate(self, requests: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
         with self.runtime.native():
-            rollouts = [rollout for wave in self._waves(requests) for rollout in self._run_wave(wave, options)]
+            rollouts = [rollout for batch in self._batches(requests) for rollout in self._run_batch(batch, options)]
             while self._expert_peers_at_work(False):
                 self._idle_pass()
             return rollouts
@@ -125,23 +126,23 @@ class MegatronEngine:
     def close(self) -> None:
         """There is nothing to close: the policies are the trainer's."""
 
-    def _waves(self, requests: list[RolloutRequest]) -> list[list[RolloutRequest]]:
-        waves: list[list[RolloutRequest]] = [[]]
+    def _batches(self, requests: list[RolloutRequest]) -> list[list[RolloutRequest]]:
+        batches: list[list[RolloutRequest]] = [[]]
         room = self.max_rows
         for request in requests:
             slots = request.rationale_slots
             while slots:
                 if room == 0:
-                    waves.append([])
+                    batches.append([])
                     room = self.max_rows
                 taken, slots = slots[:room], slots[room:] if room is not None else ()
-                waves[-1].append(replace(request, rationale_slots=taken))
+                batches[-1].append(replace(request, rationale_slots=taken))
                 room = room - len(taken) if room is not None else None
-        return [wave for wave in waves if wave]
+        return [batch for batch in batches if batch]
 
-    def _run_wave(self, wave: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
-        asked = [(r.prompt_slot, m) for r in wave for m in r.rationale_slots]
-        wave = sorted(wave, key=lambda r: len(r.prompt_ids))  # the cache wants prompts of similar length side by side
+    def _run_batch(self, batch: list[RolloutRequest], options: SamplingOptions) -> list[Rollout]:
+        asked = [(r.prompt_slot, m) for r in batch for m in r.rationale_slots]
+        batch = sorted(batch, key=lambda r: len(r.prompt_ids))  # the cache wants prompts of similar length side by side
         rows = [
             _Row(
                 r.prompt_slot,
@@ -151,14 +152,14 @@ class MegatronEngine:
                 r.gold_ids,
                 r.bridge_ids,
             )
-            for r in wave
+            for r in batch
             for m in r.rationale_slots
         ]
         device = self.runtime.device
-        cache = WaveCache([len(r.prompt_ids) for r in wave], [len(r.rationale_slots) for r in wave], device)
-        logits = self._prefill(wave, cache)
+        cache = RolloutCache([len(r.prompt_ids) for r in batch], [len(r.rationale_slots) for r in batch], device)
+        logits = self._prefill(batch, cache)
         if logits is not None:  # the group's logits serve each of its rows
-            counts = torch.tensor([len(r.rationale_slots) for r in wave], device=device)
+            counts = torch.tensor([len(r.rationale_slots) for r in batch], device=device)
             logits = logits.repeat_interleave(counts, dim=0, output_size=len(rows))
         self._sample(rows, list(range(len(rows))), logits, options)
         active = rows
@@ -166,19 +167,19 @@ class MegatronEngine:
             if sum(row.done for row in active) > self.IDLE_SHARE * len(active):
                 self._score_gold(active, cache)
                 self.cache_bytes_peak = max(self.cache_bytes_peak, cache.num_bytes)
-                kept = [i for i, row in enumerate(active) if not row.done]
-                active = [active[i] for i in kept]
-                cache.keep(kept)
+                unfinished = [i for i, row in enumerate(active) if not row.done]
+                active = [active[i] for i in unfinished]
+                cache.keep(unfinished)
             tokens, positions, drawing = _next_tokens(active)
             logits = self._logits(tokens, positions, DecodePlan(cache), drawing)
             cache.length += 1
             self._sample(active, drawing, logits, options)
         self._score_gold(active, cache)
         self.cache_bytes_peak = max(self.cache_bytes_peak, cache.num_bytes)
-        found = {(row.prompt_slot, row.rationale_slot): row.rollout() for row in rows}
-        return [found[slot] for slot in asked]
+        rollout_of = {(row.prompt_slot, row.rationale_slot): row.rollout() for row in rows}
+        return [rollout_of[slot] for slot in asked]
 
-    def _score_gold(self, active: list[_Row], cache: WaveCache) -> None:
+    def _score_gold(self, active: list[_Row], cache: RolloutCache) -> None:
         """ln p(y*|x,z) of finished rows from the cache: feeds |y*| tokens a row, and what before it was not yet
         fed.
         """
@@ -209,9 +210,9 @@ class MegatronEngine:
         for i, log_w in zip(due, self.runtime.groups.from_last_stage(log_w_n).tolist(), strict=True):
             active[i].log_w = log_w
 
-    def _prefill(self, wave: list[RolloutRequest], cache: WaveCache) -> Tensor | None:
-        lengths = [len(r.prompt_ids) for r in wave]
-        tokens = [token for r in wave for token in r.prompt_ids]
+    def _prefill(self, batch: list[RolloutRequest], cache: RolloutCache) -> Tensor | None:
+        lengths = [len(r.prompt_ids) for r in batch]
+        tokens = [token for r in batch for token in r.prompt_ids]
         positions = [position for length in lengths for position in range(length)]
         last = torch.tensor(lengths).cumsum(0) - 1
         padding = -len(tokens) % self._row_multiple

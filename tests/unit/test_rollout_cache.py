@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, TailPlan, WaveCache
+from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, RolloutCache, TailPlan
 
 HEADS, KV_HEADS, CHANNELS, SCALE, LAYER = 4, 2, 8, 0.3, 1
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ class Wave:
 
     def __init__(self, lengths: list[int], rows_per_prompt: list[int], generator: torch.Generator):
         self.generator = generator
-        self.cache = WaveCache(lengths, rows_per_prompt, CPU)
+        self.cache = RolloutCache(lengths, rows_per_prompt, CPU)
         q, k, v = self.draw(sum(lengths))
         found = PrefillPlan(lengths, 0, self.cache, CPU).attend(LAYER, q, k, v, SCALE)
         expected, self.keys, self.values = [], [], []
@@ -78,11 +78,11 @@ def test_attention_over_the_cache_equals_attention_over_plain_sequences(data):
     for _ in range(data.draw(st.integers(0, 3))):
         for _ in range(data.draw(st.integers(0, 3))):
             wave.decode(data.draw(st.sampled_from([0, 3])))
-        some = st.sets(st.integers(0, len(wave.keys) - 1), min_size=1)
-        rows = sorted(data.draw(some))
+        rows_left = st.sets(st.integers(0, len(wave.keys) - 1), min_size=1)
+        rows = sorted(data.draw(rows_left))
         forgotten = [data.draw(st.integers(0, wave.cache.length)) for _ in rows]
         wave.tail(rows, forgotten, [data.draw(st.integers(1, 3)) for _ in rows])
-        wave.keep(sorted(data.draw(some)))
+        wave.keep(sorted(data.draw(rows_left)))
 
 
 def test_the_cache_holds_each_prompt_once_and_frees_what_is_done():
@@ -90,9 +90,9 @@ def test_the_cache_holds_each_prompt_once_and_frees_what_is_done():
     padded = [9, 9, 9, 30]  # prompts of similar length are as long as the longest of them
     wave = Wave(lengths, counts, torch.Generator().manual_seed(1))
     assert wave.cache.num_bytes == sum(padded) * VECTOR_BYTES
-    for _ in range(WaveCache.GROWTH):
+    for _ in range(RolloutCache.GROWTH):
         wave.decode(0)
-    generated = WaveCache.GROWTH
+    generated = RolloutCache.GROWTH
     assert wave.cache.num_bytes == (sum(padded) + sum(counts) * generated) * VECTOR_BYTES
     wave.keep([0, 2, 8])  # two rows of the first prompt, one of the last: the others' prompts go too
     assert wave.cache.num_bytes == (9 + 30 + 3 * generated) * VECTOR_BYTES
@@ -103,7 +103,7 @@ def test_the_cache_holds_each_prompt_once_and_frees_what_is_done():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40).map(sorted))
 def test_padding_at_most_doubles_the_prompts_and_buckets_are_few(lengths):
-    cache = WaveCache(lengths, [1] * len(lengths), CPU)
+    cache = RolloutCache(lengths, [1] * len(lengths), CPU)
     padded = [bucket.length for bucket in cache.buckets for _ in bucket.rows_per_prompt]
     assert all(own <= length <= 2 * own for own, length in zip(lengths, padded, strict=True))
     assert len(cache.buckets) <= 9  # each begins beyond twice the last one's first: 1, 3, 7, … 511
