@@ -61,7 +61,7 @@ def _trainer(runtime, model, rollouts, options):
         for r in rollouts
     ]
     batch = BatchOptions(8, temperature=options.temperature, top_p=options.top_p)
-    return score(model, rows, SHAPE, runtime, batch, with_rationale=True)
+    return score(model, rows, SHAPE, runtime, batch, with_rationale=True).table
 
 
 def _by_slot(rollouts: list[Rollout]) -> dict:
@@ -88,9 +88,9 @@ def _run_contract(runtime, name: str):
             trainer = _trainer(runtime, model, rollouts, options)
             for slot, r in _by_slot(rollouts).items():
                 if capabilities.gives_log_prob:
-                    gaps.append(abs(r.log_prob - trainer.log_rationale_BM[slot].item()))
+                    gaps.append(abs(r.log_prob - trainer.log_z_BM[slot].item()))
                 if capabilities.scores_gold:
-                    gaps.append(abs(r.log_w - trainer.log_answer_BM[slot].item()))
+                    gaps.append(abs(r.log_w - trainer.log_w_BM[slot].item()))
             drawn[f"version {version}, temperature {options.temperature}"] = _by_slot(rollouts)
     requests = _requests(runtime)
     drawn["again"] = _by_slot(engine.generate(requests, OPTIONS))
