@@ -9,7 +9,6 @@ import faulthandler
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
@@ -86,8 +85,8 @@ def _command(argv: list[str]) -> Callable[[], int]:
     if command == "--version":
         return partial(_show, f"megatron-jq {__version__} ({', '.join(versions.versions_of_engine())})")
     others = {
-        "convert": partial(run_convert, rest, _silence_known_warnings),
-        "evaluate": partial(run_evaluate, rest, _silence_known_warnings),
+        "convert": partial(run_convert, rest, versions.prepare_import),
+        "evaluate": partial(run_evaluate, rest, versions.prepare_import),
         "preflight": partial(run_preflight, rest),
         "grid": partial(run_grid, rest),
     }
@@ -112,7 +111,7 @@ def _train(argv: list[str]) -> Callable[[], int]:
     validate_training(config, None if world_size is None else int(world_size))
     refuse_unread("train", config, resolve_architecture(config), explicit_settings(argv))
     print_old_name_notes(argv)
-    _silence_known_warnings()
+    versions.prepare_import()
     if config.data.show_example is not None:
         from megatron_jq.train.setup import show_example
 
@@ -120,13 +119,3 @@ def _train(argv: list[str]) -> Callable[[], int]:
     from megatron_jq.train.run import run_training
 
     return partial(run_training, config)
-
-
-def _silence_known_warnings() -> None:
-    """Silence what Megatron-core warns of at import on every rank: the run's opening line names the kernels."""
-    absent = ("Transformer Engine and Apex are not installed", "Apex is not installed")
-    for message in (*absent, "full scope is deprecated"):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
-    # Megatron-core 0.16 calls collectives by the names that torch had before 2.13.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    versions.check_import()

@@ -21,7 +21,7 @@ OTHER = os.environ.get("MEGATRON_JQ_OTHER_PYTHON")
 HERE = version("megatron-core")
 DEADLINE_SECONDS = 180
 EXPERTS = (
-    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --num-query-groups 2 "
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-query-groups 2 "
     "--kv-channels 16 --num-experts 4 --moe-ffn-hidden-size 24 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 "
     "--expert-model-parallel-size 2"
 ).split()

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import logging
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,6 +25,27 @@ def versions_of_engine() -> list[str]:
         except PackageNotFoundError:
             names.append(f"{name} not installed")
     return [*names, f"Python {platform.python_version()}"]
+
+
+#: What Megatron-core and torch warn of at import, once a rank, and no user can act on: the run's opening line says in
+#: one word which kernels are used, and models of other modalities are not.
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("Transformer Engine and Apex are not installed", UserWarning),
+    ("Apex is not installed", UserWarning),
+    ("full scope is deprecated", UserWarning),
+    ("MimoModelConfig is experimental", UserWarning),  # seen on 0.19.2
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),  # 0.16 uses the names of torch before 2.13
+)
+
+
+def prepare_import() -> None:
+    """Keep known warnings off the output, then `check_import`. Call before anything imports Megatron-core."""
+    for message, category in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    # Where a CUDA toolkit is installed and no GPU is there, torch's builder of extensions says so in every process.
+    no_runtime = "No CUDA runtime is found"
+    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: no_runtime not in record.getMessage())
+    check_import()
 
 
 def check_import() -> None:
