@@ -42,10 +42,10 @@ setup(
         # protobuf: sentencepiece to tokenizer.json
         "hf": ["safetensors>=0.4", "tokenizers", "transformers", "protobuf"],
         "math": ["math-verify[antlr4_13_2]==0.9.*"],  # --match math
-        "datasets": ["datasets>=4"],  # hub:NAME and, by its pyarrow, parquet; before 4 it could run a data set's own code
+        "datasets": ["datasets>=4"],  # hub:NAME and parquet, by its pyarrow; before 4 it could run code of a data set
         # launch/nemo_run. nemo-run imports leptonai, of which later versions lack what it imports.
         "nemo": ["nemo-run>=0.11.1,<0.12", "leptonai==0.27.3"],
-        "dev": ["ruff>=0.8", "pyright[nodejs]==1.1.414"],  # tests/check.py
+        "dev": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],  # tests/check.py
         "test": [
             "hypothesis>=6.100", "math-verify[antlr4_13_2]==0.9.*", "mpmath", "protobuf", "pyarrow", "pytest>=8",
             "safetensors", "tokenizers", "transformers>=5,<6",

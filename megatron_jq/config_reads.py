@@ -124,11 +124,11 @@ NEEDS = (
     Need(("data_format", "bad_records"), lambda c, a: _has_files(c), "data from a file"),
     Need(
         ("prompt_field", "id_field"), lambda c, a: _reads(c, "prompt_field"),
-        "records of no fixed form (--data-format jsonl, or auto)",
+        f"--data-format {' or '.join(formats_reading('prompt_field'))}",
     ),
     Need(
         ("answer_field",), lambda c, a: _reads(c, "answer_field"),
-        "records of no fixed form (--data-format jsonl, or auto)",
+        f"--data-format {' or '.join(formats_reading('answer_field'))}",
     ),
     Need(("finqa_answer",), lambda c, a: _reads(c, "finqa_answer"), "FinQA's records"),
     Need(("prompt_template",), lambda c, a: c.data.prompt_style != "plain", "--prompt-style cold or warm"),

@@ -33,6 +33,8 @@ def read_grid(path: str | Path) -> list[Point]:
         name = OLD_NAMES.get(key.replace("-", "_"), key.replace("-", "_"))
         if isinstance(value, dict):
             raise UserError(f"{path}: [{key}]: a grid has no tables; write its keys at the top level")
+        if any(name == earlier for earlier, _, _ in lists):
+            raise UserError(f"{path}: {key} and an older name of it are both set; keep --{name.replace('_', '-')}'s")
         if name not in SETTINGS:
             raise UserError(f"{path}: unknown key {key}; {did_you_mean(name, SETTINGS, 'see train --help')}")
         if value == []:

@@ -66,7 +66,9 @@ class StepBench:
     """One process of a benchmark."""
 
     def __init__(self, config: Config, derived: Derived, load: Load, runtime: Runtime):
-        config = replace(config, rollout=replace(config.rollout, rationale_budget=load.rationale_tokens))
+        # No comparison of scores: with --score-with rollout a step's "score" is the engine's alone.
+        asked = replace(config.rollout, rationale_budget=load.rationale_tokens, score_check_interval=0)
+        config = replace(config, rollout=asked)
         self.config, self.derived, self.load, self.runtime = config, derived, load, runtime
         tp, count = config.parallel.tensor_model_parallel_size, config.rollout.prompts_per_step
         self.vocab_rows = padded_vocab_size(load.vocab_size, config.model.make_vocab_size_divisible_by, tp)

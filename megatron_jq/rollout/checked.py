@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 #: Of the collectives' deadline: a call that takes longer is given up, while the other ranks still wait for its result.
 _SHARE_OF_DEADLINE = 0.9
+#: How long `close` of an engine that was given up may take: it may wait for the very call that did not return.
+_LAST_SECONDS = 10.0
 
 
 class CheckedEngine:
@@ -40,9 +42,17 @@ class CheckedEngine:
         self._calls = self._capabilities.every_rank or self._group.rank() == 0
         layout = setup.config.parallel
         self._deadline = _SHARE_OF_DEADLINE * timedelta(minutes=layout.distributed_timeout_minutes).total_seconds()
-        self._step = "set-up"
-        build = lambda: self._call(lambda: row.load(setup), "building it")  # noqa: E731
-        self.engine = on_all_ranks(self._runtime, build if self._calls else lambda: None)
+        self._step, self._is_given_up = "set-up", False
+        self.engine: RolloutEngine | None = None
+        try:
+            on_all_ranks(self._runtime, self._build)
+        except BaseException:
+            self.close()  # one that this rank has built, where another rank could not
+            raise
+
+    def _build(self) -> None:
+        if self._calls:
+            self.engine = self._call(lambda: self.row.load(self.setup), "building it")
 
     def update_weights(self, version: int, named_weights: NamedWeights) -> None:
         """Hand over the weights of `version`. named_weights: iterated on every rank, since ranks gather each tensor
@@ -69,14 +79,14 @@ class CheckedEngine:
         One gather of an error and a hash over all ranks; without every_rank, a broadcast of the rollouts besides.
         """
         self._step = f"step {options.step}"
-        rollouts, failure = [], None
+        rollouts, failure, digest = [], None, None
         try:
             if self._calls:
                 rollouts = self._call(lambda: self._present.generate(requests, options), "generate")
-                self._check(rollouts, requests, options)
+                digest = self._digest_of_checked(rollouts, requests, options)
         except (UserError, RunFailure) as error:
             rollouts, failure = [], error
-        self._compare(rollouts, failure)
+        self._compare(digest, failure)
         if not self._capabilities.every_rank and self._group.size() > 1:
             message = [rollouts]
             dist.broadcast_object_list(message, src=dist.get_global_rank(self._group, 0), group=self._group)
@@ -84,10 +94,11 @@ class CheckedEngine:
         return rollouts
 
     def close(self) -> None:
-        """Close the engine. What it meets is not worth a run that is over."""
-        if self.engine is not None:
+        """Close the engine, once. What it meets is not worth a run that is over."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
             with contextlib.suppress(Exception):
-                self._call(self.engine.close, "close")
+                self._call(engine.close, "close")
 
     @property
     def _present(self) -> RolloutEngine:
@@ -118,8 +129,9 @@ class CheckedEngine:
 
         thread = threading.Thread(target=run, name=f"rollout engine {self.row.name}", daemon=True)
         thread.start()
-        thread.join(self._deadline)
+        thread.join(min(self._deadline, _LAST_SECONDS) if self._is_given_up else self._deadline)
         if not outcome:
+            self._is_given_up = True
             raise RunFailure(
                 f"{self._label}: {what} did not return within {self._deadline:g} s (90 % of "
                 "--distributed-timeout-minutes)"
@@ -131,26 +143,39 @@ class CheckedEngine:
             raise error
         raise RunFailure(f"{self._label}: {what} failed: {_last_line(error)}") from error
 
-    def _check(self, rollouts: list[Rollout], requests: list[RolloutRequest], options: SamplingOptions) -> None:
+    def _digest_of_checked(
+        self, rollouts: list[Rollout], requests: list[RolloutRequest], options: SamplingOptions
+    ) -> int:
+        """A hash of what was drawn, the same on every rank of a replica. RunFailure where it breaks the contract, also
+        by values that are of no kind that could be checked.
+        """
         version = self._present.version
         if self._capabilities.draws and (self.version is None or version != self.version):
             raise RunFailure(
                 f"{self._label} draws with weights of version {version}, and the trainer's are of version "
                 f"{self.version}: update_weights must note the version whose weights it has taken"
             )
-        problem = broken_promise(rollouts, requests, options, self.setup.vocab_size, self._capabilities)
+        try:
+            problem = broken_promise(rollouts, requests, options, self.setup.vocab_size, self._capabilities)
+            # One that failed is held to its slot alone: what else it carries need not even have a hash.
+            ids = [(r.rationale_ids, r.answer_ids) if r.valid else None for r in rollouts if problem is None]
+            digest = hash(tuple(ids))
+        except Exception as error:
+            raise RunFailure(f"{self._label}: what generate returned cannot be checked: {_last_line(error)}") from error
         if problem is not None:
             raise RunFailure(f"{self._label}: {problem}")
+        return digest
 
-    def _compare(self, rollouts: list[Rollout], failure: UserError | RunFailure | None) -> None:
+    def _compare(self, digest: int | None, failure: UserError | RunFailure | None) -> None:
         """Raise on all ranks what one of them met, or that ranks of one model-parallel group drew other rollouts."""
-        drawn = tuple((r.prompt_slot, r.rationale_slot, r.rationale_ids, r.answer_ids, r.valid) for r in rollouts)
-        outcome = (failure, self._runtime.groups.dp.rank(), hash(drawn) if self._calls else None)
+        # Kind and text: an engine's own class of error may have no pickle, or want other arguments.
+        problem = None if failure is None else (isinstance(failure, RunFailure), str(failure))
         outcomes: list[tuple] = [()] * self._runtime.world_size
-        dist.all_gather_object(outcomes, outcome)
-        for error, _, _ in outcomes:
-            if error is not None:
-                raise type(error)(str(error))
+        dist.all_gather_object(outcomes, (problem, self._runtime.groups.dp.rank(), digest))
+        for problem, _, _ in outcomes:
+            if problem is not None:
+                has_to_stop, text = problem
+                raise RunFailure(text) if has_to_stop else UserError(text)
         first: dict[int, tuple[int, int]] = {}
         for rank, (_, replica, digest) in enumerate(outcomes):
             if digest is not None and digest != first.setdefault(replica, (rank, digest))[1]:
@@ -167,20 +192,31 @@ class CheckedEngine:
 
 
 class Handover:
-    """The policy's tensors on their way to an engine: given out once, counted, and gathered to the end in any case."""
+    """The policy's tensors on their way to an engine: given out once, counted, and gathered to the end in any case.
+
+    An engine that was given up may still stand in its thread, in the middle of a tensor: one thread at a time gathers,
+    and after `finish` begins the engine gets no more.
+    """
 
     def __init__(self, weights: Iterator[tuple[str, Tensor]]):
         self._weights, self._calls, self._taken = weights, 0, 0
+        self._lock, self._is_over = threading.Lock(), False
+
+    def _next(self) -> tuple[str, Tensor] | None:
+        with self._lock:
+            return next(self._weights, None)
 
     def once(self) -> Iterator[tuple[str, Tensor]]:
         self._calls += 1
-        for item in self._weights:
+        while not self._is_over and (item := self._next()) is not None:
             self._taken += 1
             yield item
 
     def finish(self, *, needed: bool) -> str | None:
         """Gather what is left; every rank does, so that none waits. needed: say what the engine left untaken."""
-        left = sum(1 for _ in self._weights)
+        self._is_over, left = True, 0
+        while self._next() is not None:
+            left += 1
         if not needed or (self._calls == 1 and not left):
             return None
         if self._calls > 1:

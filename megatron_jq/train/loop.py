@@ -92,9 +92,9 @@ class Loop(ABC):
             saving.end(recorder)
             raise
         finally:
-            self.engine.close()
             if recorder is not None:
                 recorder.close()  # TensorBoard's last events would be lost with a run that stops
+            self.engine.close()
 
     def with_evaluation(self, metrics: StepMetrics) -> StepMetrics:
         """The step's metrics with those of the held-out examples at the current weights."""

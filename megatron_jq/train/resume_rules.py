@@ -36,7 +36,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
     (Rule.FREE, "deadlines", ("distributed_timeout_minutes", "phase_timeout_minutes")),
     (Rule.FREE, "how a step is cut: results within rounding", (
         "micro_batch_size", "max_tokens_per_micro_batch", "share_prompts", "pad_sequences_to_multiple_of",
-        "rollout_batch_size", "score_with", "rollout_engine",
+        "rollout_batch_size", "score_with",
     )),
     (Rule.FREE, "the run's length; a schedule that ends with it is checked by its own setting", ("train_iters",)),
     (Rule.FREE, "what is shown", (
@@ -73,7 +73,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
         "reset_attention_mask", "reward",
     )),
     (Rule.FIXED, "what is drawn", (
-        "num_rationales", "prompts_per_step", "rationale_budget", "temperature", "top_p", "seed",
+        "num_rationales", "prompts_per_step", "rationale_budget", "temperature", "top_p", "seed", "rollout_engine",
     )),
     (Rule.FIXED, "the update", (
         "optimizer", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_decay_iters", "weight_decay",

@@ -31,7 +31,8 @@ def run_training(config: Config) -> int:
         runtime = runtime_module.start_configured(config.parallel, config.training.seed)
     watch = Watch(phase, runtime, timedelta(minutes=config.parallel.phase_timeout_minutes))
     folders = RunFolders(config)  # rank 0's: the others leave it alone
-    with watch, peers_must_answer(phase, deadline, watch.missing_peers), contextlib.closing(folders):
+    closing = contextlib.ExitStack()
+    with watch, peers_must_answer(phase, deadline, watch.missing_peers), contextlib.closing(folders), closing:
         for note in on_all_ranks(runtime, folders.open, main_only=True) or ():
             print(note, flush=True)
         on_all_ranks(runtime, lambda: engine_row(config))
@@ -41,6 +42,7 @@ def run_training(config: Config) -> int:
         carried = None if start.checkpoint is None else start.checkpoint.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
         loop = assemble(config, derived, data, runtime, phase)
+        closing.callback(loop.engine.close)  # the run closes it; what fails before the run does too
         saving = Saving(config, derived, data, runtime, loop.parts, loop.numerics, deadline, began, folders)
         saving.load(start)
         if loop.reference is not None:

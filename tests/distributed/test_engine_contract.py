@@ -156,6 +156,11 @@ def test_every_way_to_end_occurs(name, results):
 # What goes wrong
 
 
+class Refused(UserError):
+    def __init__(self, flag, fix):
+        super().__init__(f"{flag}: {fix}")
+
+
 class Failing:
     """Draws one token a rationale, and fails as its name says."""
 
@@ -167,6 +172,8 @@ class Failing:
         next(tensors)
         if self.mode == "raises in the middle of the weights":
             raise ConnectionError("the server is gone")
+        if self.mode == "hangs in the middle of the weights":
+            time.sleep(30)
         if self.mode != "leaves weights untaken":
             list(tensors)
         if self.mode == "takes weights twice":
@@ -179,19 +186,29 @@ class Failing:
             raise ValueError("no tokens today")
         if self.mode == "is refused":
             raise UserError("--rollout-url: give one")
+        if self.mode == "is refused in a class of its own":
+            raise Refused("--rollout-url", "give two")
         if self.mode == "hangs":
             time.sleep(30)
         ids = (70, CLOSE) if self.mode == "has another vocabulary" else (CLOSE,)
-        return [Rollout(r.prompt_slot, m, ids, 1, log_prob=-1.0) for r in requests for m in r.rationale_slots]
+        count = None if self.mode == "counts in no number" else 1
+        if self.mode == FAILED_ONES:
+            return [Rollout(r.prompt_slot, m, [70], 0, valid=False) for r in requests for m in r.rationale_slots]
+        return [Rollout(r.prompt_slot, m, ids, count, log_prob=-1.0) for r in requests for m in r.rationale_slots]
 
     def close(self):
         raise RuntimeError("what is over is over")
 
 
+#: No failure: a rationale that failed may carry whatever there is of it.
+FAILED_ONES = "brings parts of rationales that failed"
 #: How it fails → what every rank says.
 FAILURES = {
     "raises": "step 0: rollout engine failing: generate failed: ValueError: no tokens today (test_engine_contract.py:",
     "is refused": "--rollout-url: give one",
+    "is refused in a class of its own": "--rollout-url: give two",
+    "counts in no number": "rollout engine failing: what generate returned cannot be checked: TypeError: ",
+    "hangs in the middle of the weights": "step 0: rollout engine failing: update_weights did not return within 1.8 s",
     "hangs": "step 0: rollout engine failing: generate did not return within 1.8 s (90 % of --distributed-timeout-min",
     "has another vocabulary": "prompt slot 0, rationale slot 0: token 70 was sampled, and the vocabulary has 70 tokens",
     "is stale": "step 1: rollout engine failing draws with weights of version 0, and the trainer's are of version 1",
@@ -221,11 +238,12 @@ def _fail(runtime, modes):
 
 @pytest.mark.parametrize("layout", ["TP2", "DP2"])
 def test_a_failure_of_one_rank_is_raised_on_all(layout):
-    for told in run_ranks(_fail, list(FAILURES), **LAYOUTS[layout]):
+    for told in run_ranks(_fail, [*FAILURES, FAILED_ONES], **LAYOUTS[layout]):
+        assert FAILED_ONES not in told
         for mode, words in FAILURES.items():
             kind, message = told[mode]
             assert words in message, (mode, message)
-            assert kind is (UserError if mode == "is refused" else RunFailure)
+            assert kind is (UserError if mode.startswith("is refused") else RunFailure)
 
 
 def _differ(runtime):

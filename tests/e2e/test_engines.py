@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_jq.errors import UserError
 from megatron_jq.rollout.engine import Capabilities
 from megatron_jq.rollout.engines import ENGINES, EngineRow
+from megatron_jq.train.run_directory import RunFolders
 from tests.distributed.elsewhere import ELSEWHERE
 from tests.e2e.launch import REPOSITORY, SMALL, run
 from tests.e2e.test_training import assert_same_training, metrics
@@ -90,6 +92,21 @@ def test_what_a_newcomer_forgets_stops_every_rank_with_its_name(part, uniform, t
     uniform((old, new))
     for rank in train(tmp_path, "--rollout-engine", "uniform", code=3):
         assert "rollout engine uniform" in rank.err and words in rank.err, rank.err
+
+
+def test_an_engine_is_closed_once_also_where_the_run_never_begins(uniform, tmp_path, monkeypatch):
+    """It may have started a server."""
+    uniform(("def close(self):\n", f"def close(self):\n        open({str(tmp_path / 'closed')!r}, 'a').write('x')\n"))
+    train(tmp_path, "--rollout-engine", "uniform", "--train-iters", "1")
+    assert (tmp_path / "closed").read_text() == "x"
+
+    def refuse(self) -> None:
+        raise UserError("the folder is taken")
+
+    monkeypatch.setattr(RunFolders, "claim", refuse)
+    for rank in train(tmp_path, "--rollout-engine", "uniform", "--run-dir", str(tmp_path / "other"), code=2):
+        assert "the folder is taken" in rank.err
+    assert (tmp_path / "closed").read_text() == "xx"
 
 
 def test_an_engine_that_draws_elsewhere_from_the_policy_trains_as_the_one_in_the_process(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def test_a_name_is_fit_for_a_folder(grid):
         ("q = []", "q lists no value"),
         ("q = 0.5", "no key lists values to try"),
         ("q = [0.5, 0.5]", "two points are called q0.5"),
+        ('normalise = ["text"]\nmatch_rule = ["number"]', "match_rule and an older name of it are both set"),
         ('q = ["much"]', "--q much: expected a number"),
         ("q = [", "is not valid TOML"),
         ('q = [0, 1]\nsave = "/all"', "save = '/all' would be shared by several of 2 points, and"),
