@@ -23,7 +23,7 @@ _ROWS = (
         pieces=("pre_text", "table", "post_text", "context", "question"),
         sample=finqa.SAMPLE,
         reads="`pre_text`, `table`, `post_text`, `qa`",
-        prompt=r"text, table (a row a line, cells separated by ` \| `), text, question",
+        prompt=r"text, table (one row per line, cells separated by ` \| `), text, question",
         gold="`exe_ans`, or `answer` with `--finqa-answer answer`, as the file writes it; the hub's rows have no "
         "`exe_ans`: `--finqa-answer final_result`",
     ),
