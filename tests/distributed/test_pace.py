@@ -2,7 +2,7 @@
 
 import socket
 
-from megatron_jq.train.pace import PaceMaker
+from megatron_jq.train.pace import PHASES, PaceMaker
 from tests.distributed.ranks import run_ranks
 
 EVEN, UNEVEN = [(1.0, 2.0, 3.0), (1.1, 2.2, 3.1), (0.9, 2.1, 3.2)], [(4.0, 1.0, 9.0), (9.5, 1.4, 9.1), (4.2, 0.1, 9.2)]
@@ -10,7 +10,7 @@ EVEN, UNEVEN = [(1.0, 2.0, 3.0), (1.1, 2.2, 3.1), (0.9, 2.1, 3.2)], [(4.0, 1.0, 
 
 def _compare(runtime, tables):
     pace = PaceMaker(runtime)
-    return [pace.compare(table[runtime.rank]) for table in tables]
+    return [pace.compare(dict(zip(PHASES, table[runtime.rank], strict=True))) for table in tables]
 
 
 def test_a_rank_far_behind_the_median_is_named_and_even_ranks_are_not():

@@ -43,7 +43,9 @@ ESTIMATORS = sorted({name for readers in READ_BY.values() for name in readers})
 #: Group class → group, for parameters that are annotated with it.
 CLASSES = {f"{group.capitalize()}Config": group for group in GROUPS}
 #: They look at every setting, or pass them on: no reading.
-NO_READERS = ("settings.py", "config.py", "config_reads.py", "config_estimators.py", "config_validate.py")
+NO_READERS = (
+    "settings.py", "config.py", "config_reads.py", "config_estimators.py", "config_layout.py", "config_validate.py",
+)  # fmt: skip
 #: Rooms whose code a command runs. `evaluate` and training share the lower ones.
 SHARED = ("data", "model", "parallel", "rollout", "checkpoint")
 ROOMS = {"train": (*SHARED, "train", "corpus", "evaluate", "cli"), "evaluate": (*SHARED, "evaluate", "cli/evaluate.py")}
