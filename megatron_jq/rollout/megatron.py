@@ -5,9 +5,8 @@ Ranks of a model-parallel group keep the same books on the same sampled ids; hid
 travel.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,76 +21,8 @@ from megatron_jq.parallel.transfers import to_device
 from megatron_jq.records import Rollout
 from megatron_jq.rollout.cache import DecodePlan, PrefillPlan, RolloutCache, TailPlan
 from megatron_jq.rollout.engine import EngineSetup, NamedWeights, RolloutRequest, SamplingOptions
+from megatron_jq.rollout.rationale_row import RationaleRow, next_tokens
 from megatron_jq.rollout.sampling import UniformStream, sample_tokens
-
-
-@dataclass
-class _Row:
-    """One rationale being generated: what was drawn, and what must still be fed before the next draw."""
-
-    prompt_slot: int
-    rationale_slot: int
-    prompt_length: int
-    stream: UniformStream
-    gold: tuple[int, ...] | None
-    bridge: tuple[int, ...]
-    steps: int = 0  # tokens fed after the prompt, a finished row's dummies included
-    fed: int = 0  # real ones among them
-    log_w: float | None = None
-    rationale: list[int] = field(default_factory=list)
-    answer: list[int] = field(default_factory=list)
-    num_sampled: int = 0
-    log_prob: float = 0.0
-    in_answer: bool = False
-    done: bool = False
-    to_feed: deque = field(default_factory=deque)
-
-    def draw(self) -> float:
-        return self.stream.at(self.num_sampled + len(self.answer))
-
-    def accept(self, token: int, log_prob: float, options: SamplingOptions) -> None:
-        """Take one sampled token: continue, close (by force where needed), or finish."""
-        if self.in_answer:
-            self.answer.append(token)
-            self.done = token == options.eos_id or len(self.answer) >= options.answer_budget
-            self.to_feed.append(token)
-            return
-        self.rationale.append(token)
-        self.num_sampled += 1
-        self.log_prob += log_prob
-        self.to_feed.append(token)
-        closed = token == options.close_id
-        if closed or token == options.eos_id or self.num_sampled >= options.rationale_budget:
-            if not closed:
-                self.rationale.append(options.close_id)
-                self.to_feed.append(options.close_id)
-            self.to_feed.extend(self.bridge)
-            self.in_answer = True
-            self.done = options.answer_budget == 0
-
-    def rollout(self) -> Rollout:
-        return Rollout(
-            self.prompt_slot,
-            self.rationale_slot,
-            tuple(self.rationale),
-            self.num_sampled,
-            tuple(self.answer),
-            self.log_prob,
-            self.log_w,
-        )
-
-
-def _next_tokens(active: list[_Row]) -> tuple[list[int], list[int], list[int]]:
-    """(token, position) that each row feeds next, and the rows that draw after it. Finished rows feed a dummy."""
-    tokens, positions, drawing = [], [], []
-    for i, row in enumerate(active):
-        row.fed += bool(row.to_feed)
-        tokens.append(row.to_feed.popleft() if row.to_feed else 0)
-        positions.append(row.prompt_length + row.steps)
-        row.steps += 1
-        if not row.to_feed and not row.done:
-            drawing.append(i)
-    return tokens, positions, drawing
 
 
 class MegatronEngine:
@@ -144,7 +75,7 @@ class MegatronEngine:
         asked = [(r.prompt_slot, m) for r in batch for m in r.rationale_slots]
         batch = sorted(batch, key=lambda r: len(r.prompt_ids))  # the cache wants prompts of similar length side by side
         rows = [
-            _Row(
+            RationaleRow(
                 r.prompt_slot,
                 m,
                 len(r.prompt_ids),
@@ -170,7 +101,7 @@ class MegatronEngine:
                 unfinished = [i for i, row in enumerate(active) if not row.done]
                 active = [active[i] for i in unfinished]
                 cache.keep(unfinished)
-            tokens, positions, drawing = _next_tokens(active)
+            tokens, positions, drawing = next_tokens(active)
             logits = self._logits(tokens, positions, DecodePlan(cache), drawing)
             cache.length += 1
             self._sample(active, drawing, logits, options)
@@ -179,7 +110,7 @@ class MegatronEngine:
         rollout_of = {(row.prompt_slot, row.rationale_slot): row.rollout() for row in rows}
         return [rollout_of[slot] for slot in asked]
 
-    def _score_gold(self, active: list[_Row], cache: RolloutCache) -> None:
+    def _score_gold(self, active: list[RationaleRow], cache: RolloutCache) -> None:
         """ln p(y*|x,z) of finished rows from the cache: feeds |y*| tokens a row, and what before it was not yet
         fed.
         """
@@ -278,7 +209,9 @@ class MegatronEngine:
             dist.send(output.contiguous(), dst=groups.next_stage, group=groups.pp)
         return None
 
-    def _sample(self, rows: list[_Row], drawing: list[int], logits: Tensor | None, options: SamplingOptions) -> None:
+    def _sample(
+        self, rows: list[RationaleRow], drawing: list[int], logits: Tensor | None, options: SamplingOptions
+    ) -> None:
         """Draw for the given rows on the last stage, tell the other stages, and let each row take its token."""
         if not drawing:
             return
