@@ -21,7 +21,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from megatron_jq.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from megatron_jq.checkpoint.slabs import Cut
+from megatron_jq.checkpoint.slabs import ShardLayout
 
 def memory(name):
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
@@ -30,7 +30,7 @@ def memory(name):
 source, target = map(Path, sys.argv[2:])
 idle, start = memory("VmRSS"), time.perf_counter()
 if sys.argv[1] == "hf-to-megatron":
-    hf_to_megatron(source, target, Cut())
+    hf_to_megatron(source, target, ShardLayout())
 else:
     megatron_to_hf(source, target, dtype=None, max_shard_bytes=5 * 10**9)
 print(json.dumps([memory("VmHWM") - idle, time.perf_counter() - start]))

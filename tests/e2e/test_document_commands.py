@@ -42,6 +42,7 @@ LEFT_OUT = {
     "tests/run.sh": "is this suite; .ci/run starts it so",
     "pytest": "is this suite",
     "-m pytest": "is this suite",
+    "-m tests.check": "ruff and pyright; .ci/run starts it",
     "tools/reference_pages.py": "writes into docs/; unit/test_documents.py compares what it writes",
     "megatron-jq train --rollout-engine uniform": "an engine that the page adds; e2e/test_engines.py runs it so",
     "scancel": "Slurm's own; tests/slurm cancels jobs",

@@ -283,7 +283,7 @@ def test_a_phase_that_waits_for_something_else_than_a_peer_ends_at_its_own_deadl
 
 def test_only_faults_of_communication_are_reported_as_a_lost_peer():
     phase, deadline = Phase(), timedelta(seconds=5)
-    phase.enter(3, "score")
+    phase.enter_phase(3, "score")
     with pytest.raises(RuntimeError, match="^shapes do not match$") as raised, peers_must_answer(phase, deadline):
         raise RuntimeError("shapes do not match")
     assert type(raised.value) is RuntimeError
