@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from megatron_jq.errors import RunFailure
 from megatron_jq.objective.schedule import q_at
 from megatron_jq.objective.table import StepTable
 from megatron_jq.records import Coefficients, Rollout, StepMetrics, TrainingSequence
@@ -67,8 +68,14 @@ class Trainer(Loop):
         return replace(table, reward_BM=reward_BM)
 
     def _judge(self, step: int, q: float, table: StepTable, prompts: Batch, gold: list[TrainingSequence]) -> None:
-        """Refuse a table that is not finite, and weights that the update before destroyed."""
+        """Refuse a table that has nothing to train on, or is not finite, and weights that the last update destroyed."""
         assert table.log_w_BM is not None, "a scoring or training pass computes it"
+        least = self.estimator.minimum_rationales
+        if not (table.valid_BM.sum(dim=1) >= least).any():
+            raise RunFailure(
+                f"step {step}: nothing to train on: {int(table.valid_BM.sum())} of {table.valid_BM.numel()} rationales "
+                f"are valid, and no prompt has the {least} that --estimator {self.estimator.name} needs"
+            )
         check_finite("ln p(y*|x,z)", table.log_w_BM[table.valid_BM], gold)
         self.numerics.start(step, q if self.estimator.uses_q else None, sequences=int(table.valid_BM.sum()))
         self.numerics.scored(table.log_w_BM, table.valid_BM, [float(len(p.answer_ids)) for p in prompts])

@@ -94,6 +94,13 @@ def test_what_a_newcomer_forgets_stops_every_rank_with_its_name(part, uniform, t
         assert "rollout engine uniform" in rank.err and words in rank.err, rank.err
 
 
+def test_a_step_without_enough_valid_rationales_stops_the_run(uniform, tmp_path):
+    """GARL's baseline needs two of a prompt. With one of them, or none, every coefficient would be 0."""
+    uniform(('log_prob=answer["log_prob"]', 'log_prob=answer["log_prob"], valid=m == 0'))
+    for rank in train(tmp_path, "--rollout-engine", "uniform", code=3):
+        assert "step 0: nothing to train on: 4 of 16 rationales are valid, and no prompt has the 2 that" in rank.err
+
+
 def test_an_engine_is_closed_once_also_where_the_run_never_begins(uniform, tmp_path, monkeypatch):
     """It may have started a server."""
     uniform(("def close(self):\n", f"def close(self):\n        open({str(tmp_path / 'closed')!r}, 'a').write('x')\n"))
