@@ -38,7 +38,7 @@ class Example:
 class Rollout:
     """One sampled rationale z of one prompt, and a sampled answer where an estimator asked for one.
 
-    rationale_ids end with the close token; a template's bridge comes behind them and is not part of z. Their first
+    rationale_ids end with the close token; a template's bridge comes after them and is not part of z. Their first
     `num_sampled` ids were drawn from the policy; what follows (a close token put there by force) carries no
     score-function weight. A Rollout that failed is `valid=False`: it leaves M.
     """

@@ -7,6 +7,10 @@ import signal
 import hypothesis
 import pytest
 
+# Before torch is imported: a fork after it has worked with several threads can hang in its first parallel loop, and the
+# ranks of a distributed test would fight for the cores. tests/run.sh says the same.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples every time, and no deadline: the suite must not depend on how busy the machine is.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -13,7 +13,7 @@ Paths, all from hidden [T, H] and this rank's weight [V/tp, H] to the loss, d hi
 On CUDA also cut-cross-entropy and liger-kernel where they are installed (one rank).
 
 Peak is memory beyond inputs and gradients, from the allocator on CUDA and from resident memory on CPU. Ratios are to
-`megatron`: of times the median over turns of the ratio within a turn, in which all paths run one behind the other, so
+`megatron`: of times the median over turns of the ratio within a turn, in which all paths run one after the other, so
 that a machine whose speed drifts blurs them less.
 """
 
@@ -194,7 +194,7 @@ class ResidentPeak:
 def measure(case: Case, runtime: Runtime, repeats: int, chosen: list[str] | None) -> list[Result]:
     """Paths in turn, `repeats` rounds after one warm-up round; median seconds of the slowest rank, largest peak."""
     x = Inputs(case, runtime)
-    gradients = x.hidden.numel() * x.hidden.element_size()  # d hidden, which every path leaves behind
+    gradients = x.hidden.numel() * x.hidden.element_size()  # d hidden, which every path leaves
     every = {name: path for name, path in paths(x).items() if name in (chosen or [name]) or name == "megatron"}
     seconds: dict[str, list[float]] = {name: [] for name in every}
     peak = dict.fromkeys(every, 0)

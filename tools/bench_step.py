@@ -4,7 +4,7 @@
     python tools/bench_step.py --model small --prompts-per-step 2 --num-rationales 16 --prompt-tokens 64 \\
         --rationale-tokens 64 --answer-tokens 8 --steps 3 --warmup 1
 
-The same line behind `torchrun --nproc-per-node N` measures a layout of N processes. docs/benchmarks.md explains the
+The same line after `torchrun --nproc-per-node N` measures a layout of N processes. docs/benchmarks.md explains the
 figures. Beside the flags below, every setting of `megatron-jq train` is taken, `--config FILE` included; flags of data,
 evaluation and run directory are refused.
 """

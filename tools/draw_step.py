@@ -80,7 +80,7 @@ def _arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float], ben
 
 
 def _rows(axes: Axes, left: float, *, rationales: int, answers: bool) -> None:
-    """A line per prompt: the prompt once, and behind it one short line per rationale, with its answer."""
+    """A line per prompt: the prompt once, and after it one short line per rationale, with its answer."""
     for prompt in range(PROMPTS):
         top = 3.35 - prompt * 0.62
         axes.add_patch(Rectangle((left + 0.15, top - 0.46), 0.75, 0.42, color=COLOURS["prompt"]))

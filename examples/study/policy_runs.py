@@ -27,7 +27,7 @@ NUM_SAMPLES = 16
 
 @dataclass(frozen=True)
 class PolicyRun:
-    """One training run and the evaluations behind it. flags: train's, on top of policy.toml. warm: name of the run of
+    """One training run and the evaluations after it. flags: train's, on top of policy.toml. warm: name of the run of
     this part whose weights it begins from. flipped: evaluate also on the training items whose label is wrong.
     """
 

@@ -1,7 +1,7 @@
 """Jobs in forked processes, as many at once as asked for; each result is one JSON file, and a finished job is kept.
 
 Whoever forks has imported Megatron-core once, so that a job does not pay for it. A result belongs to its job's `spec`:
-a job whose spec has changed is run anew. Jobs that were cut leave nothing that counts.
+a job whose spec has changed is run again. Jobs that were cut leave nothing that counts.
 """
 
 import json

@@ -3,7 +3,7 @@
 
     python examples/study/run.py --report docs/study
 
-Results go to --out, one JSON file a job. A study that was cut goes on with the same command; what is finished is kept.
+Results go to --out, a JSON file per job. The same command continues a study that was cut; what is finished is kept.
 """
 
 import argparse

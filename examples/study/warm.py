@@ -6,7 +6,7 @@ METHODS = ("garl-0.25", "garl-0.75", "paft-0.25", "paft-0.75", "grpo")
 #: Suffix of a run's name → learning rate: policy.toml's own, and a fifth of it.
 RATES = {"": 5e-3, "-slow": 1e-3}
 SFT_ITERS, TRAIN_ITERS = 40, 240
-#: Validation has collapsed where, behind a peak of at least this accuracy, it ends below a tenth of the peak.
+#: Validation has collapsed where, after a peak of at least this accuracy, it ends below a tenth of the peak.
 LEAST_PEAK = 0.1
 
 

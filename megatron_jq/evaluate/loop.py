@@ -1,4 +1,4 @@
-"""F4: draw an evaluation's samples block by block into its file, so that it can be stopped and go on."""
+"""F4: draw an evaluation's samples block by block into its file, so that it can be stopped and resumed."""
 
 import math
 import time

@@ -41,7 +41,7 @@ def grpo_coefficients(
 
     That paper leaves the estimator of std open. Ours is the sample standard deviation (divisor M_b - 1), as torch.std
     gives it in TRL and verl. They add an epsilon; we do not: a group of equal rewards, std = 0, gets zeros, and so does
-    one with fewer than two valid samples. For updates behind the first on one rollout, and the KL: clipping.py.
+    one with fewer than two valid samples. For updates after the first on one rollout, and the KL: clipping.py.
     """
     reward_BM, valid_BM, count_B1 = _masked_rewards(reward_BM, valid_BM)
     centred_BM = torch.where(valid_BM, reward_BM - reward_BM.sum(dim=1, keepdim=True) / count_B1.clamp(min=1.0), 0.0)

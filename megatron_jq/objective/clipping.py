@@ -1,4 +1,4 @@
-"""GRPO's objective a token, for updates behind the first on one rollout: the clipped ratio, and the KL to a reference.
+"""GRPO's objective per token, for updates after the first on one rollout: the clipped ratio, and the KL to a reference.
 
 To be maximised, for a scored token t (Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4):
 

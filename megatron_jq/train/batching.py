@@ -89,7 +89,7 @@ def _slot(sequence: TrainingSequence) -> tuple[int, int]:
 def balance(
     sequences: list[TrainingSequence], hidden_size: int, runtime: Runtime, *, share_prompts: bool = False
 ) -> list[TrainingSequence]:
-    """Share all replicas' sequences out anew, evenly by cost; returns this replica's part, in slot order.
+    """Share all replicas' sequences out again, evenly by cost; returns this replica's part, in slot order.
 
     Greedy, longest first to the least loaded replica: at most 4/3 of the best possible makespan (Graham 1969) over what
     is moved as one; a prompt's sequences are, unless they are more than a replica's fair share. Every

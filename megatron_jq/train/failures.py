@@ -1,4 +1,4 @@
-"""F4: how a run that cannot go on stops: on every rank, naming step and phase, with the batch kept on disk."""
+"""F4: how a run that cannot continue stops: on every rank, naming step and phase, with the batch kept on disk."""
 
 import contextlib
 import faulthandler

@@ -1,4 +1,4 @@
-"""F4: what a run leaves behind and shows: metrics.jsonl, TensorBoard, the progress line, samples. Rank 0 only."""
+"""F4: what a run leaves and shows: metrics.jsonl, TensorBoard, the progress line, samples. Rank 0 only."""
 
 import contextlib
 import json
@@ -36,8 +36,8 @@ from megatron_jq.train.start_point import StartPoint
 class Recorder:
     """Appends one JSON object a step, flushed and whole; draws the progress line with rate and ETA.
 
-    first_step, metrics_bytes: where a run that is taken up again goes on; what it wrote behind that is dropped, as its
-    steps are done anew. RunFailure where a file cannot be opened or written to.
+    first_step, metrics_bytes: where a resumed run continues; what it wrote after that is dropped, as its
+    steps are done again. RunFailure where a file cannot be opened or written to.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Recorder:
         """
         if self._writer is not None:
             with _or_failure(TENSORBOARD):
-                self._writer.flush()  # a run that is killed later goes on from here, without a gap
+                self._writer.flush()  # a run that is killed later continues from here, without a gap
         with _or_failure(METRICS):
             os.fsync(self._file.fileno())
         return self._file.tell()
@@ -210,7 +210,7 @@ def _or_failure(what: str) -> Iterator[None]:
 
 
 def _cut_back(path: Path, length: int) -> str | None:
-    """Drop what stands behind the first `length` bytes: steps that are done anew. What to tell where some are missing.
+    """Drop what stands after the first `length` bytes: steps that are done again. What to tell where some are missing.
 
     OSError where that cannot be done.
     """

@@ -42,7 +42,7 @@ class Reference:
     def begin(self, start: StartPoint, policies: list[Policy]) -> None:
         """Take the weights that the run began with: those of `policies`, which hold the beginning's, or the kept ones.
 
-        UserError on every rank where a run that is taken up again has none.
+        UserError on every rank where a resumed run has none.
         """
         if not _taken_up(start):
             with torch.no_grad():
@@ -60,7 +60,7 @@ class Reference:
         load_weights(checkpoint, self.model.policies, self._runtime)
 
     def keep(self, start: StartPoint, deadline: timedelta, run: Run | None) -> None:
-        """Write the weights, unless the run was taken up again. RunFailure on every rank where that fails.
+        """Write the weights, unless the run was resumed. RunFailure on every rank where that fails.
 
         run: rank 0's, which writes the manifest.
         """

@@ -30,7 +30,8 @@ def rehearse(estimator: Estimator, num_rationales: int) -> None:
             fault = _fault(result, numbers.valid_BM)
             if fault is None and row.effective_reward is not None:
                 reward_B = resolve(row, row.effective_reward)(DeclaredTable(numbers, row), estimator.knobs(q=q, step=0))
-                assert reward_B.shape == numbers.valid_BM.shape[:1], f"effective_reward has shape {reward_B.shape}"
+                if reward_B.shape != numbers.valid_BM.shape[:1]:
+                    fault = f"has an effective_reward of shape {tuple(reward_B.shape)} where [B] is asked for"
         except UserError:
             raise
         except Exception as error:

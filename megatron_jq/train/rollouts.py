@@ -41,7 +41,7 @@ def sampling_options(step: int, config: Config, data: DataSets, *, samples_answe
 
 
 def sequences_of(rollouts: list[Rollout], prompts: Batch | list[Example], *, gold: bool) -> list[TrainingSequence]:
-    """The valid rollouts with y* (gold), or each with the answer that was sampled behind it."""
+    """The valid rollouts with y* (gold), or each with the answer that was sampled after it."""
     return [
         TrainingSequence(
             rollout.prompt_slot,

@@ -50,7 +50,7 @@ class DataSets:
 
     @property
     def fingerprint(self) -> str:
-        """Of the training examples, in order: a run that is taken up again must find the same."""
+        """Of the training examples, in order: a resumed run must find the same."""
         return fingerprint(self.train) if self.corpus is None else self.corpus.fingerprint
 
 

@@ -17,7 +17,7 @@ from megatron_jq.train.run_directory import METRICS, check_settings, save_folder
 
 @dataclass(frozen=True)
 class StartPoint:
-    """checkpoint: the one to load. resumed: it is this run's own; otherwise metrics begin anew. notes: what else the
+    """checkpoint: the one to load. resumed: it is this run's own; otherwise metrics begin again. notes: what else the
     user should know.
     """
 

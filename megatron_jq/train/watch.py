@@ -33,7 +33,7 @@ class Watch:
         self._phase, self._runtime, self._limit, self._leave = phase, runtime, limit.total_seconds(), leave
         self._store: Any = None
         if runtime.world_size > 1:
-            # A connection of its own: on the main thread's a set would wait behind a get that blocks.
+            # A connection of its own: on the main thread's a set would wait for a get that blocks.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = dist.distributed_c10d.PrefixStore("watch", store.clone())
         self._monitor = _rank_monitor()

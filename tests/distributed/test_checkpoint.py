@@ -228,11 +228,11 @@ def _covered(runtime, architecture, options):
     run = Run(runtime, architecture, options)
     held: dict[str, int] = {}
     sizes = {}
-    for some in parameter_shards(run.policies, runtime).values():
-        for piece in some:
-            sizes[piece.sharded.key] = torch.Size(piece.sharded.global_shape).numel()
-            if piece.is_written and piece.sharded.replica_id[-1] == 0:
-                held[piece.sharded.key] = held.get(piece.sharded.key, 0) + piece.sharded.data.numel()
+    for shards in parameter_shards(run.policies, runtime).values():
+        for shard in shards:
+            sizes[shard.sharded.key] = torch.Size(shard.sharded.global_shape).numel()
+            if shard.is_written and shard.sharded.replica_id[-1] == 0:
+                held[shard.sharded.key] = held.get(shard.sharded.key, 0) + shard.sharded.data.numel()
     return held, sizes
 
 

@@ -141,8 +141,8 @@ def check(ranks, expected):
         scored, balance, gradients = expected[case[0]]
         for rank in ranks:
             for scores in (rank[case].scores, rank[case].trained):
-                found = torch.stack([scores.table.log_z_BM.flatten(), scores.table.log_w_BM.flatten()], dim=1)
-                torch.testing.assert_close(found, torch.tensor(scored).double(), rtol=1e-6, atol=1e-5)
+                log_p_n2 = torch.stack([scores.table.log_z_BM.flatten(), scores.table.log_w_BM.flatten()], dim=1)
+                torch.testing.assert_close(log_p_n2, torch.tensor(scored).double(), rtol=1e-6, atol=1e-5)
             if case[1] == "both":
                 assert rank[case].trained.expert_balance == pytest.approx(balance, rel=1e-5)
             else:

@@ -203,9 +203,9 @@ def test_gradients_are_those_of_transformers_on_plain_sequences(family, tmp_path
     table, expected = run_apart(_hugging_face, source, groups, coefficients)
     [(trained, gradients)] = run_ranks(_ours, folder, source, groups, coefficients)
     slots = [(s.prompt_slot, s.rationale_slot) for s in sequences_of(groups)]
-    found = torch.stack([torch.stack([getattr(trained.table, name)[slot] for name in TABLES]) for slot in slots])
+    log_p_n2 = torch.stack([torch.stack([getattr(trained.table, name)[slot] for name in TABLES]) for slot in slots])
     # transformers rounds the rotary angles' cosines to float32
-    torch.testing.assert_close(found, table, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_p_n2, table, rtol=1e-6, atol=1e-6)
     assert trained.tokens_saved > 0
     assert gradients.keys() >= expected.keys()
     for name, gradient in expected.items():
