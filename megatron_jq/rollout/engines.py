@@ -27,8 +27,16 @@ class EngineRow:
         assert c.every_rank or not c.shares_weights, f"{self.name}: one rank alone does not hold the shared weights"
 
     def load(self, setup: EngineSetup) -> RolloutEngine:
+        """Build the engine. UserError where it lacks a part of the protocol, before it is asked for anything."""
         module, _, name = self.build.partition(":")
-        return getattr(importlib.import_module(module), name)(setup)
+        engine = getattr(importlib.import_module(module), name)(setup)
+        lacking = [part for part in ("version", "update_weights", "generate", "close") if not hasattr(engine, part)]
+        if lacking:
+            raise UserError(
+                f"--rollout-engine {self.name}: {self.build} lacks {', '.join(lacking)}, which every engine has "
+                "(docs/extending.md)"
+            )
+        return engine
 
 
 ENGINES = {

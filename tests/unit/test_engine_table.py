@@ -145,3 +145,33 @@ def test_the_estimator_s_needs_choose_the_engine_and_refuse_what_it_lacks(monkey
     ):
         with pytest.raises(UserError, match=words):
             chosen(flags, monkeypatch, **{lacking: False})
+
+
+class Whole:
+    """Every part of the protocol, and nothing in it."""
+
+    def __init__(self, setup):
+        self.version = None
+
+    def update_weights(self, version, named_weights): ...
+
+    def generate(self, requests, options): ...
+
+    def close(self): ...
+
+
+def without(part: str) -> type:
+    """An engine whose author forgot `part`."""
+    members = {name: member for name, member in vars(Whole).items() if name != part and not name.startswith("__")}
+    if part != "version":
+        members["version"] = None
+    return type("Forgetful", (), {**members, "__init__": lambda self, setup: None})
+
+
+@pytest.mark.parametrize("part", ["version", "update_weights", "generate", "close"])
+def test_an_engine_that_lacks_a_part_is_refused_when_it_is_built(part, monkeypatch):
+    row = EngineRow(name="mine", description="", build=f"{__name__}:Whole", capabilities=ELSEWHERE)
+    row.load(None)
+    monkeypatch.setitem(globals(), "Whole", without(part))
+    with pytest.raises(UserError, match=f"^--rollout-engine mine: .*:Whole lacks {part}, which every engine has"):
+        row.load(None)
