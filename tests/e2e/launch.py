@@ -4,6 +4,7 @@ Forked ranks have what processes have (an environment, a standard error and an e
 launcher stands above them, as under srun. What they cannot show is Python's start and end, and torchrun's part.
 """
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -119,8 +120,13 @@ def finish(process: subprocess.Popen) -> Ended:
 
 def workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
     """A launcher's ranks."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+    ranks = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a launcher's short commands come and go
+            environment = child.environ()
+            if "RANK" in environment:
+                ranks[int(environment["RANK"])] = child
+    return ranks
 
 
 def kill(process: subprocess.Popen) -> tuple[str, str]:

@@ -156,7 +156,10 @@ class Cluster:
         """The `unshare` that holds a node, by its number in the cluster's own process namespace."""
         inner = int((self.folder / f"{name}.pid").read_text())
         for process in self._first.children():
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except FileNotFoundError:  # another child, which just ended
+                continue
             numbers = re.search(r"^NSpid:(.*)$", status, re.MULTILINE)[1].split()
             if int(numbers[-1]) == inner:
                 return process
