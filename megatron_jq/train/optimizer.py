@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_jq.config import Config
 from megatron_jq.model.build import TrainingModel
+from megatron_jq.parallel.megatron.versions import gradients_for_norm
 from megatron_jq.parallel.runtime import Runtime
 
 
@@ -116,7 +117,7 @@ def _exact_norm(optimizer: MegatronOptimizer) -> float:
     shared = len(parts) == 1 or optimizer.grads_states_parallel_group_is_shared()
     totals = []
     for group_of_parts in [parts] if shared else [[part] for part in parts]:
-        gradients = [g for part in group_of_parts for g in part.get_main_grads_for_grad_norm()]
+        gradients = [g for part in group_of_parts for g in gradients_for_norm(part)]
         total = torch.zeros([], dtype=torch.float64, device=device_of_collectives())
         for gradient in gradients:
             total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()

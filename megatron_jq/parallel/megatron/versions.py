@@ -84,6 +84,16 @@ def set_router(mlp: Any, router: type) -> Any:
     return mlp
 
 
+def gradients_for_norm(optimizer: Any) -> list[Any]:
+    """Return the gradients that count in an optimizer's norm, each on one of the ranks that hold it.
+
+    The method has another name from 0.19 on, where the one of before is gone.
+    """
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()
+
+
 class _Collected(logging.Filter):
     """Keep a logger's deprecation of GPTModel off the log, and remember it."""
 
