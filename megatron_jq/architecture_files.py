@@ -21,6 +21,7 @@ def load_architecture(model: str) -> Architecture:
     if model in PRESETS:
         return PRESETS[model]
     path = Path(model)
+    refuse_gguf(path, "--model", " --model FOLDER/iter_0000000/tokenizer/config.json")
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
@@ -42,6 +43,19 @@ def has_weights(model: str) -> bool:
 
 #: Files that hold weights, as Hugging Face folders have them. Only safetensors are read; a folder of others is refused.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.pt", "*.pth", "*.gguf")
+
+
+def refuse_gguf(path: Path, flag: str, others: str = "") -> None:
+    """UserError where a path is a GGUF file, or a folder with such weights alone: they are read by `convert` only.
+
+    others: flags to give beside --load.
+    """
+    in_folder = path.is_dir() and next(path.glob("*.gguf"), None) and not next(path.glob("*.safetensors*"), None)
+    if path.suffix == ".gguf" or in_folder:
+        raise UserError(
+            f"{flag} {path}: GGUF files are converted first: megatron-jq convert hf-to-megatron --hf {path} "
+            f"--save FOLDER; then give --load FOLDER{others}"
+        )
 
 
 def _instead_of_a_model(folder: Path) -> str:

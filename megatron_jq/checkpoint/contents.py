@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from megatron_jq.data.gguf_tokenizer import gguf_tokenizer_files
 from megatron_jq.errors import UserError
 from megatron_jq.files import inside
 
@@ -33,6 +34,10 @@ def carry_tokenizer(source: Path, partial: Path) -> None:
     """Copy a tokenizer's file, or those of its folder that are a tokenizer's, into a checkpoint that is written."""
     target = partial / TOKENIZER
     target.mkdir(exist_ok=True)
+    if source.suffix == ".gguf":
+        for name, content in gguf_tokenizer_files(source, "--tokenizer-model").items():
+            (target / name).write_bytes(content)
+        return
     for path in [source] if source.is_file() else [source / name for name in TOKENIZER_FILES]:
         if path.is_file():
             shutil.copyfile(path, target / ("tokenizer.model" if path == source else path.name))

@@ -18,11 +18,13 @@ from megatron_jq.architecture_files import read_hugging_face_config
 from megatron_jq.checkpoint import contents
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import DamagedCheckpoint, Manifest
+from megatron_jq.checkpoint.gguf_weights import hugging_face_source
 from megatron_jq.checkpoint.hugging_face_weights import assemble, check_duplicates, own_tensors
 from megatron_jq.checkpoint.huggingface import (
     CONFIG,
     HuggingFaceReader,
     Signature,
+    WeightReader,
     check_tensors,
     new_folder,
     num_bytes,
@@ -36,13 +38,19 @@ from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, RowSpan, Slab, hugging_face_tensors, rows_of_slabs
 
 
-def hf_to_megatron(source: Path, save: Path, layout: ShardLayout) -> Path:
+def hf_to_megatron(source: Path, save: Path, layout: ShardLayout, log: Callable[[str], None] = print) -> Path:
     """Write SAVE/iter_0000000 from a Hugging Face folder, in the folder's dtypes; return it. UserError for bad input.
 
-    layout: the tensor-parallel size that the shards are for; a job of any other reads them too.
+    source: or a GGUF file, or a folder that holds one; in float32. layout: the tensor-parallel size that the shards are
+    for; a job of any other reads them too. log: gets lines for the user.
     """
-    reader = HuggingFaceReader(source)
-    architecture = read_hugging_face_config(source / CONFIG)
+    with hugging_face_source(source, "--hf", log) as (folder, reader):
+        return _to_megatron(reader, folder, source, save, layout)
+
+
+def _to_megatron(reader: WeightReader, folder: Path, source: Path, save: Path, layout: ShardLayout) -> Path:
+    """folder: of config.json and the tokenizer. source: what messages and the manifest name."""
+    architecture = read_hugging_face_config(folder / CONFIG)
     vocab_size = architecture.vocab_size
     assert vocab_size is not None
     tensors = hugging_face_tensors(architecture)
@@ -65,7 +73,7 @@ def hf_to_megatron(source: Path, save: Path, layout: ShardLayout) -> Path:
             return Shard(key, shapes[key], shard.offset, shard.shape, dtype, data)
 
         write_shards([stored(shard) for shard in slab_shards], partial)
-        contents.carry_tokenizer(source, partial)
+        contents.carry_tokenizer(folder, partial)
         manifest = Manifest(
             step=0,
             architecture=asdict(architecture),

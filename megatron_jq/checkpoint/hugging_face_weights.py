@@ -17,7 +17,7 @@ from megatron_jq.architecture import Architecture
 from megatron_jq.architecture_files import has_weights, read_hugging_face_config
 from megatron_jq.checkpoint.contents import checksums
 from megatron_jq.checkpoint.folder import Manifest
-from megatron_jq.checkpoint.huggingface import CONFIG, HuggingFaceReader, Signature, check_tensors
+from megatron_jq.checkpoint.huggingface import CONFIG, HuggingFaceReader, Signature, WeightReader, check_tensors
 from megatron_jq.checkpoint.loader import Checkpoint
 from megatron_jq.checkpoint.slabs import SlabShard, slab_axes
 from megatron_jq.checkpoint.torch_dist import Shard
@@ -124,7 +124,7 @@ def own_tensors(signature: Signature, architecture: Architecture) -> Signature:
     }
 
 
-def check_duplicates(reader: HuggingFaceReader, architecture: Architecture) -> None:
+def check_duplicates(reader: WeightReader, architecture: Architecture) -> None:
     """Raise UserError where a tied model's folder holds an output layer that is not the embedding."""
     embedding, output = "model.embed_tokens.weight", "lm_head.weight"
     if not architecture.tie_embeddings or not {embedding, output} <= reader.signature.keys():
@@ -144,7 +144,7 @@ def check_duplicates(reader: HuggingFaceReader, architecture: Architecture) -> N
 
 
 def assemble(
-    reader: HuggingFaceReader, spans: list[tuple[HuggingFaceTensor, RowSpan]], shard: SlabShard, dtype: torch.dtype
+    reader: WeightReader, spans: list[tuple[HuggingFaceTensor, RowSpan]], shard: SlabShard, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return a slab's shard, from the row spans that make up the slab; zero where it is padding."""
     out = torch.zeros(shard.slab_shape, dtype=dtype)

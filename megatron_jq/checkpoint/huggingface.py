@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,6 +38,15 @@ def _safe_open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+class WeightReader(Protocol):
+    """Tensors by Hugging Face's names, read by rows. folder: what messages name."""
+
+    folder: Path
+    signature: Signature
+
+    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor: ...
 
 
 class HuggingFaceReader:

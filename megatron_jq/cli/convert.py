@@ -19,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
-    command = _command(commands, "hf-to-megatron", "a Hugging Face folder of safetensors → SAVE/iter_0000000")
-    command.add_argument("--hf", required=True, type=as_path, metavar="DIR", help="the folder to read")
+    command = _command(commands, "hf-to-megatron", "a Hugging Face folder, or a GGUF file → SAVE/iter_0000000")
+    command.add_argument("--hf", required=True, type=as_path, metavar="PATH", help="the folder, or the file")
     command.add_argument("--save", required=True, type=as_path, metavar="DIR", help="where to; new, or empty")
     _cut(command)
     command = _command(commands, "megatron-to-hf", "the newest whole checkpoint in LOAD → a Hugging Face folder")

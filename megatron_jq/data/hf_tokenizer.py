@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_jq.data.chat import ChatFrame, chat_frame
+from megatron_jq.data.gguf_tokenizer import gguf_tokenizer_files
 from megatron_jq.data.guard import GuardedEncoder, without_prefix
 from megatron_jq.data.tokenizer_files import read_file, write_atomically
 from megatron_jq.errors import UserError
@@ -26,7 +27,7 @@ _NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "
 
 
 class HuggingFaceTokenizer:
-    """See Tokenizer for what its methods promise.
+    """See Tokenizer for what its methods promise. path: the folder, or a GGUF file, which gives such files.
 
     The literal of a control token, or of another that the folder marks as special, is spelled out in data.
     """
@@ -37,16 +38,13 @@ class HuggingFaceTokenizer:
             from tokenizers import Tokenizer as FastTokenizer
         except ImportError as error:
             raise UserError("--tokenizer-type huggingface needs: pip install megatron-jq[hf]") from error
-        self._files = {name: read_file(Path(path) / name, "--tokenizer-model") for name in _FILES}
+        self._files = _files_of(Path(path))
         try:
             self._settings = settings = dict(json.loads(self._files["tokenizer_config.json"]))
             self._tokenizer = FastTokenizer.from_buffer(self._files["tokenizer.json"])
         except (ValueError, TypeError) as error:
             raise UserError(f"--tokenizer-model {path} does not hold a Hugging Face tokenizer: {error}") from error
         self._origin = f"--tokenizer-model {path}"
-        for name in (CHAT_TEMPLATE, "config.json"):
-            if (Path(path) / name).is_file():
-                self._files[name] = read_file(Path(path) / name, "--tokenizer-model")
         self._tokenizer.no_truncation()  # a folder may have been saved with either
         self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -156,6 +154,13 @@ class HuggingFaceTokenizer:
         """A folder with its files, byte for byte."""
         for name, content in self._files.items():
             write_atomically(Path(path) / name, content)
+
+
+def _files_of(path: Path) -> dict[str, bytes]:
+    if path.suffix == ".gguf":
+        return gguf_tokenizer_files(path, "--tokenizer-model")
+    optional = [name for name in (CHAT_TEMPLATE, "config.json") if (path / name).is_file()]
+    return {name: read_file(path / name, "--tokenizer-model") for name in (*_FILES, *optional)}
 
 
 def _is_llama(table: dict) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_jq.config import DataConfig
+from megatron_jq.data.gguf_files import gguf_in
 from megatron_jq.errors import UserError
 from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 
@@ -13,12 +14,14 @@ _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 
 def kind_of(kind: str, path: str | Path) -> tuple[str, Path]:
     """(kind, path) of --tokenizer-type and --tokenizer-model: a folder is never a sentencepiece model, nor a model file
-    a folder; what cannot be told stays as it is, for load_tokenizer to refuse by its name.
+    a folder, and a GGUF file is Hugging Face's kind; what cannot be told stays as it is, for load_tokenizer to refuse
+    by its name.
     """
     path = Path(path)
-    if path.is_dir() and kind == SENTENCEPIECE:
-        inner = tokenizer_in(path)
-        return (kind, path) if inner is None else inner
+    if path.is_dir() and kind == SENTENCEPIECE and (inner := tokenizer_in(path)) is not None:
+        return inner
+    if not (path / _JSON).is_file() and (gguf := gguf_in(path, "--tokenizer-model")) is not None:
+        return HUGGING_FACE, gguf
     if path.name == _JSON and path.is_file():
         return HUGGING_FACE, path.parent
     return kind, path

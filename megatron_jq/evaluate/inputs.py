@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_jq.architecture import Architecture
-from megatron_jq.architecture_files import read_hugging_face_config
+from megatron_jq.architecture_files import read_hugging_face_config, refuse_gguf
 from megatron_jq.checkpoint.convert import architecture_of
 from megatron_jq.checkpoint.folder import (
     DamagedCheckpoint,
@@ -38,6 +38,9 @@ def first_settings(load: Path | None, hf: Path | None) -> tuple[Config, Architec
 
     UserError where there is none.
     """
+    for path, flag in ((hf, "--hf"), (load, "--load")):
+        if path is not None:
+            refuse_gguf(path, flag)
     if hf is not None:
         default = Config()
         settings = replace(
