@@ -58,8 +58,18 @@ READS: dict[str, frozenset[str]] = {
     ),
 }  # fmt: skip
 
+# The same samples, shown: its own flags name the prompts, their golds and how many samples.
+READS["generate"] = READS["evaluate"] - {"eval_data", "eval_samples", "reward"}
+
 #: (command, setting) → what to give instead.
 INSTEAD = {
+    ("generate", "temperature"): "give --eval-temperature",
+    ("generate", "top_p"): "give --eval-top-p",
+    ("generate", "eval_data"): "give --prompts",
+    ("generate", "train_data"): "give --prompts",
+    ("generate", "eval_samples"): "give --samples",
+    ("generate", "num_rationales"): "give --samples",
+    ("generate", "model"): "give --load or --hf",
     ("evaluate", "temperature"): "give --eval-temperature",
     ("evaluate", "top_p"): "give --eval-top-p",
     ("evaluate", "train_data"): "give --eval-data",
@@ -70,6 +80,7 @@ INSTEAD = {
     ("evaluate", "save"): "give --output",
 }
 _WHY = {
+    "generate": "it trains nothing, and takes the model from the checkpoint",
     "evaluate": "it trains nothing, and takes the model from the checkpoint",
     "evaluate --rescore": "it changes no sample that is there already; evaluate again for that",
     "tools/prepare_data.py": "it does not change the set",
@@ -189,7 +200,7 @@ def unread(command: str, config: Config, architecture: Architecture) -> dict[str
                 reasons[name] = f"of --estimator {names_of(ESTIMATORS[name] for name in readers)} alone"
     else:
         reasons = {name: INSTEAD.get((command, name), _WHY[command]) for name in SETTINGS if name not in READS[command]}
-        if command == "evaluate":
+        if command in ("evaluate", "generate"):
             needs = (*NEEDS, *NEEDS_IN_EVALUATION)
     for need in needs:
         if not need.holds(config, architecture):

@@ -54,7 +54,7 @@ the reason. In a file it is noted and ignored.
 
 *Training reads it with* names the estimators, *also read by* the other commands: *bench* is `tools/bench_step.py`,
 *prepare* is `tools/prepare_data.py`, *rescore* is `evaluate` with `--rescore`. `tools/estimate.py` takes training's
-flags.
+flags. `generate` reads what *evaluate* does, but for `--eval-data`, `--eval-samples` and `--reward`.
 """
 COMMANDS = {
     "evaluate": "evaluate",

@@ -16,6 +16,7 @@ from typing import NoReturn
 from megatron_jq import __version__, streams
 from megatron_jq.cli.convert import run_convert
 from megatron_jq.cli.evaluate import run_evaluate
+from megatron_jq.cli.generate import run_generate
 from megatron_jq.cli.grid import run_grid
 from megatron_jq.cli.parser import exit_code, print_old_name_notes
 from megatron_jq.cli.preflight import run_preflight
@@ -27,10 +28,11 @@ from megatron_jq.interrupts import ending_at_once
 from megatron_jq.parallel.megatron import versions
 from megatron_jq.toml_files import did_you_mean
 
-COMMANDS = ("train", "evaluate", "convert", "preflight", "grid")
+COMMANDS = ("train", "evaluate", "generate", "convert", "preflight", "grid")
 USAGE = """\
 usage: megatron-jq train [--config FILE] [--name value ...]
        megatron-jq evaluate --load DIR | --hf DIR | --rescore FILE [--name value ...]
+       megatron-jq generate --load DIR | --hf DIR [--prompt TEXT | --prompts FILE] [--name value ...]
        megatron-jq convert hf-to-megatron | megatron-to-hf | reshard | inspect [--name value ...]
        megatron-jq preflight --run-dir DIR [--nodes LIST] [--name value ...]
        megatron-jq grid FILE [--point I]
@@ -39,6 +41,7 @@ usage: megatron-jq train [--config FILE] [--name value ...]
 commands:
   train    train a policy with GARL, PAFT or a baseline; `megatron-jq train --help` lists the settings
   evaluate pass@k, maj@k and ln P̂ of a checkpoint on held-out prompts; `evaluate --help`
+  generate what a policy writes for a prompt, and ln p(y*|x,z) of a gold answer; `generate --help`
   convert  checkpoints from and to Hugging Face folders, cut for another layout, or described; `convert --help`
   preflight  on every node of a job: can it do its part, and do the nodes agree; `preflight --help`
   grid     the runs that a sweep's TOML file describes
@@ -87,6 +90,7 @@ def _command(argv: list[str]) -> Callable[[], int]:
     others = {
         "convert": partial(run_convert, rest, versions.prepare_import),
         "evaluate": partial(run_evaluate, rest, versions.prepare_import),
+        "generate": partial(run_generate, rest, versions.prepare_import),
         "preflight": partial(run_preflight, rest),
         "grid": partial(run_grid, rest),
     }

@@ -87,7 +87,7 @@ def evaluate_policy(
     # Before the weights: a folder that holds another evaluation is refused in a second.
     file = on_all_ranks(runtime, lambda: _open(args.output / SAMPLES, job), main_only=True)
     enter_phase("loading weights")
-    engine = _engine(job, checkpoint, runtime)
+    engine = load_engine(job.config, job.architecture, checkpoint, runtime)
     _generate(file, engine, job, runtime, enter_phase)
     enter_phase("results")
     on_all_ranks(runtime, lambda: _write_results(args, job), main_only=True)
@@ -143,13 +143,29 @@ def _open(path: Path, job: EvaluationJob) -> SampleFile:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}; name another folder") from error
 
 
-def _engine(job: EvaluationJob, checkpoint: Checkpoint, runtime: Runtime) -> MegatronEngine:
-    sampler = build_sampler(job.config, job.architecture, job.architecture.vocab_size, runtime)
-    if job.config.model.bf16:
+def load_engine(config: Config, architecture: Architecture, checkpoint: Checkpoint, runtime: Runtime) -> MegatronEngine:
+    """An engine with the checkpoint's weights at this job's layout; all ranks call it."""
+    sampler = build_sampler(config, architecture, architecture.vocab_size, runtime)
+    if config.model.bf16:
         for policy in sampler.policies:
             policy.bfloat16()  # as Megatron-core's mixed-precision wrapper does
     load_weights(checkpoint, sampler.policies, runtime)
     return sampler.engine
+
+
+def sampling_options(config: Config, tokenizer: Tokenizer, step: int, answer_budget: int) -> SamplingOptions:
+    """How a checkpoint of `step` is sampled. The run that wrote it evaluated it so: the same samples come again."""
+    t = config.training
+    return SamplingOptions(
+        rationale_budget=config.rollout.rationale_budget,
+        answer_budget=answer_budget,
+        temperature=t.eval_temperature,
+        top_p=t.eval_top_p,
+        close_id=tokenizer.think_close_id,
+        eos_id=tokenizer.eos_id,
+        seed=evaluation_seed(t.seed),
+        step=max(0, step - 1),
+    )
 
 
 def _generate(
@@ -160,17 +176,7 @@ def _generate(
     enter_phase: Callable[[str], None],
 ) -> None:
     config, header, tokenizer = job.config, job.header, job.tokenizer
-    options = SamplingOptions(
-        rationale_budget=header.rationale_budget,
-        answer_budget=header.answer_budget,
-        temperature=header.temperature,
-        top_p=header.top_p,
-        close_id=tokenizer.think_close_id,
-        eos_id=tokenizer.eos_id,
-        # The run that wrote the checkpoint evaluated it with these: the same samples come again.
-        seed=evaluation_seed(header.seed),
-        step=max(0, header.checkpoint_step - 1),
-    )
+    options = sampling_options(config, tokenizer, header.checkpoint_step, header.answer_budget)
     sample_into(
         file,
         engine,

@@ -5,7 +5,7 @@ Ranks of a model-parallel group keep the same books on the same sampled ids; hid
 travel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,6 +41,8 @@ class MegatronEngine:
         self.tokens_computed = 0  # token positions that went through the layers, padding included; for benchmarks
         self.cache_bytes_peak = 0  # most bytes of keys and values at a time, on this rank; for benchmarks
         self.version: int | None = None
+        #: Called on every rank with each row that took a token, for whoever shows them as they come.
+        self.on_token: Callable[[RationaleRow], None] | None = None
 
     def update_weights(self, version: int, named_weights: NamedWeights) -> None:
         """Note the version: the policies are those that train."""
@@ -227,6 +229,8 @@ class MegatronEngine:
         ids, log_probs = groups.from_last_stage(drawn).tolist()
         for i, token, log_prob in zip(drawing, ids, log_probs, strict=True):
             rows[i].accept(int(token), log_prob, options)
+            if self.on_token is not None:
+                self.on_token(rows[i])
 
 
 def megatron_engine(setup: EngineSetup) -> MegatronEngine:

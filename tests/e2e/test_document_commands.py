@@ -43,6 +43,7 @@ LEFT_OUT = {
     "-m tests.check": "ruff and pyright; .ci/run starts it",
     "tools/reference_pages.py": "writes into docs/; unit/test_documents.py compares what it writes",
     "megatron-jq train --rollout-engine uniform": "an engine that the page adds; e2e/test_engines.py runs it so",
+    "megatron-jq convert hf-to-megatron --hf SmolLM2": "a file of 98 MB; unit/test_gguf.py converts small ones",
     "scancel": "Slurm's own; tests/slurm cancels jobs",
     "srun": "Slurm's own",
     "sbatch --no-requeue": "one flag of Slurm's, in a sentence",
@@ -50,7 +51,9 @@ LEFT_OUT = {
 }
 #: What a reader puts in the place of a word, a flag's value, or a notation for alternatives.
 WORDS = {"RUN...": "runs/mine", "DIR": "runs/mine/checkpoints", "N": "0", "RUN_DIR": "runs/by-hand", "FLAGS": None}
-VALUES = {"--load": "OLD/checkpoints", "--eval-data": "gsm8k/train.jsonl", "--rationale-budget": "4"}
+VALUES = {
+    "--load": "OLD/checkpoints", "--eval-data": "gsm8k/train.jsonl", "--rationale-budget": "4", "--prompt": "3 + 4",
+}  # fmt: skip
 NOTATION = {"off|auto": "off"}
 #: What the `…` of a line stands for, where the defaults do not do: document, a flag of the line → more flags.
 MORE = {
@@ -274,6 +277,11 @@ def evaluate(argv: list[str], size: int, call: Call, place: Path) -> None:
     assert "pass@1" in out
 
 
+def generate(argv: list[str], size: int, call: Call, place: Path) -> None:
+    small = with_flags(argv, rationale_budget=4, answer_budget=8, device="cpu")
+    assert "rationale" in done(place, ["generate", *small], size)
+
+
 def command(name: str):
     return lambda argv, size, call, place: done(place, [name, *argv], size)
 
@@ -369,6 +377,7 @@ def nemo_run_script(argv: list[str], size: int, call: Call, place: Path) -> None
 DOING = {
     "train": train,
     "evaluate": evaluate,
+    "generate": generate,
     "convert": command("convert"),
     "grid": command("grid"),
     "tools/estimate.py": tool(estimate),

@@ -281,6 +281,7 @@ def test_tables_name_real_settings_and_say_why():
 #: Files with flags of their own → those that read them.
 PARSERS = {
     "megatron_jq/cli/evaluate.py": (), "megatron_jq/cli/convert.py": (), "megatron_jq/cli/preflight.py": (),
+    "megatron_jq/cli/generate.py": (),
     "megatron_jq/cli/grid.py": (), "launch/slurm/node.py": (), "examples/study/run.py": (),
     "examples/minimal_loop.py": (),
     "launch/nemo_run/experiment.py": ("launch/nemo_run/train.py", "launch/nemo_run/sweep.py"),
