@@ -1,6 +1,8 @@
 """F4: memory of one process of each pipeline stage: what stays, and the peak of each phase."""
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_jq.estimate.parameters import stage_parameters
 from megatron_jq.estimate.phases import (
@@ -18,6 +20,10 @@ from megatron_jq.estimate.plan import Plan
 #: megatron-core 0.16.1 (docs/estimate.md); bfloat16 kernels bring workspace. CUDA: assumed, for context, libraries and
 #: NCCL's buffers; torch.cuda.max_memory_allocated does not count it.
 BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 410_000_000, 520_000_000, 1_500_000_000
+
+#: What a CUDA build of torch adds to a run on CPUs: its libraries and triton. Measured with torch 2.13.0+cu130 and
+#: megatron-core 0.19.2.
+CUDA_BUILD_ON_CPU = 380_000_000
 
 #: New blocks do not fill freed ones without gaps: glibc's heap grows to so many times the most that is alive in it,
 #: where a step has one micro-batch, and where it has several. Measured (docs/estimate.md). Under
@@ -71,10 +77,17 @@ class StageMemory:
         return self.peak_of(self.peak_phase)
 
 
+def _is_cuda_build() -> bool:
+    """Whether the installed torch is a CUDA build. It is not imported: that takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    return torch is not None and any(Path(torch.origin).parent.glob("lib/*torch_cuda.*"))
+
+
 def _baseline(plan: Plan) -> float:
     if plan.on_cuda:
         return BASELINE_CUDA
-    return BASELINE_CPU_BF16 if plan.element == 2 else BASELINE_CPU
+    of_type = BASELINE_CPU_BF16 if plan.element == 2 else BASELINE_CPU
+    return of_type + CUDA_BUILD_ON_CPU * _is_cuda_build()
 
 
 def stage_memory(plan: Plan, stage: int, *, keeps_freed: bool = True) -> StageMemory:
