@@ -134,6 +134,13 @@ def _run_tyro(flags: list[str], base: Config, prog: str) -> Config:
         return tyro.cli(Config, args=flags, default=base, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
 
 
+#: Flags of other commands that a run could be expected to have.
+_ELSEWHERE = {
+    "add_tokens": "tokens are added where a folder is converted: megatron-jq convert hf-to-megatron --add-tokens …; "
+    "then train with --load",
+}
+
+
 def _tokenise(argv: list[str]) -> tuple[str | None, list[str]]:
     """(the --config file, the other flags as `--name=value`, `--name`, `--no-name`). UserError on an unknown flag."""
     config_file, flags, rest = None, [], list(argv)
@@ -160,7 +167,7 @@ def _tokenise(argv: list[str]) -> tuple[str | None, list[str]]:
             continue
         if name not in SETTINGS and name != "config":
             valid = [f"--{_kebab(known)}" for known in (*SETTINGS, "config")]
-            hint = did_you_mean(f"--{_kebab(name)}", valid, "--help lists them all")
+            hint = _ELSEWHERE.get(name) or did_you_mean(f"--{_kebab(name)}", valid, "--help lists them all")
             raise UserError(f"unknown flag --{written}; {hint}")
         if not has_value:
             if not rest or rest[0].startswith("--"):

@@ -5,9 +5,9 @@ folder named .NAME.partial, which the next one removes.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from megatron_jq.architecture import Architecture, RopeScaling
 from megatron_jq.architecture_files import read_hugging_face_config
 from megatron_jq.checkpoint import contents
 from megatron_jq.checkpoint import folder as folders
-from megatron_jq.checkpoint.folder import DamagedCheckpoint, Manifest
+from megatron_jq.checkpoint.added_tokens import GrownReader, plan_tokens
+from megatron_jq.checkpoint.folder import TOKENIZER, DamagedCheckpoint, Manifest
 from megatron_jq.checkpoint.gguf_weights import hugging_face_source
 from megatron_jq.checkpoint.hugging_face_weights import assemble, check_duplicates, own_tensors
 from megatron_jq.checkpoint.huggingface import (
@@ -38,25 +39,45 @@ from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.model.hf import VOCABULARY, HuggingFaceTensor, RowSpan, Slab, hugging_face_tensors, rows_of_slabs
 
 
-def hf_to_megatron(source: Path, save: Path, layout: ShardLayout, log: Callable[[str], None] = print) -> Path:
+def hf_to_megatron(
+    source: Path,
+    save: Path,
+    layout: ShardLayout,
+    log: Callable[[str], None] = print,
+    *,
+    new_tokens: Sequence[str] = (),
+) -> Path:
     """Write SAVE/iter_0000000 from a Hugging Face folder, in the folder's dtypes; return it. UserError for bad input.
 
     source: or a GGUF file, or a folder that holds one; in float32. layout: the tensor-parallel size that the shards are
-    for; a job of any other reads them too. log: gets lines for the user.
+    for; a job of any other reads them too. log: gets lines for the user. new_tokens: added to the tokenizer, with rows
+    of the vocabulary.
     """
     with hugging_face_source(source, "--hf", log) as (folder, reader):
-        return _to_megatron(reader, folder, source, save, layout)
+        return _to_megatron(reader, folder, source, save, layout, log, new_tokens)
 
 
-def _to_megatron(reader: WeightReader, folder: Path, source: Path, save: Path, layout: ShardLayout) -> Path:
+def _to_megatron(
+    reader: WeightReader,
+    folder: Path,
+    source: Path,
+    save: Path,
+    layout: ShardLayout,
+    log: Callable[[str], None],
+    new_tokens: Sequence[str],
+) -> Path:
     """folder: of config.json and the tokenizer. source: what messages and the manifest name."""
     architecture = read_hugging_face_config(folder / CONFIG)
-    vocab_size = architecture.vocab_size
-    assert vocab_size is not None
-    tensors = hugging_face_tensors(architecture)
     signature = own_tensors(reader.signature, architecture)
-    check_tensors(signature, {tensor.name: tensor.shape for tensor in tensors}, source)
+    check_tensors(signature, {tensor.name: tensor.shape for tensor in hugging_face_tensors(architecture)}, source)
     check_duplicates(reader, architecture)
+    added = None
+    if new_tokens:
+        refuse_existing(save, "--save")  # before the vocabulary is read
+        added = plan_tokens(new_tokens, folder, source, architecture)
+        reader, architecture = GrownReader(reader, added), replace(architecture, vocab_size=added.vocab_size)
+    vocab_size, tensors = architecture.vocab_size, hugging_face_tensors(architecture)
+    assert vocab_size is not None
     spans, axes = rows_of_slabs(tensors), slab_axes(architecture)
     shapes, dtypes = layout.shapes(architecture), _dtype_of_keys(spans, signature, source)
     slab_shards = [shard for key, shape in shapes.items() for shard in layout.shards(key, shape, axes[key])]
@@ -72,17 +93,26 @@ def _to_megatron(reader: WeightReader, folder: Path, source: Path, save: Path, l
 
             return Shard(key, shapes[key], shard.offset, shard.shape, dtype, data)
 
-        write_shards([stored(shard) for shard in slab_shards], partial)
         contents.carry_tokenizer(folder, partial)
+        if added is not None:
+            added.write(partial / TOKENIZER, log)
+        write_shards([stored(shard) for shard in slab_shards], partial)
         manifest = Manifest(
             step=0,
             architecture=asdict(architecture),
             vocab_size=vocab_size,
             bf16=signature["model.embed_tokens.weight"][1] == torch.bfloat16,
             versions=folders.package_versions("safetensors"),
-            source={"kind": "huggingface", "folder": source.resolve().name},
+            source={
+                "kind": "huggingface",
+                "folder": source.resolve().name,
+                **({} if added is None else {"added_tokens": added.ids}),
+            },
         )
-        return folders.commit(partial, manifest)
+        saved = folders.commit(partial, manifest)
+    if added is not None:
+        log(f"{added.description()}; train with --model {saved / TOKENIZER} --load {save}")
+    return saved
 
 
 def _dtype_of_keys(

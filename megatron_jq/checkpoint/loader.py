@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_jq.architecture import Architecture
 from megatron_jq.checkpoint import folder as folders
 from megatron_jq.checkpoint.folder import DamagedCheckpoint, Manifest
+from megatron_jq.checkpoint.huggingface import CONFIG
 from megatron_jq.checkpoint.shards import (
     MAIN_WEIGHT,
     OPTIMIZER_PREFIX,
@@ -116,7 +117,9 @@ def check_architecture(checkpoint: Checkpoint, architecture: Architecture, vocab
     if checkpoint.manifest.vocab_size != vocab_size:
         differing.append(f"vocab_size is {checkpoint.manifest.vocab_size} there and {vocab_size} here")
     if differing:
-        remedy = "name it with --model, and give no other sizes"
+        has_config = checkpoint.manifest.config is None and (checkpoint.tokenizer / CONFIG).is_file()
+        path = f" {checkpoint.tokenizer}" if has_config else ""  # a conversion's config.json is its own
+        remedy = f"name it with --model{path}, and give no other sizes"
         raise UserError(f"{checkpoint.folder} holds another architecture: {'; '.join(differing)}; {remedy}")
 
 

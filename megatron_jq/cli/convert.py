@@ -22,6 +22,10 @@ def parser() -> argparse.ArgumentParser:
     command = _command(commands, "hf-to-megatron", "a Hugging Face folder, or a GGUF file → SAVE/iter_0000000")
     command.add_argument("--hf", required=True, type=as_path, metavar="PATH", help="the folder, or the file")
     command.add_argument("--save", required=True, type=as_path, metavar="DIR", help="where to; new, or empty")
+    command.add_argument(
+        "--add-tokens", nargs="+", default=[], metavar="TOKEN",
+        help="add tokens that the tokenizer lacks, such as '<think>' '</think>', with rows of the vocabulary for them",
+    )  # fmt: skip
     _cut(command)
     command = _command(commands, "megatron-to-hf", "the newest whole checkpoint in LOAD → a Hugging Face folder")
     _load(command)
@@ -100,7 +104,8 @@ def run_convert(argv: list[str], before_imports: Callable[[], None]) -> int:
         print(f"{source} → {a.hf}")
     else:
         layout = ShardLayout(a.tensor_model_parallel_size, a.make_vocab_size_divisible_by)
-        source = a.hf if a.command == "hf-to-megatron" else a.load
-        work = convert.hf_to_megatron if a.command == "hf-to-megatron" else reshard.reshard
-        print(f"{source} → {work(source, a.save, layout)}")
+        if a.command == "hf-to-megatron":
+            print(f"{a.hf} → {convert.hf_to_megatron(a.hf, a.save, layout, new_tokens=a.add_tokens)}")
+        else:
+            print(f"{a.load} → {reshard.reshard(a.load, a.save, layout)}")
     return 0

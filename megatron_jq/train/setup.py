@@ -237,8 +237,8 @@ def _copy(source: Path, target: Path) -> None:
 def _check_vocabulary(architecture: Architecture, tokenizer: Tokenizer) -> None:
     if architecture.vocab_size is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
-            f"--tokenizer-model has {tokenizer.vocab_size} pieces, more than the model's vocabulary of "
-            f"{architecture.vocab_size}; use the model's own tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} pieces, more than the vocabulary of --model, "
+            f"{architecture.vocab_size}; give the model's own with --tokenizer-model, or its model with --model"
         )
 
 

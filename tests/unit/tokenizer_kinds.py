@@ -44,12 +44,14 @@ KINDS = {
 }  # fmt: skip
 
 
-def make(path: Path, kind: str, *, bos: str | None = None, **settings) -> Path:
-    """A folder of one kind. bos: "before" puts <s> before every text by the post-processor, "both" </s> behind too."""
+def make(path: Path, kind: str, *, bos: str | None = None, added: tuple[str, ...] = ADDED, **settings) -> Path:
+    """A folder of one kind. bos: "before" puts <s> before every text by the post-processor, "both" </s> behind too.
+    added: tokens that are not special.
+    """
     normalizer, pre_tokenizer, flags = KINDS[kind]
     model = _trained(kind, normalizer, pre_tokenizer)
     model.add_special_tokens([AddedToken(name, special=True, **{"normalized": False, **flags}) for name in SPECIAL])
-    model.add_tokens([AddedToken(name, special=False, normalized=False) for name in ADDED])
+    model.add_tokens([AddedToken(name, special=False, normalized=False) for name in added])
     if bos is not None:
         single = "<s> $A </s>" if bos == "both" else "<s> $A"
         special = [(name, model.token_to_id(name)) for name in ("<s>", "</s>")]
