@@ -98,8 +98,8 @@ def test_added_tokens_are_trained_and_read_by_transformers_and_by_us(tied, size,
     ids, logits, after = run_apart(_as_transformers, back)
     _, _, before = run_apart(_as_transformers, tmp_path / "untrained")
     assert ids.count(tokens) == ids.count(tokens + 1) == 1 and len(after[EMBEDDING]) == tokens + 2
-    for found, rows in run_ranks(_as_we_do, saved / "iter_0000003", ids, tp=size):
-        assert (found[:, : tokens + 2] - logits).abs().max() < 1e-5
+    for our_logits, rows in run_ranks(_as_we_do, saved / "iter_0000003", ids, tp=size):
+        assert (our_logits[:, : tokens + 2] - logits).abs().max() < 1e-5
         assert torch.equal(rows[: tokens + 2], after[EMBEDDING]) and not rows[tokens + 2 :].any()
         assert len(rows) % (DIVISIBLE_BY * size) == 0
     for name in (EMBEDDING, OUTPUT):
