@@ -48,7 +48,7 @@ setup(
         "dev": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],  # tests/check.py
         "test": [
             "gguf>=0.10", "hypothesis>=6.100", "math-verify[antlr4_13_2]==0.9.*", "mpmath", "protobuf", "pyarrow",
-            "pytest>=8", "safetensors", "tokenizers", "transformers>=5,<6",
+            "pytest>=8", "pytest-xdist>=3.5", "safetensors", "tokenizers", "transformers>=5,<6",
         ],  # fmt: skip
     },
     entry_points={"console_scripts": ["megatron-jq = megatron_jq.__main__:program"]},

@@ -10,6 +10,9 @@
 #   PYTHON312       your Python 3.12 or 3.13; then python3.12, python3.13, and pyenv's versions folder
 #   python3         with pip told to leave Megatron-core's demand aside: its sources run under 3.11
 # Under Python 3.12 and later torch from the registry is a CUDA build: 5 GB on disk, two to three minutes.
+#
+# MATRIX_SHARE=ENVIRONMENT takes that environment's interpreter and all its packages but Megatron-core, which comes with
+# triton into a new one: 1 GB and a quarter of a minute. .ci/run does so with the environment that it made for 0.16.
 set -euo pipefail
 
 repository=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -22,6 +25,11 @@ shift
 
 find_python() {
     local candidate
+    if [[ -n ${MATRIX_SHARE:-} ]]; then
+        command -v "$MATRIX_SHARE/bin/python" && return
+        echo "matrix: MATRIX_SHARE=$MATRIX_SHARE is no environment" >&2
+        return 1
+    fi
     if [[ -n ${MATRIX_PYTHON:-} ]]; then
         command -v "$MATRIX_PYTHON" && return
         echo "matrix: MATRIX_PYTHON=$MATRIX_PYTHON is no program" >&2
@@ -42,17 +50,25 @@ find_python() {
 
 python=$(find_python)
 minor=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-environment=${MEGATRON_JQ_MATRIX:-$repository/.matrix}/$version-py$minor
-stamp=$({ echo "$repository $version"; cat "$repository/setup.py"; } | sha256sum | cut -c1-16)
+environment=${MEGATRON_JQ_MATRIX:-$repository/.matrix}/$version-py$minor${MATRIX_SHARE:+-shared}
+stamp=$({ echo "$repository $version ${MATRIX_SHARE:-}"; cat "$repository/setup.py"; } | sha256sum | cut -c1-16)
 if [[ ! -f $environment/.stamp || $(<"$environment/.stamp") != "$stamp" ]]; then
     echo "matrix: making $environment with $python ($("$python" --version)); a few minutes, once" >&2
-    [[ -x $environment/bin/python ]] || "$python" -m venv "$environment"
     pip=("$environment/bin/python" -m pip install --quiet)
-    "${pip[@]}" "${TORCH_SPEC:-torch==2.13.0}"
-    "${pip[@]}" "triton>=3"  # a CPU build of torch lacks it; Megatron-core imports it from 0.18 on
-    # This package and all that it needs but Megatron-core, whose pin follows the interpreter; then that, by version.
-    "${pip[@]}" --editable "${repository}[test]"
-    "${pip[@]}" --no-deps --ignore-requires-python "megatron-core==$version"
+    if [[ -n ${MATRIX_SHARE:-} ]]; then
+        "$python" -m venv --without-pip "$environment"
+        packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+        # Behind the new environment's own: what is installed there, Megatron-core, comes first.
+        echo "import site; site.addsitedir('$("$python" -c "$packages")')" \
+            >"$("$environment/bin/python" -c "$packages")/shared.pth"
+    else
+        [[ -x $environment/bin/python ]] || "$python" -m venv "$environment"
+        "${pip[@]}" "${TORCH_SPEC:-torch==2.13.0}"
+        # This package and all that it needs but Megatron-core, whose pin follows the interpreter.
+        "${pip[@]}" --editable "${repository}[test]"
+    fi
+    # A CPU build of torch lacks triton, which Megatron-core imports from 0.18 on.
+    "${pip[@]}" --no-deps --ignore-requires-python "megatron-core==$version" "triton>=3"
     echo "$stamp" >"$environment/.stamp"
 fi
 seen=$("$environment/bin/python" -c 'from importlib.metadata import version; print(version("megatron-core"))')
@@ -70,7 +86,7 @@ export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 # tests/e2e/test_versions.py continues runs on another version: the repository's own environment has one.
 if [[ -z ${MEGATRON_JQ_OTHER_PYTHON:-} ]]; then
-    other=${MEGATRON_JQ_VENV:-$repository/.venv}/bin/python
+    other=${MATRIX_SHARE:-${MEGATRON_JQ_VENV:-$repository/.venv}}/bin/python
     [[ ! -x $other ]] || export MEGATRON_JQ_OTHER_PYTHON=$other
 fi
 exec python -m pytest "$@"

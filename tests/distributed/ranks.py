@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 import megatron_jq.model.build  # noqa: F401
 import megatron_jq.train.passes  # noqa: F401
 from megatron_jq.parallel import runtime as runtime_module
+from tests.ports import free_port
 
 DEADLINE_SECONDS = 200
 
@@ -43,7 +43,7 @@ def run_ranks(
     ep, etp: expert-parallel size, and how many ranks share an expert (None: tp). virtual_stages: chunks a stage.
     device: cpu or cuda. around: entered by each rank around all it does.
     """
-    size, port = tp * pp * dp, _free_port()
+    size, port = tp * pp * dp, free_port()
     layout = dict(  # noqa: C408
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -60,12 +60,6 @@ def run_ranks(
 def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments) in one forked process without process groups."""
     return _fork([(_call, function, arguments)])[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _rank_main(rank, size, port, layout, device, around, function, arguments):

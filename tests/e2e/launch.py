@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 import megatron_jq.train.run  # noqa: F401
 from megatron_jq.cli.main import main
 from megatron_jq.config import parse_args
+from tests.ports import free_port
 
 parse_args([])  # tyro imports much at its first call
 
@@ -153,10 +153,7 @@ def wait_for_steps(run_dir: Path, steps: int, alive: Callable[[], bool]) -> None
 
 
 def _environment(size: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def _start(command: list[str], variables: dict[str, str]) -> subprocess.Popen:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jq.records import MEASURED
-from tests.e2e.launch import REPOSITORY, SMALL, _environment
+from tests.e2e.launch import REPOSITORY, SMALL, _environment, run
 
 OTHER = os.environ.get("MEGATRON_JQ_OTHER_PYTHON")
 HERE = version("megatron-core")
@@ -47,8 +47,12 @@ def other() -> str:
 
 
 def train(python: str, run_dir: Path, steps: int, flags: list[str], *more: str) -> None:
-    """Two ranks of `python`, to `steps` steps."""
+    """Two ranks of `python`, to `steps` steps; those of this one are forked."""
     argv = [*SMALL, "--run-dir", str(run_dir), *flags, "--train-iters", str(steps), "--no-tensorboard", *more]
+    if python == sys.executable:
+        ended = run(argv, run_dir.parent, size=2)
+        assert [rank.code for rank in ended] == [0, 0], ended
+        return
     environment = {**os.environ, **_environment(2), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     ranks = [
         subprocess.Popen(

@@ -4,13 +4,14 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "launch" / "slurm"
@@ -83,12 +84,6 @@ def one_task(tmp_path: Path, package: str, launcher: str = "tasks", **variables:
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return process, records
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def until(true, seconds: float = 60) -> None:

@@ -16,6 +16,7 @@ from megatron_jq.preflight import meeting
 from megatron_jq.preflight.facts import Facts, count_gpus, find_facts, source_digest
 from megatron_jq.preflight.meeting import Host, report
 from megatron_jq.preflight.verdict import CHECKS, Limits, Reading, faults, unseen_marks
+from tests.ports import free_port
 
 NODES = ("a", "b", "c")
 FIT = Facts(
@@ -145,12 +146,6 @@ def test_the_digest_changes_with_a_files_name_and_content(tmp_path):
     digests.append(source_digest(tmp_path))
     (tmp_path / "notes.txt").write_text("not Python")
     assert len(set(digests)) == 3 and source_digest(tmp_path) == digests[-1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_nodes_meet_and_a_wrong_clock_is_measured():
