@@ -2,8 +2,8 @@
 # Set up what the tests need (tools/setup_env.sh says where and how), then run them. Arguments go to pytest; paths among
 # them are relative to the repository: ./tests/run.sh tests/unit -k config
 #
-# Without arguments everything runs, for two cores: two processes share the tests, and those of tests/slurm, which mostly
-# wait, run beside them in a third. What that one prints comes last; a failure of either fails the whole.
+# Without arguments everything runs, for two cores: two processes share the tests, and those of tests/slurm, which
+# mostly wait, run beside them in a third. What that one prints comes last; a failure of either fails the whole.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
