@@ -30,7 +30,7 @@ from tests.distributed.ranks import run_apart, run_ranks
 
 TOLERANCE = 1e-5
 DIVISIBLE_BY = 16
-#: Greedy tokens at a layout: one process draws the whole text, and what several would do otherwise they do in each token.
+#: Greedy tokens where processes share the work, which may differ in each token; one process draws the whole text.
 FEW_TOKENS = 24
 EXPERTS = [name for name in FAMILIES if "moe" in name]
 #: layout → (processes, families)
