@@ -4,22 +4,27 @@
 #
 # Which one: $MEGATRON_JQ_VENV if set (made where it does not exist), else the active one ($VIRTUAL_ENV), else .venv in
 # the repository. Other settings:
-#   PYTHON      the interpreter to make it with   (default: the first of python3, python3.13 … that is 3.10 or newer)
+#   PYTHON      the interpreter to make it with   (default: the first of python3, python3.13 … that is 3.10 to 3.13;
+#               Megatron-core has no wheels for later ones, and pip would build it with your compiler)
 #   TORCH_SPEC  what pip is asked for first       (default: by whether there is an NVIDIA GPU, see below)
 # pip's own settings (indexes, find-links, certificates) are pip's: PIP_* variables and pip.conf work as ever.
 # Nothing is installed again until setup.py, pyproject.toml, this file or the interpreter change.
 
 megatron_jq_find_python() {
-    local candidate
+    local candidate newest='(3, 13)'
     local candidates=(python3 python3.13 python3.12 python3.11 python3.10)
-    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON") newest='(3, 99)'
     for candidate in "${candidates[@]}"; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$candidate" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= $newest)" 2>/dev/null; then
             command -v "$candidate"
             return 0
         fi
     done
-    echo "setup: none of ${candidates[*]} is Python 3.10 or newer; install one, or set PYTHON to its path" >&2
+    if [[ -n ${PYTHON:-} ]]; then
+        echo "setup: PYTHON=$PYTHON is not Python 3.10 or newer" >&2
+    else
+        echo "setup: none of ${candidates[*]} is Python 3.10 to 3.13; install one, or set PYTHON to its path" >&2
+    fi
     return 1
 }
 
