@@ -41,13 +41,13 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.9"],
         # protobuf: sentencepiece to tokenizer.json; gguf: unpacks the weights of GGUF files
         "hf": ["safetensors>=0.4", "tokenizers", "transformers", "protobuf", "gguf>=0.10"],
-        "math": ["math-verify[antlr4_13_2]==0.9.*"],  # --match math
+        "math": ["math-verify[antlr4-13-2]==0.9.*"],  # --match math
         "datasets": ["datasets>=4"],  # hub:NAME and parquet, by its pyarrow; before 4 it could run code of a data set
         # launch/nemo_run. nemo-run imports leptonai, of which later versions lack what it imports.
         "nemo": ["nemo-run>=0.11.1,<0.12", "leptonai==0.27.3"],
         "dev": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],  # tests/check.py
         "test": [
-            "gguf>=0.10", "hypothesis>=6.100", "math-verify[antlr4_13_2]==0.9.*", "mpmath", "protobuf", "pyarrow",
+            "gguf>=0.10", "hypothesis>=6.100", "math-verify[antlr4-13-2]==0.9.*", "mpmath", "protobuf", "pyarrow",
             "pytest>=8", "pytest-xdist>=3.5", "safetensors", "tokenizers", "transformers>=5,<6",
         ],  # fmt: skip
     },

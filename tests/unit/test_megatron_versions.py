@@ -5,6 +5,7 @@ import functools
 import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,25 @@ def test_another_missing_module_is_not_called_triton(monkeypatch):
     monkeypatch.setattr(versions.importlib, "import_module", fail)
     with pytest.raises(ModuleNotFoundError, match="yaml"):
         versions.check_import()
+
+
+def test_a_warning_at_compilation_is_ignored_in_megatron_core_alone():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        versions.ignore_known_warnings()
+        for file in ("/x/megatron/core/inference/contexts/kv_block_allocator.py", "/x/my_reward.py"):
+            warnings.warn_explicit(r"invalid escape sequence '\-'", SyntaxWarning, file, 426)
+    assert [warning.filename for warning in seen] == ["/x/my_reward.py"]
+
+
+def test_a_known_line_of_a_logger_is_kept_off_the_log(caplog, monkeypatch):
+    logger = logging.getLogger("megatron.core.distributed.distributed_data_parallel")
+    monkeypatch.setattr(logger, "filters", [])
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        versions.ignore_known_warnings()
+        logger.warning("DistributedDataParallel: full_param_layout not provided with use_distributed_optimizer=True.")
+        logger.warning("another warning, which stays")
+    assert [record.getMessage() for record in caplog.records] == ["another warning, which stays"]
 
 
 def test_the_deprecation_is_kept_off_the_log_and_noted(caplog, monkeypatch):

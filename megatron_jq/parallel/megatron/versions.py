@@ -38,14 +38,33 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 )
 
 
+#: Log lines of the same kind: logger, and a part of the line.
+_KNOWN_LINES = (
+    # Where a CUDA toolkit is installed and no GPU is there, torch's builder of extensions says so in every process.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    # From 0.18 on, at the distributed optimizer: DDP makes the layout that its caller did not.
+    ("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided"),
+)
+
+
 def prepare_import() -> None:
     """Keep known warnings off the output, then `check_import`. Call before anything imports Megatron-core."""
+    ignore_known_warnings()
+    check_import()
+
+
+def ignore_known_warnings() -> None:
+    """Keep what a user cannot act on off the output, from here on."""
     for message, category in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    # Where a CUDA toolkit is installed and no GPU is there, torch's builder of extensions says so in every process.
-    no_runtime = "No CUDA runtime is found"
-    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: no_runtime not in record.getMessage())
-    check_import()
+    # A docstring of 0.19.2 has one. Python compiles it at a run's start where the installer did not (uv, --no-compile).
+    warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning, module=r".*\bmegatron\Wcore\b")
+    for logger, text in _KNOWN_LINES:
+        logging.getLogger(logger).addFilter(functools.partial(_lacks, text))
+
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()
 
 
 def check_import() -> None:
