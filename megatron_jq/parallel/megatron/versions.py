@@ -59,6 +59,9 @@ def ignore_known_warnings() -> None:
         warnings.filterwarnings("ignore", message=message, category=category)
     # A docstring of 0.19.2 has one. Python compiles it at a run's start where the installer did not (uv, --no-compile).
     warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning, module=r".*\bmegatron\Wcore\b")
+    # The distributed optimizer's shards are views; zeroing gradients asks each for one.
+    not_a_leaf = r"The \.grad attribute of a Tensor that is not a leaf"
+    warnings.filterwarnings("ignore", not_a_leaf, UserWarning, module=r"megatron\.core\.optimizer\b")
     for logger, text in _KNOWN_LINES:
         logging.getLogger(logger).addFilter(functools.partial(_lacks, text))
 
