@@ -92,6 +92,19 @@ def test_llama_3s_scaling_of_frequencies_is_read_and_another_is_refused(tmp_path
     assert "rope_freqs.weight is no scaling of Llama 3's" in refusal(path, tmp_path)
 
 
+def test_tokens_are_added_to_a_file_as_to_a_folder(tmp_path):
+    folder = tokenizer_kinds.make(tmp_path / "tokenizer", "byte-level")
+    size = load_tokenizer("huggingface", folder).vocab_size
+    architecture = replace(PLAIN, vocab_size=size)
+    tensors = weights(architecture)
+    path = write(tmp_path / "model.gguf", architecture, tensors, "llama", tokenizer=folder)
+    grown = converted(path, tmp_path, new_tokens=["<plan>"])["model.embed_tokens.weight"]
+    assert len(grown) == size + 1 and torch.equal(grown[:-1], tensors["model.embed_tokens.weight"])
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json")).token_to_id("<plan>") == size
+    with pytest.raises(UserError, match=f"{path} has '<think>' .* already"):
+        converted(path, tmp_path / "no", new_tokens=["<think>"])
+
+
 @pytest.mark.parametrize("kind", ["byte-level", "prepend"])
 def test_the_tokenizer_gives_the_ids_of_the_one_that_it_was_made_of(kind, tmp_path):
     folder = tokenizer_kinds.make(tmp_path / "tokenizer", kind)
