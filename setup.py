@@ -23,8 +23,8 @@ setup(
     install_requires=[
         "megatron-core>=0.16,<0.20",
         # Megatron-core imports it from 0.18 on and does not ask for it; a CPU build of torch does not bring it. Later
-        # versions than 0.16 are for Python 3.12 and later alone.
-        'triton>=3; python_version >= "3.12" and sys_platform == "linux"',
+        # versions than 0.16 are for Python 3.12 and later alone. Triton 3.9 reports leaks of its own as a run ends.
+        'triton>=3,<3.8; python_version >= "3.12" and sys_platform == "linux"',
         "torch>=2.8,<2.14",
         "numpy",
         "sentencepiece>=0.2",

@@ -130,3 +130,13 @@ def test_the_room_asks_for_nothing_before_it_is_called():
     """`--help` imports it: it must not bring Megatron-core or torch."""
     code = "import sys, megatron_jq.parallel.megatron.versions; assert not {'torch', 'megatron'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_on_a_cpu_build_the_import_leaves_torchs_compiler_out_and_in_place():
+    """Every command's start would take seconds more."""
+    code = (
+        "import sys; from megatron_jq.parallel.megatron import versions; versions.prepare_import(); import torch; "
+        "assert torch.version.cuda or torch.version.hip or 'torch._inductor' not in sys.modules; "
+        "assert torch.compile.__module__ == 'torch'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,12 +4,14 @@ Each difference is found by feature, not by number, and names the version that b
 asks for Megatron-core's version; tests/unit/test_megatron_versions.py holds that.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import platform
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -77,7 +79,8 @@ def check_import() -> None:
     build of torch brings triton, a CPU build does not.
     """
     try:
-        importlib.import_module("megatron.core")
+        with _without_compiler():
+            importlib.import_module("megatron.core")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
@@ -85,6 +88,25 @@ def check_import() -> None:
             f"megatron-core {version('megatron-core')} needs the package triton, which a CPU build of torch does not "
             "bring: pip install triton"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """With a CPU build of torch, have Megatron-core take its fused functions as they are, not by `torch.compile`.
+
+    At import it decorates them, which brings torch's compiler in: 4 of the 11 CPU seconds that a command takes to
+    start. A policy on a CPU calls none of them.
+    """
+    import torch
+
+    if torch.version.cuda or torch.version.hip:
+        yield
+        return
+    compile_, torch.compile = torch.compile, lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 def bind_optional_names() -> None:
