@@ -43,6 +43,8 @@ setup(
         "hf": ["safetensors>=0.4", "tokenizers", "transformers", "protobuf", "gguf>=0.10"],
         "math": ["math-verify[antlr4-13-2]==0.9.*"],  # --match math
         "datasets": ["datasets>=4"],  # hub:NAME and parquet, by its pyarrow; before 4 it could run code of a data set
+        # reasoning-gym:NAME. Its sets were checked in this version; others give other items.
+        "reasoning-gym": ["reasoning-gym==0.1.25"],
         # launch/nemo_run. nemo-run imports leptonai, of which later versions lack what it imports.
         "nemo": ["nemo-run>=0.11.1,<0.12", "leptonai==0.27.3"],
         "dev": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],  # tests/check.py

@@ -18,6 +18,7 @@ from megatron_jq.config import SETTINGS, Config
 from megatron_jq.config_estimators import READ_BY
 from megatron_jq.errors import UserError
 from megatron_jq.estimators import ESTIMATORS, ROWS, names_of
+from megatron_jq.formats.sources import is_builtin, is_made
 from megatron_jq.formats.table import formats_reading
 
 _LAYOUT = {
@@ -112,7 +113,7 @@ def _sources(config: Config) -> list[str]:
 
 
 def _has_files(config: Config) -> bool:
-    return not all(source.startswith("builtin:") for source in _sources(config))
+    return not all(map(is_made, _sources(config)))
 
 
 def _reads(config: Config, setting: str) -> bool:
@@ -131,7 +132,7 @@ NEEDS = (
         ("grpo_clamp_eps_lower", "grpo_clamp_eps_upper"), lambda c, a: c.objective.grpo_iterations > 1,
         "--grpo-iterations above 1: the first update has nothing to clip",
     ),
-    Need(("train_examples",), lambda c, a: c.data.train_data.startswith("builtin:"), "--train-data builtin:KIND"),
+    Need(("train_examples",), lambda c, a: is_builtin(c.data.train_data), "--train-data builtin:KIND"),
     Need(("data_format", "bad_records"), lambda c, a: _has_files(c), "data from a file"),
     Need(
         ("prompt_field", "id_field"), lambda c, a: _reads(c, "prompt_field"),
@@ -185,9 +186,7 @@ def has_heldout(config: Config) -> bool:
     d = config.data
     from_a_corpus = config.objective.row.pretrains
     # What a prepared folder holds is known once it is read.
-    return (
-        from_a_corpus or d.eval_data is not None or d.train_data.startswith("builtin:") or Path(d.train_data).is_dir()
-    )
+    return from_a_corpus or d.eval_data is not None or is_made(d.train_data) or Path(d.train_data).is_dir()
 
 
 def unread(command: str, config: Config, architecture: Architecture) -> dict[str, str]:

@@ -12,6 +12,7 @@ from megatron_jq.config import Config
 from megatron_jq.config_estimators import estimator_problems, unread_problems
 from megatron_jq.config_layout import layout_problems
 from megatron_jq.errors import UserError
+from megatron_jq.formats.sources import is_made
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _schedule_problems(config: Config) -> list[str]:
     if t.eval_samples > 1 and t.eval_temperature == 0:
         problems.append("--eval-samples above 1 needs --eval-temperature above 0: greedy samples are all the same")
     source = config.data.train_data
-    brings_its_own = source.startswith("builtin:") or (Path(source) / "validation.jsonl").is_file()  # a prepared set
+    brings_its_own = is_made(source) or (Path(source) / "validation.jsonl").is_file()  # a prepared set
     brings_its_own |= config.objective.row.pretrains  # --split
     if t.eval_interval > 0 and config.data.eval_data is None and not brings_its_own:
         problems.append("--eval-interval needs --eval-data")

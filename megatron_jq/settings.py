@@ -114,7 +114,8 @@ class RolloutConfig:
 class DataConfig:
     """Prompts and gold answers, and their tokens."""
 
-    train_data: str = "builtin:recall"  # builtin:KIND, a file (JSON, .gz, parquet), a prepared folder, hub:NAME
+    # builtin:KIND, a file (JSON, .gz, parquet), a prepared folder, hub:NAME, reasoning-gym:NAME
+    train_data: str = "builtin:recall"
     eval_data: str | None = None  # the same, held out
     data_format: Literal[("auto", *FORMATS)] = "auto"  # auto: by the fields; one that a record has alone
     prompt_field: str = "prompt"  # of a JSON-lines file

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/settings.md, docs/metrics.md and the table of docs/baselines.md from the code.
+"""Write docs/settings.md, docs/metrics.md, docs/reasoning-gym.md and the table of docs/baselines.md from the code.
 
     python tools/reference_pages.py
 
@@ -19,6 +19,7 @@ from typing import Literal
 from megatron_jq import config_reads, settings
 from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.config_estimators import READ_BY
+from megatron_jq.data.reasoning_gym_sets import CHECKED_VERSION, REFUSED, SETS
 from megatron_jq.errors import UserError
 from megatron_jq.estimators import markdown_table
 from megatron_jq.records import MEASURED, StepMetrics
@@ -55,6 +56,21 @@ the reason. In a file it is noted and ignored.
 *Training reads it with* names the estimators, *also read by* the other commands: *bench* is `tools/bench_step.py`,
 *prepare* is `tools/prepare_data.py`, *rescore* is `evaluate` with `--rescore`. `tools/estimate.py` takes training's
 flags. `generate` reads what *evaluate* does, but for `--eval-data`, `--eval-samples` and `--reward`.
+"""
+GYM_HEAD = f"""{NOTE}
+
+# Sets of reasoning-gym
+
+`--train-data reasoning-gym:NAME` takes each of the first table's sets
+([data.md](data.md#sets-of-reasoning-gym)). They are those of reasoning-gym {CHECKED_VERSION} in which 500 items of the
+default settings had a gold answer of one line with one way to write it, and were the same in every process.
+
+*Answers* are the shortest, median and longest gold in characters. *Commonest* is the share of the gold answer that
+occurs most: what a policy gets that ignores the question. *Worked out again* counts golds that were computed without
+the package; none of these was wrong.
+
+| set | question | answers | compared as | commonest | worked out again | note |
+|---|---|--:|---|--:|--:|---|
 """
 COMMANDS = {
     "evaluate": "evaluate",
@@ -101,6 +117,22 @@ def baselines_page() -> str:
     before, first, rest = text.partition("<!-- estimators: written by tools/reference_pages.py -->\n")
     _, last, after = rest.partition("<!-- end of estimators -->\n")
     return f"{before}{first}\n{markdown_table()}\n\n{last}{after}"
+
+
+def gym_page() -> str:
+    """Return docs/reasoning-gym.md: the sets that can be used, and the others by the reason why they are refused."""
+    lines = []
+    for row in SETS.values():
+        compared = "number" if row.numbers else "text"
+        checked = str(row.recomputed or "none")
+        figures = (row.answers, compared, f"{row.commonest:.0%}", checked)
+        lines.append(_row((f"`{row.name}`", row.what, *figures, row.note)))
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in REFUSED.items():
+        by_reason.setdefault(reason, []).append(f"`{name}`")
+    lines += ["", "These are refused:", "", "| sets | because |", "|---|---|"]
+    lines += [_row((", ".join(names), reason)) for reason, names in by_reason.items()]
+    return GYM_HEAD + "\n".join(lines) + "\n"
 
 
 def help_texts() -> dict[str, str]:
@@ -172,7 +204,8 @@ def _commands(name: str) -> str:
     return ", ".join(short for command, short in COMMANDS.items() if name in config_reads.READS[command]) or "–"
 
 
-PAGES = {"metrics.md": metrics_page, "settings.md": settings_page, "baselines.md": baselines_page}
+PAGES = {"metrics.md": metrics_page, "settings.md": settings_page, "baselines.md": baselines_page,
+    "reasoning-gym.md": gym_page}
 
 
 def main() -> int:

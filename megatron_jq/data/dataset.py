@@ -10,6 +10,7 @@ from megatron_jq.data.containers import other_shards
 from megatron_jq.data.converting import Converter
 from megatron_jq.data.hub import is_hub, read_hub
 from megatron_jq.data.jsonl import Record, read_records
+from megatron_jq.data.reasoning_gym import read_reasoning_gym
 from megatron_jq.data.tasks import builtin_examples, builtin_texts
 from megatron_jq.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from megatron_jq.errors import UserError
@@ -18,13 +19,13 @@ from megatron_jq.formats.options import ReadOptions
 from megatron_jq.formats.pair import Pair
 from megatron_jq.formats.record_error import RecordError
 from megatron_jq.formats.row import DataFormat
+from megatron_jq.formats.sources import BUILTIN_PREFIX, is_builtin, is_made, is_reasoning_gym
 from megatron_jq.formats.table import FORMATS, format_named, recognise
 from megatron_jq.toml_files import did_you_mean
 
 #: What others import from here, how records are read included.
-__all__ = ["ReadOptions", "Source", "is_builtin", "load_source", "train_tokenizer"]
+__all__ = ["ReadOptions", "Source", "load_source", "train_tokenizer"]
 
-BUILTIN_PREFIX = "builtin:"
 DEFAULT_BUILTIN_COUNT = {"train": 1024, "heldout": 128}
 DEFAULT_VOCAB_SIZE = 1024
 HUB_SPLITS = {"train": "train", "heldout": "validation", "test": "test"}
@@ -32,7 +33,7 @@ HUB_SPLITS = {"train": "train", "heldout": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Source:
-    """What a data source gave. data_format: a row's name; "builtin" for a built-in task. total: good pairs of
+    """What a data source gave. data_format: a row's name, or one of formats.table.MADE. total: good pairs of
     the source, of which `pairs` may be the first ones. notes: what else is to be said of it.
     """
 
@@ -52,18 +53,23 @@ def load_source(
     split: str = "train",
     flag: str = "--train-data",
 ) -> Source:
-    """The pairs of "builtin:KIND", of "hub:NAME…", or of a file of JSON records or parquet rows.
+    """The pairs of "builtin:KIND", "reasoning-gym:NAME…", "hub:NAME…", or of a file of JSON records or parquet rows.
 
-    A built-in kind gives `count` examples of the split, drawn from the seed (None: 1024 to train, 128 held out). A file
+    A built-in kind gives `count` examples of the split, drawn from the seed (None: 1024 to train, 128 held out). A set
+    of reasoning-gym names its seed and size itself, and gives its split's first `count` items. A file
     is one split, whatever `split` says, and gives its first `count` pairs in order (None: all). `flag` is the option
     that named the source. data_format "auto" takes a file for a known data set's when its first good record has that
     form and no other prompt field was asked for. UserError: an unknown option, a source that cannot be read; bad
     records, unless options.bad_records says to drop them.
     """
     _check(options, source, count, flag)
+    if is_made(source) and options.rationales:
+        maker = "built-in tasks" if is_builtin(source) else "sets of reasoning-gym"
+        raise UserError(f"{flag} {source}: {maker} give no rationales, and --estimator sft needs them")
+    if is_reasoning_gym(source):
+        items = read_reasoning_gym(source, split, flag=flag)
+        return Source(items.pairs[:count], items.data_format, len(items.pairs), notes=items.notes)
     if is_builtin(source):
-        if options.rationales:
-            raise UserError(f"{flag} {source}: built-in tasks give no rationales, and --estimator sft needs them")
         kind = source.removeprefix(BUILTIN_PREFIX)
         drawn = builtin_examples(kind, split, count or DEFAULT_BUILTIN_COUNT.get(split, 1), seed)
         pairs = tuple(Pair(prompt, answer, f"{source}[{row}]") for row, (prompt, answer) in enumerate(drawn))
@@ -77,10 +83,6 @@ def load_source(
     shards = "" if is_hub(source) else other_shards(source)
     notes = (*convert.notes, *([shards] if shards else []))
     return Source(tuple(pairs[:count]), data_format.name, len(pairs), tuple(bad.errors), notes)
-
-
-def is_builtin(source: str) -> bool:
-    return source.startswith(BUILTIN_PREFIX)
 
 
 def train_tokenizer(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_jq.config import Config
-from megatron_jq.data.dataset import is_builtin, train_tokenizer
+from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.lengths import Budgets, Lengths, plot_lengths
 from megatron_jq.data.prepare_report import UsableExamples, report
 from megatron_jq.data.prepared import (
@@ -22,7 +22,7 @@ from megatron_jq.data.prepared import (
     write_split,
 )
 from megatron_jq.data.prompts import Placed, longest_bridge, select_fitting
-from megatron_jq.data.reading import Reading, encode_reading, read_source
+from megatron_jq.data.reading import Reading, encode_reading, heldout_source, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
 from megatron_jq.data.template import PromptTemplate, template_of
@@ -31,6 +31,7 @@ from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
 from megatron_jq.formats.record_error import RecordError
+from megatron_jq.formats.sources import is_builtin
 
 _READ_AS = {"train": "train", "validation": "heldout", "test": "test"}
 
@@ -94,7 +95,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 
 def _sources(config: Config, test_data: str | None) -> dict[str, tuple[str, str]]:
-    """Split → its flag and source. A built-in task brings a validation split."""
+    """Split → its flag and source. Sources that make their examples bring a validation split."""
     d = config.data
     if config.objective.row.pretrains:
         raise UserError(
@@ -102,7 +103,7 @@ def _sources(config: Config, test_data: str | None) -> dict[str, tuple[str, str]
             "it out"
         )
     sources = {"train": ("--train-data", d.train_data)}
-    validation = d.eval_data or (d.train_data if is_builtin(d.train_data) else None)
+    validation = heldout_source(config)
     if validation is not None:
         sources["validation"] = ("--eval-data", validation)
     if test_data is not None:

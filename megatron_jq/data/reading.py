@@ -4,14 +4,16 @@ from dataclasses import dataclass
 
 from megatron_jq.config import Config
 from megatron_jq.data.bad_records import BadRecords, summary_of
-from megatron_jq.data.dataset import Source, is_builtin, load_source
+from megatron_jq.data.dataset import Source, load_source
 from megatron_jq.data.prepared import PreparedSplit, has_split, is_prepared, read_prepared
 from megatron_jq.data.prompts import Placed, PromptWriter, encode_pairs
+from megatron_jq.data.reasoning_gym import without_size
 from megatron_jq.data.template import template_of
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.formats.options import ReadOptions
 from megatron_jq.formats.record_error import RecordError
+from megatron_jq.formats.sources import is_builtin, is_reasoning_gym
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Encoded:
 
 
 def heldout_source(config: Config) -> str | None:
-    """--eval-data; without it, the held-out split that a built-in task or a prepared set brings."""
+    """--eval-data; without it, the held-out split that the training data brings: a prepared set's, or a made one."""
     d = config.data
+    if d.eval_data is None and is_reasoning_gym(d.train_data):
+        return without_size(d.train_data)
     brings_its_own = is_builtin(d.train_data) or has_split(d.train_data, "validation")
     return d.eval_data or (d.train_data if brings_its_own else None)
 

@@ -19,13 +19,13 @@ from megatron_jq.checkpoint.hugging_face_weights import digests, open_folder
 from megatron_jq.checkpoint.huggingface import CONFIG as HF_CONFIG
 from megatron_jq.checkpoint.loader import Checkpoint, find_checkpoint
 from megatron_jq.config import Config, settings_of_text
-from megatron_jq.data.dataset import is_builtin
 from megatron_jq.data.prompts import Placed, longest_bridge, select_fitting
 from megatron_jq.data.reading import Reading, encode_reading, heldout_source, number_of, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.tokenizer_choice import kind_of, tokenizer_in
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
+from megatron_jq.formats.sources import is_builtin
 from megatron_jq.parallel.runtime import Runtime
 from megatron_jq.records import Example
 

@@ -9,7 +9,7 @@ from megatron_jq.formats.pair import Pair
 
 #: How answers are compared (data/answers.py).
 RULES = ("none", "text", "squad", "number")
-#: Names of --data-format and of a source's format that are no row.
+#: Names of --data-format and of a source's format that are no row. Those of table.MADE with a dash cannot be one.
 RESERVED = ("auto", "builtin")
 
 

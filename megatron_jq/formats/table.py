@@ -2,6 +2,9 @@
 templates and the table in docs/data.md derive from it. docs/extending.md adds one step by step.
 """
 
+from dataclasses import replace
+from typing import Literal
+
 from megatron_jq.errors import UserError
 from megatron_jq.formats import finqa, gsm8k, hotpotqa, messages, musique, named_fields, verl
 from megatron_jq.formats.options import ReadOptions
@@ -142,12 +145,20 @@ def by_name(rows: tuple[DataFormat, ...]) -> dict[str, DataFormat]:
 
 #: Name → row.
 FORMATS = by_name(_ROWS)
+#: Formats of sources that make their examples (sources.py) → how answers are compared.
+MADE: dict[str, Literal["none", "number"]] = {
+    "builtin": "none",
+    "reasoning-gym": "none",
+    "reasoning-gym-numbers": "number",
+}
 
 
 def format_named(name: str) -> DataFormat:
-    """The row of a source's format; built-in tasks are prompts and answers as "jsonl". UserError: an unknown name."""
-    if name == "builtin":
-        return FORMATS["jsonl"]
+    """The row of a source's format; what makes its examples gives prompts and answers as "jsonl". UserError: an unknown
+    name.
+    """
+    if name in MADE:
+        return replace(FORMATS["jsonl"], rule=MADE[name])
     if name not in FORMATS:
         hint = did_you_mean(name, FORMATS, f"it is one of auto, {', '.join(FORMATS)}")
         raise UserError(f"--data-format {name} is not known; {hint}")

@@ -171,6 +171,18 @@ def on_all_ranks(runtime: Runtime | None, work: Callable[[], T], *, main_only: b
     return result
 
 
+def on_main_rank(runtime: Runtime | None, work: Callable[[], T]) -> T:
+    """Return work() of rank 0 on every rank, and raise its error on all ranks, as on_all_ranks does. work() is not None
+    and can be pickled.
+    """
+    results = [on_all_ranks(runtime, work, main_only=True)]
+    if runtime is not None:
+        dist.broadcast_object_list(results, src=0)
+    [result] = results
+    assert result is not None, "rank 0 has broadcast it"
+    return result
+
+
 def peak_memory_bytes(runtime: Runtime) -> int:
     """Peak of this process: allocated CUDA memory, or resident memory on CPU."""
     if runtime.device.type == "cuda":

@@ -20,6 +20,7 @@ from megatron_jq.checkpoint.loader import (
 from megatron_jq.checkpoint.writer import CheckpointWriter, Retention
 from megatron_jq.config import Config, settings_of_text, to_toml
 from megatron_jq.config_validate import Derived
+from megatron_jq.data.reasoning_gym import package_of
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks, raise_on_all_ranks
 from megatron_jq.records import StepMetrics
@@ -102,6 +103,7 @@ class Saving:
                 None if saved.config is None else settings_of_text(saved.config, f"{checkpoint.folder}: its settings")
             )
             changes = [] if before is None else changed(before, self._config, Rule.SAME_DATA)
+            changes += changed_packages(saved, self._config.data.train_data)
             because = f" ({'; '.join(changes)})" if changes else ""
             raise UserError(
                 f"{checkpoint.folder} was trained on other data than {flag} gives now{because}; restore it, {remedy}"
@@ -204,7 +206,7 @@ class Saving:
             run=None if self._folders.run is None else asdict(self._folders.run),
             branches=self._branches,
             written=time.time(),
-            versions=package_versions(),
+            versions=package_versions(*package_of(self._config.data.train_data)),
             by_time=by_time,
         )
         self.writer.save(self._model.policies, self._optimizer, manifest)
@@ -219,3 +221,14 @@ class Saving:
             "expert_model_parallel_size": p.expert_model_parallel_size,
             "data_parallel_size": self._derived.data_parallel_size,
         }
+
+
+def changed_packages(saved: Manifest, train_data: str) -> list[str]:
+    """A line per package that makes the training data's examples and had another version when `saved` was written."""
+    packages = package_of(train_data)
+    now, before = package_versions(*packages), saved.versions or {}
+    return [
+        f"{name} was {before[name]}, and {now[name]} is installed"
+        for name in packages
+        if name in before and before[name] != now[name]
+    ]

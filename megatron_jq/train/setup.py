@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_jq.architecture import Architecture
 from megatron_jq.architecture_files import has_weights
 from megatron_jq.checkpoint.contents import TOKENIZER_FILES
 from megatron_jq.config import Config, DataConfig
 from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
-from megatron_jq.data.dataset import is_builtin, train_tokenizer
+from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.prepared import is_prepared
 from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_bridge, select_fitting
 from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
@@ -26,7 +24,8 @@ from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
 from megatron_jq.formats.pair import Pair
-from megatron_jq.parallel.runtime import Runtime, on_all_ranks
+from megatron_jq.formats.sources import is_builtin, is_reasoning_gym
+from megatron_jq.parallel.runtime import Runtime, on_all_ranks, on_main_rank
 from megatron_jq.records import Example
 from megatron_jq.train.run_directory import writing
 
@@ -72,11 +71,10 @@ def prepare_data(
         assert runtime is not None, "--show-example refuses pretraining"
         return _prepare_corpus(config, architecture, runtime, run_dir, carried)
     count = d.train_examples if is_builtin(d.train_data) else None
-    train = on_all_ranks(runtime, lambda: read_source(config, d.train_data, "train", "--train-data", count=count))
+    train = _read(config, runtime, d.train_data, "train", "--train-data", count)
     heldout, source = None, heldout_source(config)
     if source is not None:
-        read = lambda: read_source(config, source, "heldout", "--eval-data", count=d.eval_examples)  # noqa: E731
-        heldout = on_all_ranks(runtime, read)
+        heldout = _read(config, runtime, source, "heldout", "--eval-data", d.eval_examples)
     if d.tokenizer_model is not None:
         kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
     elif train.prepared is not None:
@@ -99,6 +97,14 @@ def prepare_data(
             if report.count:
                 print(f"warning: {reading.label}: {report}", flush=True)
     return data
+
+
+def _read(
+    config: Config, runtime: Runtime | None, source: str, split: str, flag: str, count: int | None
+) -> Reading:
+    """What read_source gives, on every rank. Another package's items, slow in some sets, are made once, on rank 0."""
+    on_ranks = on_main_rank if is_reasoning_gym(source) else on_all_ranks
+    return on_ranks(runtime, lambda: read_source(config, source, split, flag, count=count))
 
 
 def _prepare_corpus(
@@ -191,11 +197,7 @@ def _run_tokenizer(
     It is there already where the run is resumed, else it is the checkpoint's, else new. pairs None: there is no text to
     train a new one on.
     """
-    kinds = [on_all_ranks(runtime, lambda: _place_tokenizer(config, pairs, run_dir, carried), main_only=True)]
-    if runtime is not None:
-        dist.broadcast_object_list(kinds, src=0)
-    [kind] = kinds
-    assert kind is not None, "rank 0 has broadcast it"
+    kind = on_main_rank(runtime, lambda: _place_tokenizer(config, pairs, run_dir, carried))
     return kind, run_dir / ("tokenizer.model" if kind == SENTENCEPIECE else "tokenizer")
 
 

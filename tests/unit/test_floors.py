@@ -67,6 +67,7 @@ SAME_FLOOR = {
         "config_estimators",
         "config_layout",
         "estimators",
+        "formats",
     },
     "grid": {"config"},
     "rollout": {"model"},
