@@ -25,6 +25,7 @@ _LAYOUT = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
     "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout",
     "context_parallel_size", "sequence_parallel", "device", "transformer_impl",
+    "model_class",
 }  # fmt: skip
 _RECORDS = {
     "data_format", "prompt_field", "answer_field", "id_field", "finqa_answer", "bad_records", "prompt_style",

@@ -69,6 +69,7 @@ class ParallelConfig:
     phase_timeout_minutes: float = 120.0  # deadline of set-up and of each phase of a step, whatever it waits for
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the latter where it is installed
+    model_class: Literal["gpt", "hybrid"] = "gpt"  # Megatron-core's GPTModel, or its HybridModel (0.19): same results
 
 
 @dataclass(frozen=True)

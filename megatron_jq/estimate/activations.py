@@ -129,6 +129,8 @@ def layers_saved(plan: Plan, layers: int) -> float:
     if p.recompute_method == "uniform":
         return -(-layers // p.recompute_num_layers) * checkpoint_input + angles
     again = min(layers, p.recompute_num_layers)
+    if p.model_class == "hybrid":
+        checkpoint_input *= 2  # attention and MLP are made again one by one
     return again * checkpoint_input + angles + (layers - again) * layer_saved(plan)
 
 

@@ -7,28 +7,20 @@ otherwise; fused kernels of NVIDIA Apex where they are installed. Core attention
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer.module import Float16Module, MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_jq.architecture import Architecture, padded_vocab_size
 from megatron_jq.config import Config
 from megatron_jq.errors import UserError
-from megatron_jq.model.attention import PlannedAttention
 from megatron_jq.model.initialise import initialise, mark_partitions
-from megatron_jq.model.moe import SequenceBalancedRouter
-from megatron_jq.model.norm import LocalRMSNorm
-from megatron_jq.model.policy import Policy, RowsForward
+from megatron_jq.model.layers import layer_spec
+from megatron_jq.model.policy import GPTPolicy, Policy
 from megatron_jq.model.rotary import RotaryAt
 from megatron_jq.parallel.megatron import versions
 from megatron_jq.parallel.runtime import Runtime
@@ -51,6 +43,7 @@ class BuildOptions:
     recompute_method: str | None = None  # uniform | block, under full
     recompute_num_layers: int | None = None
     transformer_impl: str = "auto"  # auto | local | transformer_engine
+    model_class: str = "gpt"  # gpt | hybrid
     head_chunk_tokens: int | None = None  # None: by memory
     seed: int = 1234
 
@@ -71,6 +64,7 @@ def build_options(config: Config, vocab_size: int) -> BuildOptions:
         use_distributed_optimizer=p.use_distributed_optimizer,
         overlap_grad_reduce=p.overlap_grad_reduce,
         transformer_impl=p.transformer_impl,
+        model_class=p.model_class,
         seed=config.training.seed,
     )
 
@@ -97,6 +91,7 @@ def kernels(options: BuildOptions, runtime: Runtime) -> str:
 def transformer_config(architecture: Architecture, options: BuildOptions, runtime: Runtime) -> TransformerConfig:
     """Megatron-core's configuration for this architecture and layout."""
     on_cuda = runtime.device.type == "cuda"
+    recomputed = options.recompute_num_layers
     apex_wgrad = on_cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -123,7 +118,8 @@ def transformer_config(architecture: Architecture, options: BuildOptions, runtim
         batch_p2p_comm=options.virtual_stages == 1,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
-        recompute_num_layers=options.recompute_num_layers,
+        # It alone counts the decoder's modules; num_layers and the layout count layers of the architecture.
+        recompute_num_layers=None if recomputed is None else recomputed * policy_class(options.model_class).MODULES,
         sequence_parallel=options.sequence_parallel and runtime.groups.tp.size() > 1,
         params_dtype=options.params_dtype,
         pipeline_dtype=options.params_dtype,
@@ -162,31 +158,14 @@ def _expert_settings(architecture: Architecture, options: BuildOptions, runtime:
     )
 
 
-def layer_specs(
-    config: TransformerConfig, transformer_engine: bool, pp_rank: int, virtual_stage: int | None
-) -> TransformerBlockSubmodules:
-    """Megatron-core's layer spec with our core attention and router (and, for local layers, our norm)."""
-    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)  # noqa: C408
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
+def policy_class(name: str) -> type[Policy]:
+    """Return what --model-class names. UserError where this Megatron-core does not have it."""
+    if name == "gpt":
+        return GPTPolicy
+    versions.check_hybrid_model()
+    from megatron_jq.model.hybrid import HybridPolicy
 
-        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
-        norm = TENorm
-    else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
-        norm = LocalRMSNorm
-        spec.submodules.input_layernorm = norm
-        spec.submodules.pre_mlp_layernorm = norm
-        if config.qk_layernorm:
-            spec.submodules.self_attention.submodules.q_layernorm = norm
-            spec.submodules.self_attention.submodules.k_layernorm = norm
-    spec.submodules.self_attention.submodules.core_attention = PlannedAttention
-    if config.num_moe_experts is not None:
-        # In checkpoints norms have their names in Transformer Engine's layers; before experts this one has its own.
-        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-        spec.submodules.mlp = versions.set_router(spec.submodules.mlp, SequenceBalancedRouter)
-    layers = get_num_layers_to_build(config, virtual_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+    return HybridPolicy
 
 
 def build_policies(architecture: Architecture, options: BuildOptions, runtime: Runtime) -> list[Policy]:
@@ -198,13 +177,15 @@ def build_policies(architecture: Architecture, options: BuildOptions, runtime: R
     config = transformer_config(architecture, options, runtime)
     transformer_engine = use_transformer_engine(options.transformer_impl, runtime.device)
     versions.collect_deprecations()
+    layer, norm = layer_spec(config, transformer_engine)
     policies = []
     for stage in range(stages):
         virtual_stage = stage if stages > 1 else None
         with runtime.megatron():
-            policy = Policy(
+            policy = policy_class(options.model_class)(
                 config=config,
-                transformer_layer_spec=layer_specs(config, transformer_engine, groups.pp.rank(), virtual_stage),
+                layer=layer,
+                norm=norm,
                 vocab_size=padded_vocab_size(
                     options.vocab_size, options.make_vocab_size_divisible_by, groups.tp.size()
                 ),
@@ -293,6 +274,6 @@ def wrap_for_training(policies: list[Policy], options: BuildOptions, runtime: Ru
 
 def unwrap(model: MegatronModule) -> Policy:
     """Return the Policy inside Megatron-core's wrappers."""
-    while not isinstance(model, RowsForward):
+    while not isinstance(model, Policy):
         model = model.module
-    return cast(Policy, model)
+    return model

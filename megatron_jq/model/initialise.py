@@ -41,7 +41,7 @@ def global_name(policy: Policy, name: str) -> str:
     if name == "output_layer.weight" and policy.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     offset = get_transformer_layer_offset(policy.config, policy.vp_stage, policy.pg_collection.pp.rank())
-    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + offset), name)
+    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) // policy.MODULES + offset), name)
     if EXPERTS in name:
         ep = policy.pg_collection.ep
         name = expert_name(name, ep.rank() * policy.config.num_moe_experts // ep.size())

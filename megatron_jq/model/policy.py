@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_jq.model.head import HeadOutput, score_rows
@@ -23,13 +27,16 @@ from megatron_jq.model.rows import LogitsHead, Rows, ScoreHead
 from megatron_jq.parallel.vocabulary import mask_vocabulary_padding
 
 
-class RowsForward(LanguageModule):
+class Policy(LanguageModule):
     """The forward pass over packed rows, for a language model that has Megatron-core's parts: `embedding`, `decoder`,
-    `rotary_pos_emb` (a RotaryAt), `output_layer`, `pg_collection`.
+    `rotary_pos_emb` (a RotaryAt), `output_layer`, `pg_collection`. GPTPolicy and HybridPolicy bring them.
 
     true_vocab_size: rows of the vocabulary that are tokens; the rest pads it to an even split and has probability zero.
     chunk_tokens: head rows whose logits exist at one time; None chooses by memory.
     """
+
+    #: Entries of `decoder.layers` per layer of the architecture.
+    MODULES = 1
 
     def __init__(self, *args: Any, true_vocab_size: int, chunk_tokens: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -99,5 +106,24 @@ class RowsForward(LanguageModule):
         return copy_to_tensor_model_parallel_region(hidden_T1H, group=self.pg_collection.tp)
 
 
-class Policy(RowsForward, GPTModel):
-    """Megatron-core's GPTModel with the J_Q head."""
+class GPTPolicy(Policy, GPTModel):
+    """Megatron-core's GPTModel with the J_Q head. layer: the spec of its layers; norm: the class of the final norm."""
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        layer: ModuleSpec,
+        norm: type,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+        **options: Any,
+    ):
+        layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        super().__init__(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm),
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            **options,
+        )

@@ -21,7 +21,7 @@ from megatron_jq.config import ParallelConfig
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.files import reason
 from megatron_jq.parallel.groups import ParallelGroups, build_groups, destroy_groups
-from megatron_jq.parallel.megatron import cpu
+from megatron_jq.parallel.megatron import cpu, versions
 from megatron_jq.seeds import short_seed
 
 T = TypeVar("T")
@@ -111,7 +111,9 @@ def start(
 
 
 def start_configured(layout: ParallelConfig, seed: int) -> Runtime:
-    """`start` with a run's settings."""
+    """`start` with a run's settings. UserError where --model-class names what this Megatron-core does not have."""
+    if layout.model_class == "hybrid":
+        versions.check_hybrid_model()
     return start(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

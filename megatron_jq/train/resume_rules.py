@@ -31,7 +31,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
         "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout",
         "context_parallel_size", "recompute_granularity", "recompute_method", "recompute_num_layers",
         "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "device", "transformer_impl",
-        "make_vocab_size_divisible_by",
+        "model_class", "make_vocab_size_divisible_by",
     )),
     (Rule.FREE, "deadlines", ("distributed_timeout_minutes", "phase_timeout_minutes")),
     (Rule.FREE, "how a step is cut: results within rounding", (

@@ -1,6 +1,7 @@
 """The estimate against what runs: parameters built, tensors that autograd saves, messages sent, memory of processes."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -73,6 +74,8 @@ LAYOUTS = {
     "MoE, EP": (f"{MOE} --expert-model-parallel-size 2", 2),
     "MoE, SP": (f"{MOE} --tensor-model-parallel-size 2 --sequence-parallel", 1),
 }
+if importlib.util.find_spec("megatron.core.dist_checkpointing.gpt_checkpoint_interop") is not None:  # since 0.19
+    LAYOUTS["hybrid, full"] = (f"{LAYOUTS['full'][0]} --model-class hybrid", 1)
 
 
 def plan_of(name: str) -> Plan:

@@ -1,141 +1,147 @@
-"""Can Megatron-core's HybridModel, which 0.19 names as GPTModel's successor, carry our policy?
+"""The policy over Megatron-core's HybridModel (--model-class hybrid) is the policy over GPTModel, bit for bit.
 
-A spike: the same forward pass and head over a HybridModel of the pattern `*-` a layer (an attention layer and an MLP
-layer), with a local spec of our own. Same weights, then log-likelihoods, logits and every parameter's gradient against
-our GPTModel policy. What this does not exercise: checkpoints, conversion, experts, a run (docs/parallelism.md says what
-is missing there).
+The same initial weights, the same shards in checkpoints, and from the same weights the same log-likelihoods, gradients
+and balance of experts. Runs and resumes across the two: tests/e2e/test_model_class.py.
 """
 
-import dataclasses
 import importlib.util
-import re
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_jq.architecture import padded_vocab_size
-from megatron_jq.model import build as building
-from megatron_jq.model.initialise import mark_partitions
-from megatron_jq.model.norm import LocalRMSNorm
-from megatron_jq.model.policy import RowsForward
+from megatron_jq.checkpoint.shards import parameter_shards
+from megatron_jq.errors import UserError
+from megatron_jq.model.build import build_policies, policy_class, wrap_for_training
+from megatron_jq.model.initialise import global_name
+from megatron_jq.parallel.megatron import versions
 from megatron_jq.train import passes
 from tests.distributed import reference
-from tests.distributed.cases import POLICIES, TABLE, batch, build, build_options, estimator, share
+from tests.distributed.cases import POLICIES, SMALL, TABLE, batch, build_options, estimator, share
 from tests.distributed.ranks import run_ranks
+from tests.distributed.shards import load_whole
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.core.models.hybrid") is None
-    or importlib.util.find_spec("megatron.core.models.hybrid.hybrid_model") is None,
-    reason="this Megatron-core has no HybridModel under that name (0.19 has)",
-)
+HAS_HYBRID = importlib.util.find_spec("megatron.core.dist_checkpointing.gpt_checkpoint_interop") is not None
+needs_hybrid = pytest.mark.skipif(not HAS_HYBRID, reason="this Megatron-core has no HybridModel for it (0.19 has)")
 BATCHES = {
     "packed": passes.BatchOptions(micro_batch_size=4),
     "trees": passes.BatchOptions(micro_batch_size=4, share_prompts=True),
     "padded": passes.BatchOptions(micro_batch_size=4, sequence_multiple=16),
 }
+DEEP = {"tied": replace(SMALL, num_layers=4)}
+EXPERTS = {
+    "experts": replace(SMALL, num_experts=4, moe_ffn_hidden_size=40, moe_router_topk=2, moe_aux_loss_coeff=0.05),
+}
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 
 
-def _hybrid_policy(architecture, options, runtime, like):
-    """A HybridModel under our forward pass, with the weights of `like`, our policy of the same layout."""
-    from megatron.core.models.hybrid import hybrid_block
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from megatron.core.ssm.mlp_layer import MLPLayer
-
-    class HybridPolicy(RowsForward, HybridModel):
-        pass
-
-    hybrid_block.TENorm = LocalRMSNorm  # the final norm's class is written into HybridStack
-    layer = building.layer_specs(like.config, False, runtime.groups.pp.rank(), None).layer_specs[0].submodules
-    attention = TransformerLayerSubmodules(
-        input_layernorm=layer.input_layernorm,
-        self_attention=layer.self_attention,
-        self_attn_bda=layer.self_attn_bda,
-    )
-    mlp = TransformerLayerSubmodules(
-        pre_mlp_layernorm=layer.pre_mlp_layernorm, mlp=layer.mlp, mlp_bda=layer.mlp_bda
-    )
-    stack = ModuleSpec(
-        module=HybridStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
-        ),
-    )
-    a, groups = architecture, runtime.groups
-    stages = groups.pp.size()
-    config = dataclasses.replace(like.config, num_layers=2 * a.num_layers)
-    with runtime.megatron():
-        policy = HybridPolicy(
-            config=config,
-            hybrid_stack_spec=stack,
-            hybrid_layer_pattern="|".join(["*-" * (a.num_layers // stages)] * stages),
-            vocab_size=padded_vocab_size(options.vocab_size, options.make_vocab_size_divisible_by, groups.tp.size()),
-            max_sequence_length=a.max_position_embeddings,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
-            share_embeddings_and_output_weights=a.tie_embeddings,
-            position_embedding_type="rope",
-            pg_collection=groups.collection,
-            true_vocab_size=options.vocab_size,
-            chunk_tokens=options.head_chunk_tokens,
-        )
-    policy.rotary_pos_emb = like.rotary_pos_emb
-    mark_partitions(policy)
-    theirs = dict(like.named_parameters())
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameter.copy_(theirs.pop(gpt_name(name)))
-    assert not theirs, f"without a counterpart: {sorted(theirs)}"
-    return policy
+@dataclass(frozen=True)
+class Case:
+    layout: dict = field(default_factory=dict)  # of run_ranks
+    options: dict = field(default_factory=dict)  # of the build
+    architectures: dict = field(default_factory=lambda: POLICIES)
 
 
-def gpt_name(name: str) -> str:
-    """HybridModel's name of a parameter → GPTModel's: layer i is 2i (attention) and 2i + 1 (MLP)."""
-    name = name.replace("decoder.final_norm.", "decoder.final_layernorm.")
-    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) // 2), name)
+CASES = {
+    "one process": Case(),
+    "TP2": Case({"tp": 2}),
+    "TP2, SP": Case({"tp": 2}, {"sequence_parallel": True}),
+    "PP2": Case({"pp": 2}),
+    "TP2 x PP2": Case({"tp": 2, "pp": 2}),
+    "uneven interleaved stages, recomputed": Case(
+        {"pp": 2, "virtual_stages": 2},
+        {"pipeline_layout": "Et|tt||tL", "virtual_stages": 2, "recompute_method": "uniform", **FULL},
+        DEEP,
+    ),
+    "interleaved, one layer recomputed": Case(
+        {"pp": 2, "virtual_stages": 2}, {"virtual_stages": 2, "recompute_method": "block", **FULL}, DEEP
+    ),
+    "selective recompute": Case({}, {"recompute_granularity": "selective"}, DEEP),
+    "experts, EP2, recomputed": Case({"dp": 2, "ep": 2}, {"recompute_method": "uniform", **FULL}, EXPERTS),
+    "experts, TP2 with SP": Case({"tp": 2}, {"sequence_parallel": True}, EXPERTS),
+}
 
 
-def _pass(policy, model, runtime, options, names):
-    """Log-likelihoods, and gradients by GPTModel's names, on this rank."""
+def _global_parameters(policies) -> dict:
+    return {global_name(policy, name): p for policy in policies for name, p in policy.named_parameters()}
+
+
+def _stored(policies, runtime) -> dict:
+    """{name: what a checkpoint holds of it}."""
+    shards = parameter_shards(policies, runtime)
+    return {
+        name: [
+            (s.key, s.global_shape, s.global_offset, s.local_shape, s.prepend_axis_num, s.replica_id, part.start)
+            for part in shards[parameter]
+            for s in (part.sharded,)
+        ]
+        for name, parameter in _global_parameters(policies).items()
+    }
+
+
+def _pass(policies, model, runtime, options) -> dict:
+    """{figure or parameter: its value} on this rank."""
     sequences = share(batch(), runtime)
     scores = passes.score(model, sequences, TABLE, runtime, options, with_rationale=True)
     coefficients = estimator("garl").coefficients(scores.table, q=0.75, step=0)
     model.zero_grad_buffer()
-    passes.train(model, sequences, coefficients, runtime, options)
-    gradients = {names(name): p.main_grad.clone() for name, p in policy.named_parameters()}
-    return scores, gradients
+    trained = passes.train(model, sequences, coefficients, runtime, options)
+    gradients = {name: p.main_grad.clone() for name, p in _global_parameters(policies).items()}
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+    balance = torch.tensor(trained.expert_balance or 0.0)
+    return {"ln p(z|x)": scores.table.log_z_BM, "ln p(y|x,z)": scores.table.log_w_BM, "balance": balance, **gradients}
 
 
-def _both(runtime, sequence_parallel: bool):
-    """The largest differences of this rank, by policy and by way of cutting micro-batches."""
-    worst = {}
-    for name, architecture in POLICIES.items():
-        options = build_options(architecture, sequence_parallel=sequence_parallel)
-        gpt, model = build(runtime, architecture, reference.noisy_weights(architecture), options)
-        hybrid = _hybrid_policy(architecture, options, runtime, gpt)
-        hybrid_model = building.wrap_for_training([hybrid], options, runtime)
+def _differing(runtime, case: Case) -> dict:
+    """{what was compared: the names that differ} of this rank."""
+    differing = {}
+    for name, architecture in case.architectures.items():
+        options = build_options(architecture, **case.options)
+        built = {
+            kind: build_policies(architecture, replace(options, model_class=kind), runtime)
+            for kind in ("gpt", "hybrid")
+        }
+        parameters = {kind: _global_parameters(policies) for kind, policies in built.items()}
+        assert list(parameters["gpt"]) == list(parameters["hybrid"])  # in the same order: Megatron-core's buffers
+        pairs = [(key, *(parameters[kind][key] for kind in built)) for key in parameters["gpt"]]
+        differing[name, "initial weights"] = [key for key, gpt, hybrid in pairs if not torch.equal(gpt, hybrid)]
+        stored = [_stored(policies, runtime) for policies in built.values()]
+        differing[name, "checkpoint"] = [key for key in stored[0] if stored[0][key] != stored[1][key]]
+        for policy in built["gpt"]:
+            load_whole(policy, runtime, reference.noisy_weights(architecture))
+        with torch.no_grad():
+            for _, gpt, hybrid in pairs:
+                hybrid.copy_(gpt)
+        models = {kind: wrap_for_training(policies, options, runtime) for kind, policies in built.items()}
         for cut, batch_options in BATCHES.items():
-            expected, expected_gradients = _pass(gpt, model, runtime, batch_options, str)
-            scores, gradients = _pass(hybrid, hybrid_model, runtime, batch_options, gpt_name)
-            assert gradients.keys() == expected_gradients.keys()
-            gaps = {
-                "ln p(z|x)": (scores.table.log_z_BM - expected.table.log_z_BM).abs().max().item(),
-                "ln p(y|x,z)": (scores.table.log_w_BM - expected.table.log_w_BM).abs().max().item(),
-            }
-            for parameter, gradient in gradients.items():
-                gaps[parameter] = (gradient - expected_gradients[parameter]).abs().max().item()
-            assert any(gradient.abs().max() > 0 for gradient in gradients.values())
-            worst[name, cut] = gaps
-    return worst
+            gpt, hybrid = (_pass(built[kind], models[kind], runtime, batch_options) for kind in built)
+            assert gpt.keys() == hybrid.keys()
+            differing[name, cut] = [key for key in gpt if not torch.equal(gpt[key], hybrid[key])]
+    return differing
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp", "sequence_parallel"), [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, False)]
-)
-def test_scores_and_gradients_are_the_gpt_models(tp, pp, sequence_parallel):
-    for rank in run_ranks(_both, sequence_parallel, tp=tp, pp=pp):
-        for case, gaps in rank.items():
-            assert {name: gap for name, gap in gaps.items() if gap != 0.0} == {}, case
+@needs_hybrid
+@pytest.mark.parametrize("name", CASES)
+def test_weights_shards_scores_and_gradients_are_those_of_gpt_model(name):
+    case = CASES[name]
+    for rank in run_ranks(_differing, case, **case.layout):
+        assert len(rank) == len(case.architectures) * (2 + len(BATCHES))
+        assert {what: names for what, names in rank.items() if names} == {}
+
+
+def _recomputed_layers(runtime) -> dict[str, int]:
+    options = build_options(SMALL, recompute_method="block", **FULL)
+    kinds = {kind: build_policies(SMALL, replace(options, model_class=kind), runtime)[0] for kind in ("gpt", "hybrid")}
+    return {kind: policy.config.recompute_num_layers / policy.MODULES for kind, policy in kinds.items()}
+
+
+@needs_hybrid
+def test_a_recomputed_layer_is_one_of_the_architecture():
+    assert run_ranks(_recomputed_layers) == [{"gpt": 1, "hybrid": 1}]
+
+
+@pytest.mark.skipif(HAS_HYBRID, reason="this Megatron-core has HybridModel")
+def test_an_older_megatron_core_is_refused_with_the_version_that_it_takes():
+    for refused in (versions.check_hybrid_model, lambda: policy_class("hybrid")):
+        with pytest.raises(UserError, match=r"--model-class hybrid needs Megatron-core 0\.19 .* --model-class gpt"):
+            refused()

@@ -138,6 +138,21 @@ def gradients_for_norm(optimizer: Any) -> list[Any]:
     return optimizer.get_main_grads_for_grad_norm()
 
 
+def check_hybrid_model() -> None:
+    """UserError where this Megatron-core has no HybridModel that keeps GPTModel's checkpoints; 0.19 brought both."""
+    parts = ("megatron.core.models.hybrid.hybrid_model", "megatron.core.dist_checkpointing.gpt_checkpoint_interop")
+    try:
+        for part in parts:
+            importlib.import_module(part)
+    except ModuleNotFoundError as error:
+        if error.name is None or not any(part.startswith(error.name) for part in parts):
+            raise
+        raise UserError(
+            f"--model-class hybrid needs Megatron-core 0.19 or later, and {version('megatron-core')} is installed: "
+            "--model-class gpt trains, reads and writes the same"
+        ) from error
+
+
 class _Collected(logging.Filter):
     """Keep a logger's deprecation of GPTModel off the log, and remember it."""
 
@@ -169,5 +184,5 @@ def deprecation_note() -> str | None:
         return None
     return (
         f"note: megatron-core {version('megatron-core')} gives GPTModel, which the policy is built on, critical fixes "
-        "only; nothing is to be done (docs/parallelism.md, versions of Megatron-core)"
+        "only; nothing has to be done: --model-class hybrid builds it on its successor, with the same results"
     )
