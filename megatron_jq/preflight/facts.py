@@ -8,8 +8,9 @@ import subprocess
 import sys
 import uuid
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
+
+from megatron_jq.parallel.megatron.versions import find_version, installed_version
 
 #: Distributions whose versions must agree over nodes, where they are installed.
 PACKAGES = (
@@ -71,13 +72,9 @@ def find_facts(node: str, run_dir: Path) -> Facts:
 
 
 def _package_versions() -> list[tuple[str, str]]:
-    versions = []
-    for name in PACKAGES:
-        try:
-            versions.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            versions.append((name, "-"))
-    return versions
+    versions = {name: installed_version(name) for name in PACKAGES}
+    versions["megatron-core"] = find_version()
+    return [(name, text or "-") for name, text in versions.items()]
 
 
 def _gpus() -> tuple[int, int, str]:

@@ -108,7 +108,7 @@ def make_place(place: Path) -> None:
     (place / "tools").mkdir()
     (place / "tools" / "setup_env.sh").write_text("")  # it installs packages; the suite itself runs by it
     programs = [f"tools/{path.name}" for path in (REPOSITORY / "tools").glob("*.py")]
-    for program in (*programs, ".venv/bin/python", ".venv/bin/pip", "tests/run.sh"):
+    for program in (*programs, ".venv/bin/python", ".venv/bin/pip", "tests/run.sh", "tests/slurm/in_root.sh"):
         path = place / program
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'#!{shutil.which("bash")}\nrecord {program} "$@"\n')

@@ -40,6 +40,7 @@ LEFT_OUT = {
     "pip install": "needs the network; .ci/run installs by it",
     "-m venv": "makes an environment to install into; tools/setup_env.sh does, and .ci/run by it",
     "tests/run.sh": "is this suite; .ci/run starts it so",
+    "tests/slurm/in_root.sh": "tests/slurm on another version; .ci/run starts it",
     "-m tests.check": "ruff and pyright; .ci/run starts it",
     "tools/reference_pages.py": "writes into docs/; unit/test_documents.py compares what it writes",
     "megatron-jq train --rollout-engine uniform": "an engine that the page adds; e2e/test_engines.py runs it so",

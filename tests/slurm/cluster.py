@@ -38,6 +38,12 @@ def why_not() -> str | None:
     return "namespaces with a network of their own are not allowed here" if tried.returncode else None
 
 
+def slurm_version() -> str:
+    """Return "slurm-wlm 24.11.5"; empty where there is no Slurm."""
+    program = shutil.which("slurmctld", path=_environment()["PATH"])
+    return subprocess.run([program, "-V"], capture_output=True, text=True).stdout.strip() if program else ""
+
+
 @dataclass(frozen=True)
 class Job:
     """What `scontrol show job` says of a job."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.cluster import Cluster, leaves_nothing_behind, left_by, why_not
+from tests.slurm.cluster import Cluster, leaves_nothing_behind, left_by
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = pytest.mark.usefixtures("slurm")
 
 BUSY = """
 import sys, time

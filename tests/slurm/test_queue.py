@@ -80,6 +80,7 @@ def test_from_wherever_a_job_is_submitted_its_ranks_get_the_whole_nodes(site):
         "salloc": site.submit(through=("salloc", "-N1", "-n1", "-c4", "--mem-per-cpu=500", "--gpus-per-node=1")),
         "srun": site.submit(through=("srun", "-N1", "-n1", "-c2", "--mem=3000")),
         "every variable at once": site.submit(**LEFT_BY_A_SUBMITTER),
+        "sbatch -c": site.submit(flags=("--cpus-per-task=2",)),
     }
     for way, job in ways.items():
         assert site.ended(job) == ("COMPLETED", 0), f"{way}\n{site.words(job)}"

@@ -15,7 +15,7 @@ from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "launch" / "slurm"
-SCRIPTS = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh"), REPOSITORY / "tests" / "slurm" / "cluster.sh"])
+SCRIPTS = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh"), *(REPOSITORY / "tests" / "slurm").glob("*.sh")])
 
 
 def load_node():

@@ -1,12 +1,14 @@
 """`megatron-jq preflight`: unfit nodes are named, whatever is wrong with them, and no wait is without an end."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 
@@ -303,6 +305,31 @@ def test_a_port_that_is_none_is_refused(port, meeting_point, tmp_path, capsys, m
     assert main(["preflight", "--run-dir", str(tmp_path), *LITTLE]) == 2
     err = capsys.readouterr().err
     assert "set MASTER_ADDR and MASTER_PORT" in err and len(err.splitlines()) == 1
+
+
+def test_the_megatron_core_that_an_import_would_take_is_compared(tmp_path):
+    """A checkout on one node's PYTHONPATH differs from what pip installed on the other: the run would begin, and the
+    ranks would not do the same.
+    """
+    info = tmp_path / "checkout" / "megatron" / "core" / "package_info.py"
+    info.parent.mkdir(parents=True)
+    info.write_text('MAJOR = 0\nMINOR = 99\nPATCH = 2\nPRE_RELEASE = "rc1"\n')
+    code = (
+        "import sys; from pathlib import Path; from megatron_jq.preflight.facts import find_facts\n"
+        "print(find_facts(sys.argv[1], Path(sys.argv[2])).to_json())"
+    )
+    facts = {}
+    for node, folders in {"a": (), "b": (), "c": (str(info.parents[2]),)}.items():
+        path = os.pathsep.join([*folders, *sys.path])
+        command = [sys.executable, "-c", code, node, str(tmp_path / "run")]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+        )
+        facts[node] = Facts.from_json(done.stdout)
+    limits = Limits(gpus=0, free_disk=0.0, shared_memory=0.0, clock_skew=2.0)
+    (line,) = faults(NODES, facts, {}, limits)
+    assert line == f"c: megatron-core 0.99.2rc1, but {version('megatron-core')} on 2 node(s)"
+    assert line.check == "megatron-core"
 
 
 def test_preflight_imports_no_torch():

@@ -10,9 +10,11 @@ import importlib
 import importlib.util
 import logging
 import platform
+import re
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from megatron_jq.errors import UserError
@@ -20,13 +22,32 @@ from megatron_jq.errors import UserError
 
 def versions_of_engine() -> list[str]:
     """Megatron-core's, torch's and Python's versions, one phrase each; nothing is imported."""
-    names = []
-    for name in ("megatron-core", "torch"):
-        try:
-            names.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            names.append(f"{name} not installed")
-    return [*names, f"Python {platform.python_version()}"]
+    engines = {"megatron-core": find_version(), "torch": installed_version("torch")}
+    phrases = [f"{name} {text or 'not installed'}" for name, text in engines.items()]
+    return [*phrases, f"Python {platform.python_version()}"]
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of a distribution by its metadata; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def find_version() -> str | None:
+    """Return the version of the Megatron-core that an import would take; nothing is imported. None: there is none.
+
+    A checkout on PYTHONPATH, as containers have, comes before the distribution that pip installed, and has no metadata.
+    """
+    spec = importlib.util.find_spec("megatron")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "core" / "package_info.py"
+        if path.is_file():
+            parts = dict(re.findall(r"(?m)^(MAJOR|MINOR|PATCH|PRE_RELEASE) = ['\"]?(\w*)", path.read_text("utf-8")))
+            if len(parts) == 4:
+                return f"{parts['MAJOR']}.{parts['MINOR']}.{parts['PATCH']}{parts['PRE_RELEASE']}"
+    return installed_version("megatron-core")
 
 
 #: What Megatron-core and torch warn of at import, once a rank, and no user can act on: the run's opening line says in
