@@ -159,8 +159,8 @@ def test_a_killed_node_queues_the_job_again_and_it_completes(cluster, folder, on
     flags = ["--train-iters", "60", "--save-interval", "5"]
     # The other node's ranks notice before Slurm does: the job must outlive them, or it would have failed by then.
     job = submit(cluster, folder, "run", *TINY, *flags, LAUNCHER="torchrun", PEER_GRACE_SECONDS="5")
+    cluster.until(lambda: steps_on_record(folder / "run") >= 6, 120, "step 6")
     try:
-        cluster.until(lambda: steps_on_record(folder / "run") >= 6, 120, "step 6")
         cluster.kill_node("node2")
         cluster.until(lambda: cluster.job(job).restarts == 1, 120, "the job in the queue again", every=0.5)
     finally:

@@ -30,6 +30,7 @@ NUMBERS = {
     "numbers": "samples_wanted takes digits alone",
     "2": "signal_agents gives it `tasks`",
     "SECONDS": "bash's own", "began": "taken from SECONDS",
+    "status": "an exit code", "cluster_status": "an exit code",
     "gpus": "an argument of the test cluster", "g": "a loop's number",
 }  # fmt: skip
 
