@@ -23,8 +23,8 @@ def make_root(folder: Path, **variables: str) -> subprocess.CompletedProcess[str
 
 
 def test_a_root_that_is_there_is_left_as_it_is_and_another_folder_is_refused(tmp_path):
-    made = make_root(tmp_path)
-    assert made.returncode == 1 and f"error: {tmp_path} is there and holds no Slurm" in made.stderr
+    outcome = make_root(tmp_path)
+    assert outcome.returncode == 1 and f"error: {tmp_path} is there and holds no Slurm" in outcome.stderr
     program = tmp_path / "usr" / "sbin" / "slurmctld"
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
@@ -35,8 +35,8 @@ def test_a_root_that_is_there_is_left_as_it_is_and_another_folder_is_refused(tmp
 def test_without_debootstrap_it_says_how_to_get_it(tmp_path):
     for tool in ("realpath", "dirname", "bash"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
-    made = make_root(tmp_path / "root", PATH=str(tmp_path))
-    assert made.returncode == 1 and "apt-get install debootstrap" in made.stderr, made.stderr
+    outcome = make_root(tmp_path / "root", PATH=str(tmp_path))
+    assert outcome.returncode == 1 and "apt-get install debootstrap" in outcome.stderr, outcome.stderr
 
 
 @needs_root
@@ -50,8 +50,8 @@ def test_without_debootstrap_it_says_how_to_get_it(tmp_path):
     ],
 )
 def test_where_debootstrap_fails_its_words_are_shown_and_nothing_half_made_is_left(variables, said, tmp_path):
-    made = make_root(tmp_path / "root", **variables)
-    assert made.returncode == 1 and said in made.stderr, made.stderr
+    outcome = make_root(tmp_path / "root", **variables)
+    assert outcome.returncode == 1 and said in outcome.stderr, outcome.stderr
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
