@@ -30,7 +30,7 @@ _LAYOUT = {
 _RECORDS = {
     "data_format", "prompt_field", "answer_field", "id_field", "finqa_answer", "bad_records", "prompt_style",
     "prompt_template", "max_prompt_tokens", "overlong_prompts", "tokenizer_type", "tokenizer_model",
-    "add_bos_token", "chat_date",
+    "add_bos_token", "chat_date", "think_open", "think_close",
 }  # fmt: skip
 _MODEL = {name for name, (group, _) in SETTINGS.items() if group == "model"}
 

@@ -160,6 +160,8 @@ def _range_problems(config: Config) -> list[str]:
         "run_dir",
         "eval_data",
         "tokenizer_model",
+        "think_open",
+        "think_close",
         "save",
         "load",
     ):

@@ -48,6 +48,7 @@ _PROMPTED = (
     "id_field", "data_format", "finqa_answer", "bad_records", "prompt_style", "prompt_template", "train_examples",
     "tokenizer_vocab_size", "match", "match_rule", "answer_extract", "eval_temperature", "eval_top_p", "eval_samples",
     "train_data", "eval_data", "rollout_batch_size", "share_prompts", "sample_interval", "add_bos_token", "chat_date",
+    "think_open", "think_close",
 )  # fmt: skip
 
 #: What a function may read as knobs.NAME that is no setting of [objective].

@@ -130,6 +130,10 @@ class DataConfig:
     prompt_template: str | None = None  # TOML file with the words of cold and warm; None: the data set's own
     add_bos_token: Literal["auto", "on", "off"] = "auto"  # before prompts: the tokenizer's rule; a chat template's own
     chat_date: str | None = None  # YYYY-MM-DD: today's for a chat template that writes it
+    # opens a rationale: a special or added token, or none for nothing; None: <think>, or nothing before an end-of-turn
+    think_open: str | None = None
+    # closes it: such a token, or end-of-turn; None: </think>; with prompt-style warm, end-of-turn where there is none
+    think_close: str | None = None
     show_example: int | None = None  # print training example N (from 0) as the model sees it, and end
     train_examples: int = 1024  # examples that a builtin task makes for training
     eval_examples: int = 64  # held-out examples to evaluate on, the first ones; 0: all. `evaluate`: all

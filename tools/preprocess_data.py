@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_jq.cli.parser import run_tool, tool_parser
 from megatron_jq.data.bad_records import BAD_RECORD_POLICIES, BadRecords, summary_of
 from megatron_jq.data.documents import Text, encode_texts, read_texts
+from megatron_jq.data.rationale_markers import ANY_MARKERS
 from megatron_jq.data.tokenizer_choice import kind_of
 from megatron_jq.data.tokenizers import load_tokenizer, train_sentencepiece
 from megatron_jq.errors import UserError
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     written, progress = write_documents(
         documents,
         prefixes,
-        load_tokenizer(*tokenizer).vocab_size,
+        load_tokenizer(*tokenizer, ANY_MARKERS).vocab_size,
         log_interval=args.log_interval,
         say=lambda progress: print(progress, file=sys.stderr, flush=True),
     )

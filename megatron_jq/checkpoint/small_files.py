@@ -21,6 +21,7 @@ from megatron_jq.checkpoint.folder import TOKENIZER, Manifest
 from megatron_jq.checkpoint.huggingface import CONFIG, read_json
 from megatron_jq.checkpoint.tokenizer_export import check_with_transformers, forgeable, sentencepiece_files
 from megatron_jq.config import settings_of_text
+from megatron_jq.data.rationale_markers import MarkerChoice
 from megatron_jq.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import inside
@@ -63,12 +64,14 @@ def companions(
     notes: list[str] = []
     if manifest.config is not None:
         names = {path.name for path in files}
+        d = settings_of_text(manifest.config, f"{checkpoint}: its settings").data
+        choice = MarkerChoice(d.think_open, d.think_close, or_end_of_turn=True)
         model = carried / "tokenizer.model"
         try:
             if "tokenizer.json" in names:
-                tokenizer = load_tokenizer("huggingface", carried)
+                tokenizer = load_tokenizer("huggingface", carried, choice)
             elif "tokenizer.model" in names:
-                tokenizer = load_tokenizer("sentencepiece", model)
+                tokenizer = load_tokenizer("sentencepiece", model, choice)
         except UserError as error:
             if with_tokenizer:
                 raise
@@ -183,6 +186,7 @@ def _readme(beside: Companions, notes: list[str]) -> str:
     tokenizer, text = beside.tokenizer, beside.manifest.config
     assert tokenizer is not None and text is not None, "a run's checkpoint has both"
     d = settings_of_text(text, f"{beside.checkpoint}: its settings").data
+    opens = "" if tokenizer.think_open is None else f", then `{tokenizer.think_open}`"
     end = f"token {tokenizer.eos_id}, {tokenizer.piece(tokenizer.eos_id)!r}"
     return "\n".join(
         [
@@ -190,7 +194,7 @@ def _readme(beside: Companions, notes: list[str]) -> str:
             "",
             f"Texts end with {end}: `eos_token_id` in config.json and generation_config.json.",
             f"The run wrote prompts with `--prompt-style {d.prompt_style} --add-bos-token {d.add_bos_token}`: the "
-            "prompt, then `<think>`; a rationale; `</think>`; the answer; the end.",
+            f"prompt{opens}; a rationale; `{tokenizer.think_close}`; the answer; the end.",
             "",
             *(f"- {note}" for note in notes),
             "",

@@ -110,8 +110,7 @@ def check_with_transformers(tokenizer: Tokenizer, folder: Path, *, strict: bool)
 
 def forgeable(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Names that text can spell in an exported folder, and not in a run: its special and control tokens."""
-    control = {tokenizer.eos_id, tokenizer.pad_id, tokenizer.think_open_id, tokenizer.think_close_id}
-    table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    table, control = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), tokenizer.control_ids
     added = [token for token in table.get("added_tokens", ()) if token["special"] or token["id"] in control]
     return [token["content"] for token in sorted(added, key=lambda token: token["id"] not in control)]
 
@@ -132,8 +131,8 @@ def compare(tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> Compari
 
 def sample_texts(tokenizer: Tokenizer) -> Iterator[str]:
     """Every piece alone, pieces in a row, and odd texts; the same at every call."""
-    control = {tokenizer.eos_id, tokenizer.pad_id, tokenizer.think_open_id, tokenizer.think_close_id}
-    pieces = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size) if token not in control]
+    control, size = tokenizer.control_ids, tokenizer.vocab_size
+    pieces = [tokenizer.decode([token]) for token in range(size) if token not in control]
     pieces = sorted({piece for piece in pieces if piece and "\ufffd" not in piece and "<" not in piece})
     yield from ODD_TEXTS
     yield from pieces

@@ -19,18 +19,20 @@ import jinja2.parser
 import jinja2.sandbox
 
 from megatron_jq.errors import UserError
-from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
+from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN, spells_markers
 
 _SYSTEM_MARK, _USER_MARK = "\ue000system\ue001", "\ue000user\ue001"
+_REASONING_MARK, _ASKING_MARK = "\ue000assistant\ue001", "\ue000asking\ue001"
 _CLOCK = "strftime_now"
 
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """The text before the first message's content, between two, and after the last, up to where `<think>` follows.
+    """The text before the first message's content, between two, and after the last, up to where the rationale's opening
+    token follows.
 
-    opened: what the template writes after a `<think>` of its own; None where it writes none. note: what a user should
-    know of it, or nothing.
+    opened: what the template writes after an opening token of its own; None where it writes none. note: what a user
+    should know of it, or nothing.
     """
 
     texts: tuple[str, ...]
@@ -39,32 +41,85 @@ class ChatFrame:
 
 
 def chat_frame(
-    template: str, special_tokens: dict[str, str], *, system: bool, origin: str, date: str | None = None
+    template: str,
+    special_tokens: dict[str, str],
+    *,
+    system: bool,
+    origin: str,
+    date: str | None = None,
+    opens: str | None = THINK_OPEN,
 ) -> ChatFrame:
     """Render the template around one conversation and cut it at its messages.
 
     special_tokens: {"bos_token": "…", …}, the template's other variables. system: whether a system message comes first.
-    date: YYYY-MM-DD, today's for the template; None: it has no clock. UserError: not a valid template, one that
-    refuses, repeats or changes a message, or one that cannot do without a date. `origin` names its place.
+    date: YYYY-MM-DD, today's for the template; None: it has no clock. opens: the token that opens a rationale.
+    UserError: not a valid template, one that refuses, repeats or changes a message, writes another thinking block than
+    that token, or cannot do without a date. `origin` names its place.
     """
     contents = [_SYSTEM_MARK] * system + [_USER_MARK]
     roles = ["system"] * system + ["user"]
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     text, note = _render(template, special_tokens, messages, origin, date)
-    frame = []
+    *frame, text = _cut(text, contents, origin)
+    # Some templates open the rationale themselves.
+    opened = None
+    if opens is not None:
+        tail, mark, rest = text.rpartition(opens)
+        if mark and not rest.strip():
+            text, opened = tail, rest
+    if opens == THINK_OPEN and spells_markers(text):
+        raise UserError(f"the chat template of {origin} writes a whole rationale of its own; it cannot be used here")
+    _refuse_thinking(text.replace(opens or THINK_OPEN, THINK_OPEN), origin)
+    return ChatFrame((*frame, text), opened, note)
+
+
+def turn_frame(
+    template: str, special_tokens: dict[str, str], eos: str, *, asks: bool, origin: str, date: str | None = None
+) -> tuple[str, str]:
+    """The text from the end of the assistant's turn, which begins with `eos`, to where its next turn begins: before and
+    after a user's message between the two (asks), or all of it and nothing.
+
+    The other arguments are chat_frame's. UserError: as there; a turn that does not end with `eos`, or no other one
+    after it.
+    """
+    contents = [_USER_MARK, _REASONING_MARK, *[_ASKING_MARK] * asks]
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]  # noqa: B905
+    text, _ = _render(template, special_tokens, messages, origin, date)
+    _, _, before, *rest = _cut(text, contents, origin)
+    before = before.lstrip()
+    if not before.startswith(eos):
+        raise UserError(
+            f"the chat template of {origin} ends an assistant's turn with {before[:20]!r}, and its eos_token is "
+            f"{eos!r}: correct eos_token in tokenizer_config.json, or name what closes a rationale with --think-close"
+        )
+    after = "".join(rest)
+    if not asks and not before.removeprefix(eos).strip():
+        raise UserError(
+            f"the chat template of {origin} opens no other turn of the assistant after one that ended; give a "
+            "--prompt-template whose [warm] has answer_prompt, the user's message between the two"
+        )
+    _refuse_thinking(before + after, origin)
+    return before, after
+
+
+def _cut(text: str, contents: list[str], origin: str) -> list[str]:
+    """The text before, between and after the contents."""
+    parts = []
     for content in contents:
         before, mark, text = text.partition(content)
         if not mark or content in text:
             raise UserError(f"the chat template of {origin} does not hold each message once; it cannot be used here")
-        frame.append(before)
-    # Some templates open the rationale themselves.
-    opened = None
-    tail, mark, rest = text.rpartition(THINK_OPEN)
-    if mark and not rest.strip():
-        text, opened = tail, rest
-    if THINK_OPEN in text or THINK_CLOSE in text:
-        raise UserError(f"the chat template of {origin} writes a whole rationale of its own; it cannot be used here")
-    return ChatFrame((*frame, text), opened, note)
+        parts.append(before)
+    return [*parts, text]
+
+
+def _refuse_thinking(text: str, origin: str) -> None:
+    if spells_markers(text):
+        raise UserError(
+            f"the chat template of {origin} adds a thinking block of its own where the policy's turn begins; give "
+            f"--think-open '{THINK_OPEN}' --think-close '{THINK_CLOSE}', or take the block out of the template"
+        )
 
 
 def _render(

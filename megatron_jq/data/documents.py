@@ -11,6 +11,7 @@ import numpy
 
 from megatron_jq.data.bad_records import BadRecords
 from megatron_jq.data.jsonl import read_records
+from megatron_jq.data.rationale_markers import ANY_MARKERS
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.formats.fields import as_text, text_field
@@ -57,7 +58,7 @@ def encode_texts(
     """
     tasks = iter(lambda: list(itertools.islice(texts, _DOCUMENTS_A_TASK)), [])
     if workers == 1:
-        encoder = load_tokenizer(*tokenizer)
+        encoder = load_tokenizer(*tokenizer, ANY_MARKERS)
         done = ([_encoded(encoder, text, append_eod) for text in task] for task in tasks)
     else:
         done = _in_workers(tasks, tokenizer, append_eod, workers)
@@ -69,7 +70,7 @@ def encode_texts(
 
 
 def _in_workers(tasks: Iterator[list[Text]], tokenizer: tuple[str, str], append_eod: bool, workers: int):
-    load_tokenizer(*tokenizer)  # what is wrong with it is said once, and by this process
+    load_tokenizer(*tokenizer, ANY_MARKERS)  # what is wrong with it is said once, and by this process
     waiting: collections.deque[Future] = collections.deque()
     with ProcessPoolExecutor(workers, initializer=_begin, initargs=(*tokenizer, append_eod)) as pool:
         for task in tasks:
@@ -96,7 +97,7 @@ _worker: tuple[Tokenizer, bool] | None = None
 
 def _begin(kind: str, path: str, append_eod: bool) -> None:
     global _worker
-    _worker = load_tokenizer(kind, path), append_eod
+    _worker = load_tokenizer(kind, path, ANY_MARKERS), append_eod
 
 
 def _encode_task(task: list[Text]) -> list[Document | tuple[str, str, str]]:

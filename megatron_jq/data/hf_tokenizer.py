@@ -1,7 +1,8 @@
 """F2: a local Hugging Face folder (tokenizer.json, tokenizer_config.json) through the `tokenizers` library.
 
-Nothing is downloaded and no code of the folder is run. `<think>` and `</think>` must be added tokens of it, as in
-Qwen3's. Texts have the ids that transformers gives them, but that no text can forge a control token (guard.py).
+Nothing is downloaded and no code of the folder is run. What opens and closes a rationale is an added token of it
+(rationale_markers.py). Texts have the ids that transformers gives them, but that no text can forge a control token
+(guard.py).
 """
 
 import hashlib
@@ -9,13 +10,14 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_jq.data.chat import ChatFrame, chat_frame
+from megatron_jq.data.chat import ChatFrame, chat_frame, turn_frame
 from megatron_jq.data.gguf_tokenizer import gguf_tokenizer_files
 from megatron_jq.data.guard import GuardedEncoder, without_prefix
+from megatron_jq.data.rationale_markers import MarkerChoice, markers_of
 from megatron_jq.data.tokenizer_files import read_file, write_atomically
 from megatron_jq.errors import UserError
-from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -32,8 +34,8 @@ class HuggingFaceTokenizer:
     The literal of a control token, or of another that the folder marks as special, is spelled out in data.
     """
 
-    def __init__(self, path: str | Path):
-        """UserError: the package, a file or a token is missing."""
+    def __init__(self, path: str | Path, choice: MarkerChoice = MarkerChoice()):  # noqa: B008 (frozen)
+        """UserError: the package, a file or a token is missing; see markers_of."""
         try:
             from tokenizers import Tokenizer as FastTokenizer
         except ImportError as error:
@@ -50,14 +52,19 @@ class HuggingFaceTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         decoder = self._tokenizer.get_added_tokens_decoder()
         added = {token.content: number for number, token in decoder.items()}
-        names = [_token_name(settings, "eos_token"), THINK_OPEN, THINK_CLOSE]
-        names.insert(1, _token_name(settings, "pad_token") or names[0])  # padding is never scored: any id serves
+        names = [_token_name(settings, "eos_token")]
+        names.append(_token_name(settings, "pad_token") or names[0])  # padding is never scored: any id serves
         for name in names:
             if name not in added:
                 what = "an eos_token" if name is None else repr(name)
                 raise UserError(f"--tokenizer-model {path} has no added token for {what}; add it to its files")
-        self.eos_id, self.pad_id, self.think_open_id, self.think_close_id = (added[name] for name in names)
-        self._control_ids = frozenset(added[name] for name in names)
+        self.eos_id, self.pad_id = (added[name] for name in names)
+        self._eos = names[0]
+        self.think_open, self.think_close = markers_of(choice, _AddedTokens(self._tokenizer, names[0], self._origin))
+        self.think_open_id = None if self.think_open is None else added[self.think_open]
+        self.think_close_id = added[self.think_close]
+        markers = {self.think_close_id} if self.think_open_id is None else {self.think_open_id, self.think_close_id}
+        self.control_ids = frozenset({self.eos_id, self.pad_id} | markers)
         special = {number for number, token in decoder.items() if token.special}
         table, self._rebuilt = json.loads(self._tokenizer.to_str()), b""
         model_type = json.loads(self._files["config.json"]).get("model_type") if "config.json" in self._files else None
@@ -65,8 +72,9 @@ class HuggingFaceTokenizer:
             table |= _as_llama_tokenizer(settings)
             self._rebuilt = json.dumps(_as_llama_tokenizer(settings)).encode()
         inside = without_prefix(table)
-        self._start = GuardedEncoder(table, self._control_ids | special)
-        self._inside = self._start if inside == table else GuardedEncoder(inside, self._control_ids | special)
+        self._special = self.control_ids | special
+        self._start = GuardedEncoder(table, self._special)
+        self._inside = self._start if inside == table else GuardedEncoder(inside, self._special)
 
     def encode(self, text: str) -> list[int]:
         """UserError: the tokenizer reads a control token out of the text all the same."""
@@ -76,7 +84,7 @@ class HuggingFaceTokenizer:
         """UserError: as encode."""
         if not after_token:
             return self._inside.encode([(text, False)])
-        return self._start.encode([(THINK_CLOSE, True), (text, False)])[1:]
+        return self._start.encode([(self.think_close, True), (text, False)])[1:]
 
     def bos_ids(self, rule: str) -> list[int]:
         """UserError: "on" without such a token, or two files of the folder that do not agree under "auto"."""
@@ -105,7 +113,7 @@ class HuggingFaceTokenizer:
 
         The library would drop both, and a wrong answer could pass for a right one.
         """
-        ids = [int(i) for i in ids if i not in self._control_ids]
+        ids = [int(i) for i in ids if i not in self.control_ids]
         unknown = sum(self._tokenizer.id_to_token(i) is None for i in ids)
         return self._tokenizer.decode(ids, skip_special_tokens=False) + "\ufffd" * unknown
 
@@ -115,12 +123,14 @@ class HuggingFaceTokenizer:
         name = self._tokenizer.id_to_token(token)
         return (name or "\ufffd") if not text or "\ufffd" in text else text
 
+    def is_special(self, token: int) -> bool:
+        """Whether no text gives it: a control id, or another that the folder marks as special."""
+        return token in self._special
+
     def chat_frame(self, *, system: bool, date: str | None = None) -> ChatFrame:
         """UserError: the folder has no chat template, or one that cannot be used."""
-        extra = self._settings.get("extra_special_tokens")  # of a model's own, by name, or a list without
-        tokens = dict(extra) if isinstance(extra, dict) else {}
-        tokens |= {name: token for name in _NAMED_TOKENS if (token := _token_name(self._settings, name)) is not None}
-        return chat_frame(self._chat_template(), tokens, system=system, origin=self._origin, date=date)
+        template, tokens, origin = self._chat_template(), self._template_tokens(), self._origin
+        return chat_frame(template, tokens, system=system, origin=origin, date=date, opens=self.think_open)
 
     def encode_chat(self, frame: ChatFrame, contents: Sequence[str]) -> list[int]:
         """UserError: as encode."""
@@ -129,8 +139,23 @@ class HuggingFaceTokenizer:
         for content, following in zip(contents, rest, strict=True):
             pieces += [(content, False), (following, True)]
         if frame.opened is not None:
-            pieces[-1] = (pieces[-1][0] + THINK_OPEN + frame.opened, True)
+            assert self.think_open is not None, "the frame opens with it"
+            pieces[-1] = (pieces[-1][0] + self.think_open + frame.opened, True)
         return self._start.encode(pieces)
+
+    def encode_next_turn(self, message: str, *, date: str | None = None) -> list[int]:
+        """UserError: no chat template, one that cannot be used, or one that opens no other turn."""
+        asks, origin, template = bool(message), self._origin, self._chat_template()
+        before, after = turn_frame(template, self._template_tokens(), self._eos, asks=asks, origin=origin, date=date)
+        ids = self._start.encode([(before, True), (message, False), (after, True)])
+        return ids[ids.index(self.eos_id) + 1 :]
+
+    def _template_tokens(self) -> dict[str, str]:
+        extra = self._settings.get("extra_special_tokens")  # of a model's own, by name, or a list without
+        tokens = dict(extra) if isinstance(extra, dict) else {}
+        return tokens | {
+            name: token for name in _NAMED_TOKENS if (token := _token_name(self._settings, name)) is not None
+        }
 
     def _chat_template(self) -> str:
         if CHAT_TEMPLATE in self._files:
@@ -147,7 +172,7 @@ class HuggingFaceTokenizer:
 
     def fingerprint(self) -> str:
         """Of tokenizer.json and the control ids: tokenizer_config.json may be written in many ways."""
-        control = f"{self.eos_id} {self.pad_id} {self.think_open_id} {self.think_close_id}\n"
+        control = f"{self.eos_id} {self.pad_id} {self.think_open_id} {self.think_close_id}\n"  # None: nothing opens
         return hashlib.sha256(control.encode() + self._rebuilt + self._files["tokenizer.json"]).hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -161,6 +186,27 @@ def _files_of(path: Path) -> dict[str, bytes]:
         return gguf_tokenizer_files(path, "--tokenizer-model")
     optional = [name for name in (CHAT_TEMPLATE, "config.json") if (path / name).is_file()]
     return {name: read_file(path / name, "--tokenizer-model") for name in (*_FILES, *optional)}
+
+
+class _AddedTokens:
+    """A folder's added tokens, for the choice of markers."""
+
+    kind = "added token for"
+
+    def __init__(self, tokenizer: Any, eos: str, origin: str):
+        self._tokenizer, self.eos, self.origin = tokenizer, eos, origin
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._names = {token.content for token in self._added.values() if token.content.strip()}
+
+    def has_marker(self, name: str) -> bool:
+        return name in self._names
+
+    def spelled(self, text: str) -> Sequence[str]:
+        return self._tokenizer.encode(text, add_special_tokens=False).tokens
+
+    def unused(self) -> Sequence[str]:
+        names = (self._added[number].content for number in sorted(self._added))
+        return [name for name in names if any(word in name for word in ("reserved", "unused", "think"))]
 
 
 def _is_llama(table: dict) -> bool:

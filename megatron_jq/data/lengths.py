@@ -25,8 +25,8 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each example of a source or split: prompts with `<think>`, answers with the end of text. bridge: tokens
-    that the template puts between `</think>` and an answer.
+    """Tokens of each example of a source or split: prompts up to the rationale, answers with the end of text.
+    bridge: tokens that the template puts between the rationale's closing token and an answer.
     """
 
     name: str
@@ -64,7 +64,7 @@ def plot_lengths(splits: Sequence[Lengths], left_out: Lengths, budgets: Budgets,
     colours = [*_COLOURS[: len(splits)], _GREY][: len(shown)]
     _histogram(left, [split.prompts for split in shown], colours, budgets.max_prompt_tokens, "--max-prompt-tokens")
     _histogram(right, [split.answers for split in shown], colours, budgets.answer_budget, "--answer-budget")
-    left.set_title("Prompts, with <think>", fontsize=11, loc="left")
+    left.set_title("Prompts, up to the rationale", fontsize=11, loc="left")
     right.set_title("Gold answers, with the end of text", fontsize=11, loc="left")
     names = [f"{split.name} ({len(split.prompts)})" for split in shown]
     figure.legend(left.containers, names, loc="outside lower center", ncols=len(shown), frameon=False)

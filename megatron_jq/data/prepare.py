@@ -22,11 +22,12 @@ from megatron_jq.data.prepared import (
     write_split,
 )
 from megatron_jq.data.prompts import Placed, longest_bridge, select_fitting
+from megatron_jq.data.rationale_markers import NO_OPENER
 from megatron_jq.data.reading import Reading, encode_reading, heldout_source, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.splits import cut, parse_sizes, shared_prompts
 from megatron_jq.data.template import PromptTemplate, template_of
-from megatron_jq.data.tokenizer_choice import resolved
+from megatron_jq.data.tokenizer_choice import marker_choice, resolved
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
@@ -168,8 +169,9 @@ def _tokenizer(config: Config, train: Reading, folder: Path) -> Tokenizer:
     if d.tokenizer_model is None:
         if d.tokenizer_type != "sentencepiece":
             raise UserError(f"--tokenizer-type {d.tokenizer_type} needs --tokenizer-model")
-        return train_tokenizer(d.train_data, train.source.pairs, path, vocab_size=d.tokenizer_vocab_size)
-    tokenizer = load_tokenizer(d.tokenizer_type, d.tokenizer_model)
+        train_tokenizer(d.train_data, train.source.pairs, path, vocab_size=d.tokenizer_vocab_size)
+        return load_tokenizer(d.tokenizer_type, path, marker_choice(config))
+    tokenizer = load_tokenizer(d.tokenizer_type, d.tokenizer_model, marker_choice(config))
     tokenizer.save(path)
     return tokenizer
 
@@ -211,6 +213,8 @@ def _write(config, folder: Path, template: PromptTemplate, train: Reading, token
         splits=entries,
         add_bos_token=d.add_bos_token,
         chat_date=d.chat_date,
+        think_open=tokenizer.think_open or NO_OPENER,
+        think_close=tokenizer.think_close,
     )
     write_manifest(folder, manifest)
     return manifest

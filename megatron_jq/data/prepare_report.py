@@ -8,6 +8,7 @@ from megatron_jq.config import Config
 from megatron_jq.data.lengths import Budgets, Lengths, quantiles
 from megatron_jq.data.prepared import Manifest
 from megatron_jq.data.prompts import Placed
+from megatron_jq.data.rationale_markers import NO_OPENER
 from megatron_jq.data.template import PromptTemplate
 from megatron_jq.formats.record_error import RecordError
 
@@ -35,7 +36,7 @@ def report(
     shared: int,
 ) -> str:
     """Return the report as Markdown. shared: prompts that stand in more than one split."""
-    d = config.data
+    d, opens = config.data, "" if manifest.think_open == NO_OPENER else f", with `{manifest.think_open}`"
     lines = [
         f"# {manifest.data_format}, prompts {d.prompt_style}",
         "",
@@ -47,7 +48,7 @@ def report(
         "",
         "Tokens: smallest / median / 95th percentile / largest.",
         "",
-        "| split | examples | prompt tokens, with `<think>` | answer tokens, with the end |",
+        f"| split | examples | prompt tokens{opens} | answer tokens, with the end |",
         "|---|--:|--:|--:|",
     ]
     for split in splits:

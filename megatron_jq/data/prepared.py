@@ -16,11 +16,12 @@ from pathlib import Path
 
 from megatron_jq.data.prompts import Placed, fingerprint
 from megatron_jq.errors import UserError
+from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 from megatron_jq.records import Example
 
 MANIFEST = "manifest.json"
-FORMAT = 3
-_READABLE = (2, FORMAT)  # 2 had no add_bos_token: no prompt began with one
+FORMAT = 4
+_READABLE = (2, 3, FORMAT)  # 2 had no add_bos_token: no prompt began with one; 2 and 3 no think_open and think_close
 SPLITS = ("train", "validation", "test")
 _TOKENIZER = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer"}
 
@@ -37,7 +38,8 @@ class SplitEntry:
 @dataclass(frozen=True)
 class Manifest:
     """content: SHA-256 over the tokenizer's and the splits' fingerprints: equal where training would be the same.
-    add_bos_token, chat_date: the settings that the prompts were written with.
+    add_bos_token, chat_date: the settings that the prompts were written with. think_open, think_close: the tokens that
+    open (none: nothing does) and close a rationale.
     """
 
     format: int
@@ -50,12 +52,14 @@ class Manifest:
     splits: dict[str, SplitEntry]
     add_bos_token: str = "off"
     chat_date: str | None = None
+    think_open: str = THINK_OPEN
+    think_close: str = THINK_CLOSE
 
 
 @dataclass(frozen=True)
 class PreparedSplit:
     """One split that was read and checked. total: its examples, of which `placed` may be the first ones. tokenizer: its
-    fingerprint.
+    fingerprint. The rest as in the manifest.
     """
 
     placed: tuple[Placed, ...]
@@ -67,6 +71,8 @@ class PreparedSplit:
     tokenizer: str
     add_bos_token: str
     chat_date: str | None
+    think_open: str
+    think_close: str
 
 
 def is_prepared(source: str) -> bool:
@@ -135,13 +141,18 @@ def read_manifest(folder: Path, flag: str) -> Manifest:
     return manifest
 
 
+def manifest_of(source: str, flag: str) -> Manifest:
+    """Of a prepared folder, or of the one that a split's file lies in. UserError: as read_manifest."""
+    return read_manifest(_folder(source), flag)
+
+
 def read_prepared(source: str, split: str, *, count: int | None = None, flag: str = "--train-data") -> PreparedSplit:
     """The first `count` examples (None: all) of a split; a source that names a split's file gives that one.
 
     UserError: no such split, or a file that is not what the manifest says.
     """
-    path = Path(source)
-    folder, split = (path, split) if (path / MANIFEST).is_file() else (path.parent, path.stem)
+    path, folder = Path(source), _folder(source)
+    split = split if folder == path else path.stem
     manifest = read_manifest(folder, flag)
     if split not in manifest.splits:
         raise UserError(f"{flag} {source} has no split {split}; it has {', '.join(manifest.splits)}")
@@ -158,8 +169,14 @@ def read_prepared(source: str, split: str, *, count: int | None = None, flag: st
     path = tokenizer_path(folder, kind)
     m = manifest
     return PreparedSplit(
-        placed, len(lines), m.data_format, m.prompt_style, kind, path, m.tokenizer, m.add_bos_token, m.chat_date
-    )
+        placed, len(lines), m.data_format, m.prompt_style, kind, path, m.tokenizer, m.add_bos_token, m.chat_date,
+        m.think_open, m.think_close,
+    )  # fmt: skip
+
+
+def _folder(source: str) -> Path:
+    path = Path(source)
+    return path if (path / MANIFEST).is_file() else path.parent
 
 
 def _placed(index: int, row: dict) -> Placed:

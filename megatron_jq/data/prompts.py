@@ -3,7 +3,8 @@
 Here are its fixed parts: prompt_ids end with `<think>` (and what the template puts after it), answer_ids end with the
 end of text. The rationale and its `</think>`, sampled or forced, come between them later, and after them bridge_ids:
 what the template puts after `</think>`, which is given like the prompt. y* is tokenised on its own and joined on ids,
-so that its tokens depend neither on the rationale nor on the bridge.
+so that its tokens depend neither on the rationale nor on the bridge. `<think>` and `</think>` stand here for the tokens
+that the settings name; the end of text may be the second, and the first may be missing.
 """
 
 import hashlib
@@ -65,7 +66,9 @@ class PromptWriter:
     def __init__(
         self, style: PromptStyle, tokenizer: Tokenizer, *, add_bos_token: str = "auto", chat_date: str | None = None
     ):
-        """UserError: the style wants a chat template and the tokenizer has none that can be used; no such token."""
+        """UserError: the style wants a chat template and the tokenizer has none that can be used; no such token; a
+        closing token that ends the answer too, with nothing between the two.
+        """
         self.style, self.tokenizer = style, tokenizer
         # With a system message and without: a record of a chat file may have none.
         self._date, self._frames = chat_date, {}
@@ -74,7 +77,7 @@ class PromptWriter:
         if style.chat and not style.system:
             self._frame(system=False)
         self._after_open = self._following(style.after_open)
-        self._bridge_ids = tuple(self._following(style.after_close))
+        self._bridge_ids = tuple(self._bridge())
 
     def example(self, index: int, pair: Pair) -> Example:
         """UserError: the template asks for a piece that the pair does not have. RecordError: a text that the tokenizer
@@ -85,10 +88,13 @@ class PromptWriter:
         frame = self._frame(system=bool(system)) if self.style.chat else None
         try:
             prompt_ids = self._prompt(frame, system, text)
-            gold = self._continued(pair.answer, self._bridge_ids)
-            rationale_ids = None if pair.rationale is None else self._given(frame, pair.rationale)
+            gold = self._continued(pair.answer, self._bridge_ids or (self.tokenizer.think_close_id,))
+            wanted = pair.rationale is not None and bool(prompt_ids)
+            rationale_ids = self._given(pair.rationale, prompt_ids) if wanted else None
         except UserError as error:
             raise RecordError(pair.place, "not in the tokenizer", str(error)) from error
+        if not prompt_ids:
+            raise RecordError(pair.place, "no prompt", f"the tokenizer makes no token of the prompt {text!r}")
         if not gold:
             raise RecordError(pair.place, "no answer", f"the tokenizer makes no token of the answer {pair.answer!r}")
         answer_ids = (*gold, self.tokenizer.eos_id)
@@ -115,19 +121,49 @@ class PromptWriter:
                 ids = [*self._bos, *ids]
             if frame.opened is not None:
                 return ids
-        return [*ids, self.tokenizer.think_open_id, *self._after_open]
+        opens = self.tokenizer.think_open_id
+        return ids if opens is None else [*ids, opens, *self._after_open]
 
-    def _given(self, frame: ChatFrame | None, rationale: str) -> tuple[int, ...]:
-        opened = self._after_open if frame is None or frame.opened is None else frame.opened
-        return (*self._continued(rationale, opened), self.tokenizer.think_close_id)
+    def _given(self, rationale: str, prompt_ids: list[int]) -> tuple[int, ...]:
+        return (*self._continued(rationale, prompt_ids), self.tokenizer.think_close_id)
+
+    def _bridge(self) -> list[int]:
+        """What is given between the closing token and y*."""
+        t, style = self.tokenizer, self.style
+        if t.think_close_id != t.eos_id:
+            return self._following(style.after_close)
+        if style.chat:
+            return t.encode_next_turn(style.answer_prompt, date=self._date)
+        if not style.after_close:
+            raise UserError(
+                f"--think-close {t.think_close} ends the answer too, and nothing stands between: give --prompt-style "
+                "warm, whose chat template opens another turn, or a --prompt-template with after_close; or name "
+                "another token"
+            )
+        return self._following(style.after_close)
 
     def _following(self, text: str) -> list[int]:
         """Fixed text directly after `<think>` or `</think>`."""
         return self.tokenizer.encode_inside(text, after_token=True) if text else []
 
-    def _continued(self, text: str, before: Sequence[int] | str) -> list[int]:
-        """Text after a fixed boundary, on its own: `before` may be empty, and then a control token is before it."""
-        return self.tokenizer.encode_inside(text, after_token=not before)
+    def _continued(self, text: str, before: Sequence[int]) -> list[int]:
+        """Text after the ids `before`, on its own."""
+        return self.tokenizer.encode_inside(text, after_token=self.tokenizer.is_special(before[-1]))
+
+
+def unwritten(style: PromptStyle, tokenizer: Tokenizer) -> list[str]:
+    """What a style says that these markers leave out, a line each."""
+    closes_turn = tokenizer.think_close_id == tokenizer.eos_id and style.chat
+    reasons = {
+        "after_open": None if tokenizer.think_open is not None else "nothing opens a rationale (--think-open)",
+        "after_close": "the end of the turn closes a rationale, and answer_prompt follows it" if closes_turn else None,
+        "answer_prompt": None if closes_turn else f"{tokenizer.think_close} closes a rationale; after_close follows",
+    }
+    return [
+        f"{name} of the prompt template is not written: {reason}"
+        for name, reason in reasons.items()
+        if reason is not None and getattr(style, name)
+    ]
 
 
 def encode_pairs(pairs: Sequence[Pair], writer: PromptWriter, bad: BadRecords) -> list[Placed]:

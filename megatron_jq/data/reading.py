@@ -6,7 +6,8 @@ from megatron_jq.config import Config
 from megatron_jq.data.bad_records import BadRecords, summary_of
 from megatron_jq.data.dataset import Source, load_source
 from megatron_jq.data.prepared import PreparedSplit, has_split, is_prepared, read_prepared
-from megatron_jq.data.prompts import Placed, PromptWriter, encode_pairs
+from megatron_jq.data.prompts import Placed, PromptWriter, encode_pairs, unwritten
+from megatron_jq.data.rationale_markers import NO_OPENER
 from megatron_jq.data.reasoning_gym import without_size
 from megatron_jq.data.template import template_of
 from megatron_jq.data.tokenizers import Tokenizer
@@ -110,6 +111,17 @@ def _check_prompts(label: str, config: Config, prepared: PreparedSplit) -> None:
             raise UserError(f"{label} was prepared {was}; leave {flag} out, or prepare the set again")
 
 
+def _check_markers(label: str, prepared: PreparedSplit, tokenizer: Tokenizer) -> None:
+    """UserError where a set was prepared for other markers than the tokenizer's."""
+    prepared_with = (prepared.think_open, prepared.think_close)
+    wanted = (tokenizer.think_open or NO_OPENER, tokenizer.think_close)
+    if prepared_with != wanted:
+        raise UserError(
+            f"{label} was prepared with --think-open {prepared_with[0]} --think-close {prepared_with[1]}, and the run "
+            f"has {wanted[0]} and {wanted[1]}; leave both out, or prepare the set again"
+        )
+
+
 def _notes(config: Config, prepared: PreparedSplit, tokenizer: Tokenizer) -> tuple[str, ...]:
     """What to know of a set that is from before --add-bos-token."""
     unlike = prepared.add_bos_token == "off" and config.data.add_bos_token == "auto" and prepared.prompt_style != "warm"
@@ -127,6 +139,7 @@ def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> En
     """
     if reading.prepared is not None:
         if reading.prepared.tokenizer != tokenizer.fingerprint():
+            _check_markers(reading.label, reading.prepared, tokenizer)
             path = reading.prepared.tokenizer_path
             raise UserError(
                 f"{reading.label} was prepared with another tokenizer; use its own, --tokenizer-model {path}"
@@ -139,7 +152,7 @@ def encode_reading(config: Config, reading: Reading, tokenizer: Tokenizer) -> En
     writer = PromptWriter(style, tokenizer, add_bos_token=d.add_bos_token, chat_date=d.chat_date)
     placed = encode_pairs(source.pairs, writer, bad)
     bad.settle(reading.label, len(placed))
-    notes = (*source.notes, *writer.notes)
+    notes = (*source.notes, *writer.notes, *(unwritten(style, tokenizer) if d.prompt_template is not None else ()))
     return Encoded(tuple(placed), (*source.bad, *bad.errors), reading.data_format, reading.total, notes)
 
 

@@ -15,11 +15,10 @@ _NAMED_AT_MOST = 3
 
 def text_of(answer_ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """What an answer's ids say, without an end of text at the end. Other control tokens leave U+FFFD between parts."""
-    control = {tokenizer.eos_id, tokenizer.pad_id, tokenizer.think_open_id, tokenizer.think_close_id}
     ended = bool(answer_ids) and answer_ids[-1] == tokenizer.eos_id
     parts: list[list[int]] = [[]]
     for token in answer_ids[: len(answer_ids) - ended]:
-        if token in control:
+        if token in tokenizer.control_ids:
             parts.append([])
         else:
             parts[-1].append(token)

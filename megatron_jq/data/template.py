@@ -22,8 +22,10 @@ _FOLDER = Path(__file__).parent / "templates"
 class PromptStyle:
     """One way to write x. `prompt` and `system` hold a record's pieces as {name}; {{ and }} are braces.
 
-    chat: put the prompt into the tokenizer's chat template. after_open and after_close follow `<think>` and `</think>`:
-    fixed text that nobody samples. The first ends x; the second is the bridge between rationale and answer.
+    chat: put the prompt into the tokenizer's chat template. after_open and after_close follow the tokens that open and
+    close a rationale: fixed text that nobody samples. The first ends x; the second is the bridge between rationale and
+    answer. answer_prompt: where the end of the model's turn closes a rationale, the user's message between it and the
+    turn of the answer; empty: no message.
     """
 
     prompt: str = "{prompt}"
@@ -31,6 +33,7 @@ class PromptStyle:
     chat: bool = False
     after_open: str = ""
     after_close: str = ""
+    answer_prompt: str = ""
 
     def fill(self, pair: Pair) -> str:
         """The prompt's words for one pair. UserError: a piece that the pair does not have."""
@@ -108,8 +111,9 @@ def _typed(kind: type, table: dict, place: str):
 def _check_style(style: PromptStyle, place: str) -> None:
     if not style.prompt.strip():
         raise UserError(f"{place} prompt is empty; write at least {{prompt}}")
-    if style.system and not style.chat:
-        raise UserError(f"{place} system needs chat = true")
+    for name in ("system", "answer_prompt"):
+        if getattr(style, name) and not style.chat:
+            raise UserError(f"{place} {name} needs chat = true")
     for text in (style.prompt, style.system):
         try:
             pieces = list(string.Formatter().parse(text))

@@ -3,8 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_jq.config import DataConfig
+from megatron_jq.config import Config, DataConfig
 from megatron_jq.data.gguf_files import gguf_in
+from megatron_jq.data.prepared import is_prepared, manifest_of
+from megatron_jq.data.rationale_markers import NO_OPENER, MarkerChoice
+from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
 
@@ -33,6 +36,21 @@ def resolved(data: DataConfig) -> DataConfig:
         return data
     kind, path = kind_of(data.tokenizer_type, data.tokenizer_model)
     return replace(data, tokenizer_type=kind, tokenizer_model=str(path))
+
+
+def marker_choice(config: Config, source: str | None = None, flag: str = "--train-data") -> MarkerChoice:
+    """What opens and closes a rationale by the settings, or else by `source` where that is a prepared set."""
+    d = config.data
+    if source is not None and is_prepared(source):
+        manifest = manifest_of(source, flag)
+        return MarkerChoice(d.think_open or manifest.think_open, d.think_close or manifest.think_close)
+    return MarkerChoice(d.think_open, d.think_close, or_end_of_turn=d.prompt_style == "warm")
+
+
+def with_markers(config: Config, tokenizer: Tokenizer) -> Config:
+    """The settings with the names of the tokens that open and close a rationale, for a checkpoint to keep."""
+    names = {"think_open": tokenizer.think_open or NO_OPENER, "think_close": tokenizer.think_close}
+    return replace(config, data=replace(config.data, **names))
 
 
 def tokenizer_in(folder: Path) -> tuple[str, Path] | None:

@@ -1,7 +1,8 @@
-"""F2: text to token ids and back, with `<think>` and `</think>` as single tokens that no text can forge.
+"""F2: text to token ids and back. What opens and closes a rationale is a single token that no text can forge.
 
-Those two, the end of text and the padding have ids of their own, which `encode` never gives: a prompt that spells out
-"</think>" is ordinary characters to the policy, so that data cannot open or close a rationale.
+Those two (`<think>` and `</think>` unless the settings name others), the end of text and the padding have ids of their
+own, which `encode` never gives: a prompt that spells out "</think>" is ordinary characters to the policy, so that data
+cannot open or close a rationale.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import sentencepiece
 
 from megatron_jq.data.chat import ChatFrame
 from megatron_jq.data.hf_tokenizer import HuggingFaceTokenizer
+from megatron_jq.data.rationale_markers import MarkerChoice, markers_of
 from megatron_jq.data.tokenizer_files import read_file, write_atomically
 from megatron_jq.errors import UserError
 from megatron_jq.formats.markers import THINK_CLOSE, THINK_OPEN
@@ -31,14 +33,17 @@ class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer.
 
     Ids are below vocab_size; a model's embedding may have further, unused rows. `encode` takes a text from its
-    beginning, adds no token of its own (neither a beginning nor an end) and never gives one of the four control ids
-    below. `encode_inside` takes what follows a control token (after_token) or other text: a blank that the tokenizer
-    puts before a text's beginning is put there only where the tokenizer itself puts it after tokens. `bos_ids` are what
-    stands before a text, by the tokenizer's own rule ("auto"), always ("on") or never ("off"). `decode` leaves control
-    ids out. `piece` shows one id, a control id too. `chat_frame` is the fixed text before, between and after the
-    contents of the messages of a conversation (a system message, if asked for, and the user's), up to where `<think>`
-    follows; date is today's for it. `encode_chat` takes one of its conversations as one text; with a frame that opens
-    the rationale itself, up to what it writes after `<think>`. Two tokenizers of one fingerprint give the same ids.
+    beginning, adds no token of its own (neither a beginning nor an end) and never gives one of control_ids: those of
+    the end, of padding and of what opens (None: nothing does) and closes a rationale. `encode_inside` takes what
+    follows a control token (after_token) or other text: a blank that the tokenizer puts before a text's beginning is
+    put there only where the tokenizer itself puts it after tokens. `bos_ids` are what stands before a text, by the
+    tokenizer's own rule ("auto"), always ("on") or never ("off"). `decode` leaves control ids out. `piece` shows one
+    id, a control id too. `chat_frame` is the fixed text before, between and after the contents of the messages of a
+    conversation (a system message, if asked for, and the user's), up to where the opening token follows; date is
+    today's for it. `encode_chat` takes one of its conversations as one text; with a frame that opens the rationale
+    itself, up to what it writes after that token. `encode_next_turn` is what the chat template puts between two turns
+    of the assistant, after the end of the first, with a user's message there unless it is empty. Two tokenizers of one
+    fingerprint give the same ids.
     """
 
     @property
@@ -48,9 +53,16 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int: ...
     @property
-    def think_open_id(self) -> int: ...
+    def think_open(self) -> str | None: ...
+    @property
+    def think_close(self) -> str: ...
+    @property
+    def think_open_id(self) -> int | None: ...
     @property
     def think_close_id(self) -> int: ...
+    @property
+    def control_ids(self) -> frozenset[int]: ...
+    def is_special(self, token: int) -> bool: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_inside(self, text: str, *, after_token: bool) -> list[int]: ...
     def bos_ids(self, rule: str) -> list[int]: ...
@@ -58,30 +70,34 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> str: ...
     def chat_frame(self, *, system: bool, date: str | None = None) -> ChatFrame: ...
     def encode_chat(self, frame: ChatFrame, contents: Sequence[str]) -> list[int]: ...
+    def encode_next_turn(self, message: str, *, date: str | None = None) -> list[int]: ...
     def fingerprint(self) -> str: ...
     def save(self, path: str | Path) -> None: ...
 
 
-def load_tokenizer(kind: str, path: str | Path) -> Tokenizer:
-    """Kind "sentencepiece" with a model file, or "huggingface" with a local folder that holds tokenizer.json."""
+def load_tokenizer(kind: str, path: str | Path, choice: MarkerChoice = MarkerChoice()) -> Tokenizer:  # noqa: B008
+    """Kind "sentencepiece" with a model file, or "huggingface" with a local folder that holds tokenizer.json.
+
+    choice: what opens and closes a rationale. UserError: see markers_of, and files that cannot be used.
+    """
     if kind == "sentencepiece":
-        return SentencePieceTokenizer(path)
+        return SentencePieceTokenizer(path, choice)
     if kind == "huggingface":
-        return HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(path, choice)
     hint = did_you_mean(kind, TOKENIZER_KINDS, f"it is one of {', '.join(TOKENIZER_KINDS)}")
     raise UserError(f"--tokenizer-type {kind} is not known; {hint}")
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model whose `<think>` and `</think>` are control symbols.
+    """A sentencepiece model. What opens and closes a rationale are control symbols of it.
 
     Control symbols are sentencepiece's own guard: they have ids, and its encoder never produces them, whatever the text
     says (user-defined symbols, in contrast, are matched in the text). With byte pieces every text comes back from
     decode(encode(text)), but for U+2581, sentencepiece's own mark for a space, which comes back as a space.
     """
 
-    def __init__(self, path: str | Path):
-        """UserError: no such file, not a sentencepiece model, a control symbol missing."""
+    def __init__(self, path: str | Path, choice: MarkerChoice = MarkerChoice()):  # noqa: B008 (frozen)
+        """UserError: no such file, not a sentencepiece model, a control symbol missing; see markers_of."""
         self._model = read_file(path, "--tokenizer-model")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
@@ -91,8 +107,12 @@ class SentencePieceTokenizer:
         self.eos_id, self.pad_id = self._processor.eos_id(), self._processor.pad_id()
         if min(self.eos_id, self.pad_id) < 0:
             raise UserError(f"--tokenizer-model {path} has no end or no padding piece; train it with megatron-jq")
-        self.think_open_id = self._control_id(THINK_OPEN, path)
-        self.think_close_id = self._control_id(THINK_CLOSE, path)
+        self.think_open, self.think_close = markers_of(choice, _ControlSymbols(self._processor, path))
+        id_of = self._processor.piece_to_id
+        self.think_open_id = None if self.think_open is None else id_of(self.think_open)
+        self.think_close_id = id_of(self.think_close)
+        markers = {self.think_close_id} if self.think_open_id is None else {self.think_open_id, self.think_close_id}
+        self.control_ids = frozenset({self.eos_id, self.pad_id} | markers)
 
     def encode(self, text: str) -> list[int]:
         """UserError: a piece of the text is unknown, which only a model without byte pieces can say."""
@@ -151,21 +171,40 @@ class SentencePieceTokenizer:
         """UserError: as chat_frame."""
         raise UserError(_NO_CHAT)
 
+    def encode_next_turn(self, message: str, *, date: str | None = None) -> list[int]:
+        """UserError: as chat_frame."""
+        raise UserError(_NO_CHAT)
+
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._model).hexdigest()
+        """Of the model file, and of the rationale's tokens where they are not `<think>` and `</think>`."""
+        markers = (self.think_open, self.think_close)
+        suffix = b"" if markers == (THINK_OPEN, THINK_CLOSE) else repr(markers).encode()
+        return hashlib.sha256(self._model + suffix).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """The model file, byte for byte."""
         write_atomically(path, self._model)
 
-    def _control_id(self, piece: str, path: str | Path) -> int:
-        token = self._processor.piece_to_id(piece)
-        if not self._processor.is_control(token):
-            raise UserError(
-                f"--tokenizer-model {path} has no control symbol {piece!r}; train it with megatron-jq, "
-                f"or add control_symbols={THINK_OPEN},{THINK_CLOSE} to your own training"
-            )
-        return token
+
+class _ControlSymbols:
+    """A model's control symbols, for the choice of markers."""
+
+    kind = "control symbol"
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, path: str | Path):
+        self._processor, self.origin = processor, f"--tokenizer-model {path}"
+        self.eos = processor.id_to_piece(processor.eos_id())
+
+    def has_marker(self, name: str) -> bool:
+        return self._processor.is_control(self._processor.piece_to_id(name))
+
+    def spelled(self, text: str) -> Sequence[str]:
+        return self._processor.encode(text, out_type=str)
+
+    def unused(self) -> Sequence[str]:
+        pieces = (token for token in range(self._processor.vocab_size()) if self._processor.is_control(token))
+        standard = {self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()}
+        return [self._processor.id_to_piece(token) for token in pieces if token not in standard]
 
 
 def train_sentencepiece(

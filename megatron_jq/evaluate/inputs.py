@@ -22,7 +22,7 @@ from megatron_jq.config import Config, settings_of_text
 from megatron_jq.data.prompts import Placed, longest_bridge, select_fitting
 from megatron_jq.data.reading import Reading, encode_reading, heldout_source, number_of, read_source
 from megatron_jq.data.round_trips import describe_changed
-from megatron_jq.data.tokenizer_choice import kind_of, tokenizer_in
+from megatron_jq.data.tokenizer_choice import kind_of, marker_choice, tokenizer_in
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.formats.sources import is_builtin
@@ -136,10 +136,11 @@ def digest_of(manifest: Manifest) -> str:
 
 def tokenizer_of(config: Config, checkpoint: Checkpoint, architecture: Architecture) -> Tokenizer:
     """Load --tokenizer-model's tokenizer, or else the checkpoint's. UserError: missing, or too large for the model."""
+    choice = marker_choice(config, _heldout_source(config, checkpoint), "--eval-data")
     if config.data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(*kind_of(config.data.tokenizer_type, config.data.tokenizer_model))
+        tokenizer = load_tokenizer(*kind_of(config.data.tokenizer_type, config.data.tokenizer_model), choice)
     elif (carried := tokenizer_in(checkpoint.tokenizer)) is not None:
-        tokenizer = load_tokenizer(*carried)
+        tokenizer = load_tokenizer(*carried, choice)
     else:
         raise UserError(f"{checkpoint.folder} holds no tokenizer; give --tokenizer-model")
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -169,8 +170,7 @@ def heldout_examples(
 ) -> HeldOut:
     """Read, encode and select the held-out examples. UserError: no source, or one without readable, fitting ones."""
     d, r = config.data, config.rollout
-    # Without such settings the default is a task that the policy never saw.
-    source = d.eval_data if _settings_of_run(checkpoint) is None else heldout_source(config)
+    source = _heldout_source(config, checkpoint)
     if source is None:
         raise UserError("--eval-data is missing: name the prompts and answers to evaluate on")
     count = d.eval_examples
@@ -196,6 +196,11 @@ def heldout_examples(
     left_out = [remark for remark in (*encoded.remarks, str(fitting.overlong), changed, _first_ones(reading)) if remark]
     warning = f"warning: {reading.label}: {'; '.join(left_out)}" if left_out else ""
     return HeldOut(source, reading.data_format, fitting.examples, reading.total, answer_budget, warning)
+
+
+def _heldout_source(config: Config, checkpoint: Checkpoint) -> str | None:
+    # Without a run's settings the default is a task that the policy never saw.
+    return config.data.eval_data if _settings_of_run(checkpoint) is None else heldout_source(config)
 
 
 def _first_ones(reading: Reading) -> str:

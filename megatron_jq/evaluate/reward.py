@@ -6,9 +6,9 @@ The function is called with keyword arguments, once for each sampled answer, in 
                rationale_ids: tuple[int, ...], answer_ids: tuple[int, ...], ended: bool) -> float
 
 prompt: the text x. answer: without its end of text. golds: y*, then its aliases (and what the tokenizer makes of them).
-rationale_ids: up to `</think>`, included. ended: the answer ended by itself. One that takes `**_` may leave some out. A
-number must come back that a float can hold, not NaN or infinite; True is 1, NumPy's too. Its module is imported before
-work starts, never because a checkpoint names it.
+rationale_ids: up to its closing token, included. ended: the answer ended by itself. One that takes `**_` may leave some
+out. A number must come back that a float can hold, not NaN or infinite; True is 1, NumPy's too. Its module is imported
+before work starts, never because a checkpoint names it.
 """
 
 import importlib

@@ -132,6 +132,7 @@ def _job(
         answer_extract=judge.extract,
         reward=t.reward,
         num_available=heldout.total,
+        think_close=tokenizer.think_close,
     )
     return EvaluationJob(config, architecture, tokenizer, heldout, header, reward)
 

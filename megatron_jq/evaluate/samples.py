@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_jq.errors import UserError
 from megatron_jq.evaluate.judging import Answer, Judge
+from megatron_jq.formats.markers import THINK_CLOSE
 from megatron_jq.formats.table import format_named
 
 _FORMAT = 2  # 1: without the tokenizer's spelling of the golds, answer_extract, reward
@@ -41,7 +42,8 @@ class Header:
     answer_extract: str = "none"
     reward: str | None = None  # the user's function, MODULE:FUNCTION
     num_available: int | None = None  # good examples of the source; None: not written down
-    top_p: float = 1.0  # older files lack it
+    top_p: float = 1.0  # older files lack it, and think_close
+    think_close: str = THINK_CLOSE  # the token that closes a rationale; what opens one is among the prompts' ids
 
     @property
     def judge(self) -> Judge:

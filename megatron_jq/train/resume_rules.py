@@ -9,7 +9,7 @@ FIXED        another value is another run, which --load begins
 A setting that the run's estimator, optimizer or schedule does not read may change whatever its rule says.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
@@ -65,6 +65,7 @@ _GROUPS: tuple[tuple[Rule, str, tuple[str, ...]], ...] = (
         "moe_router_topk", "moe_aux_loss_coeff",
     )),
     (Rule.SAME_TOKENS, "the name of the tokenizer", ("tokenizer_type", "tokenizer_model")),
+    (Rule.SAME_TOKENS, "names of tokens, which the fingerprint counts in", ("think_open", "think_close")),
     (Rule.FIXED, "the tokenizer is trained once", ("tokenizer_vocab_size",)),
     (Rule.FIXED, "precision", ("bf16",)),
     (Rule.FIXED, "the loss", (
@@ -108,11 +109,13 @@ _MEANING: dict[str, Callable[[Config], Any]] = {
 _SCHEDULES = {"lr_decay_iters": "the learning rate", "q_schedule_iters": "q"}
 
 
-def changed(before: Config, after: Config, rule: Rule = Rule.FIXED) -> list[str]:
+def changed(
+    before: Config, after: Config, rule: Rule = Rule.FIXED, names: Iterable[str] = tuple(SETTINGS)
+) -> list[str]:
     """A line per setting of `rule` that a resumed run reads and that `after` changes: flag, old value, new value."""
     return [
         _line(name, before, after)
-        for name in SETTINGS
+        for name in names
         if rule_of(name) is rule and _read(name, before, after) and meaning(before, name) != meaning(after, name)
     ]
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from megatron_jq.config import Config
 from megatron_jq.config_validate import derive
+from megatron_jq.data.tokenizer_choice import with_markers
 from megatron_jq.evaluate.reward import reward_of
 from megatron_jq.parallel import runtime as runtime_module
 from megatron_jq.parallel.runtime import on_all_ranks
@@ -41,6 +42,8 @@ def run_training(config: Config) -> int:
         start = find_start_point(config, runtime)
         carried = None if start.checkpoint is None else start.checkpoint.tokenizer
         data = prepare_data(config, derived.architecture, runtime, folders.run_dir, carried=carried)
+        if not config.objective.row.pretrains:
+            config = with_markers(config, data.tokenizer)
         loop = assemble(config, derived, data, runtime, phase)
         closing.callback(loop.engine.close)  # the run closes it; what fails before the run does too
         saving = Saving(config, derived, data, runtime, loop.parts, loop.numerics, deadline, began, folders)

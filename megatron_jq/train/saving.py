@@ -104,6 +104,7 @@ class Saving:
             )
             changes = [] if before is None else changed(before, self._config, Rule.SAME_DATA)
             changes += changed_packages(saved, self._config.data.train_data)
+            changes += self._changed_markers(before)
             because = f" ({'; '.join(changes)})" if changes else ""
             raise UserError(
                 f"{checkpoint.folder} was trained on other data than {flag} gives now{because}; restore it, {remedy}"
@@ -114,12 +115,18 @@ class Saving:
                 f"keep that, {remedy}"
             )
 
+    def _changed_markers(self, before: Config | None) -> list[str]:
+        """Lines as resume_rules.changed's. A checkpoint from before the settings has no names to compare."""
+        if before is None or before.data.think_close is None:
+            return []
+        return changed(before, self._config, Rule.SAME_TOKENS, ("think_open", "think_close"))
+
     def _check_resumed(self, checkpoint: Checkpoint) -> None:
         """What a resumed run may name otherwise, but not change: tokenizer, answer budget, the experts' loss."""
         saved, faults = checkpoint.manifest, []
         before = None if saved.config is None else settings_of_text(saved.config, f"{checkpoint.folder}: its settings")
         if saved.tokenizer is not None and saved.tokenizer != self._tokenizer:
-            faults.append("--tokenizer-model is another tokenizer")
+            faults += self._changed_markers(before) or ["--tokenizer-model is another tokenizer"]
         elif saved.tokenizer is None and before is not None:  # older than fingerprints: by name
             faults += changed(before, self._config, Rule.SAME_TOKENS)
         budget = saved.answer_budget

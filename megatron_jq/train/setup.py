@@ -16,10 +16,11 @@ from megatron_jq.corpus.reading import Corpus, CorpusOptions, open_corpus
 from megatron_jq.data.dataset import train_tokenizer
 from megatron_jq.data.prepared import is_prepared
 from megatron_jq.data.prompts import EncodedExamples, OverlongReport, fingerprint, longest_bridge, select_fitting
+from megatron_jq.data.rationale_markers import ANY_MARKERS
 from megatron_jq.data.reading import Encoded, Reading, encode_reading, heldout_source, read_source
 from megatron_jq.data.round_trips import describe_changed
 from megatron_jq.data.show import described
-from megatron_jq.data.tokenizer_choice import HUGGING_FACE, SENTENCEPIECE, kind_of, tokenizer_in
+from megatron_jq.data.tokenizer_choice import HUGGING_FACE, SENTENCEPIECE, kind_of, marker_choice, tokenizer_in
 from megatron_jq.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import sync
@@ -79,11 +80,12 @@ def prepare_data(
         kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
     elif train.prepared is not None:
         kind, path = train.prepared.tokenizer_type, train.prepared.tokenizer_path
-        on_all_ranks(runtime, lambda: _check_carried(train, carried))
+        on_all_ranks(runtime, lambda: _check_carried(config, train, carried))
     else:
         assert train.source is not None, "data that is not prepared has a source"
         kind, path = _run_tokenizer(config, runtime, train.source.pairs, run_dir, carried)
-    tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path))
+    choice = on_all_ranks(runtime, lambda: marker_choice(config, d.train_data))
+    tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path, choice))
     sources = [train] if heldout is None else [train, heldout]
     encoded = on_all_ranks(runtime, lambda: [encode_reading(config, reading, tokenizer) for reading in sources])
     if runtime is None or runtime.is_main:
@@ -125,7 +127,7 @@ def _prepare_corpus(
         kind, path = kind_of(d.tokenizer_type, d.tokenizer_model)
     else:
         kind, path = _run_tokenizer(config, runtime, None, run_dir, carried)
-    tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path))
+    tokenizer = on_all_ranks(runtime, lambda: load_tokenizer(kind, path, ANY_MARKERS))
     on_all_ranks(runtime, lambda: _check_vocabulary(architecture, tokenizer))
     assert d.data_path is not None, "validated: pretraining needs --data-path"
     options = CorpusOptions(
@@ -179,13 +181,15 @@ def show_example(config: Config) -> int:
     return 0
 
 
-def _check_carried(train: Reading, carried: Path | None) -> None:
+def _check_carried(config: Config, train: Reading, carried: Path | None) -> None:
     """A checkpoint's weights belong to its tokenizer: a prepared set's must be the same."""
     if carried is None or not carried.is_dir():
         return
-    carried_tokenizer = tokenizer_in(carried)
+    carried_tokenizer, choice = tokenizer_in(carried), marker_choice(config, config.data.train_data)
     assert train.prepared is not None
-    if carried_tokenizer is not None and load_tokenizer(*carried_tokenizer).fingerprint() != train.prepared.tokenizer:
+    if carried_tokenizer is None:
+        return
+    if load_tokenizer(*carried_tokenizer, choice).fingerprint() != train.prepared.tokenizer:
         raise UserError(f"{train.label} was prepared with another tokenizer than the checkpoint's, {carried}")
 
 

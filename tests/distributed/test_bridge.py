@@ -130,6 +130,28 @@ def test_greedy_answers_and_ln_w_equal_step_by_step_decoding_with_the_bridge_fed
             assert [getattr(r, figure) for r in found] == pytest.approx(wanted, abs=1e-4), figure
 
 
+def _closed_by_the_end():
+    """Options with one id that closes rationales and ends answers, and what the reference makes of them."""
+    weights = reference.noisy_weights(SMALL, embedding_scale=0.25)
+    requests = [request_for(e, e.index, (0,), score=True) for e in EXAMPLES]
+    free = generation.generate(weights, SMALL, requests, replace(OPTIONS, close_id=-1, eos_id=-1, answer_budget=0))
+    for end in sorted({token for r in free for token in r.rationale_ids[:3]} - {-1}):
+        options = replace(OPTIONS, close_id=end, eos_id=end)
+        rollouts = generation.generate(weights, SMALL, requests, options)
+        if {r.forced for r in rollouts} == {False, True} and any(r.answer_ids[-1] == end for r in rollouts):
+            return options, rollouts
+    raise AssertionError("no id closes a rationale, ends an answer and lets another run on; choose another seed")
+
+
+def test_one_token_can_close_a_rationale_and_end_the_answer():
+    """A model without thinking tokens: it ends its turn, another turn is opened, and it ends that too."""
+    options, expected = run_apart(_closed_by_the_end)
+    [found] = run_ranks(_generated, options, None)
+    tokens = [[replace(r, log_prob=0.0, log_w=0.0) for r in rollouts] for rollouts in (found, expected)]
+    assert tokens[0] == tokens[1]
+    assert [r.log_w for r in found] == pytest.approx([r.log_w for r in expected], abs=1e-4)
+
+
 TABLE = (len(EXAMPLES), 5)
 
 

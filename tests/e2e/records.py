@@ -44,8 +44,11 @@ GSM8K = {"question": "What is two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"}
 RECORDS = {"finqa": FINQA, "hotpotqa": HOTPOTQA, "musique": MUSIQUE, "gsm8k": GSM8K}
 
 
-def chat_folder(path: Path) -> Path:
-    """Write a Hugging Face folder's tokenizer files, whose tokens are WORDS and single bytes; returns the folder."""
+def chat_folder(path: Path, added: tuple[str, ...] = ("<think>", "</think>"), **settings: str) -> Path:
+    """Write a Hugging Face folder's tokenizer files, whose tokens are WORDS and single bytes; returns the folder.
+
+    added: tokens that are not special. settings: of tokenizer_config.json, over those that stand here.
+    """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary, merges = dict.fromkeys(alphabet), {}
     for word in WORDS:
@@ -58,8 +61,9 @@ def chat_folder(path: Path) -> Path:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([tokenizers.AddedToken(name, special=False) for name in ("<think>", "</think>")])
+    tokenizer.add_tokens([tokenizers.AddedToken(name, special=False) for name in added])
+    path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHAT}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    table = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHAT, **settings}
+    (path / "tokenizer_config.json").write_text(json.dumps(table))
     return path

@@ -192,7 +192,7 @@ def test_a_damaged_set_is_refused(tmp_path, damage):
         case "manifest":
             manifest.write_text("{}")
         case "format":
-            manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+            manifest.write_text(manifest.read_text().replace('"format": 4', '"format": 1'))
         case "split":
             manifest.write_text(manifest.read_text().replace('"train"', '"training"'))
     faults = {
@@ -200,7 +200,7 @@ def test_a_damaged_set_is_refused(tmp_path, damage):
         "cut": "was changed or damaged",
         "gone": "train.jsonl: No such file",
         "manifest": "is no manifest",
-        "format": "its format is 1, this version reads 3; prepare it again",
+        "format": "its format is 1, this version reads 4; prepare it again",
         "split": "has no split train; it has training",
     }
     with pytest.raises(UserError, match=faults[damage]) as error:

@@ -140,6 +140,7 @@ class WordTokenizer:
     """Ids 0 to 3 are control tokens; 4 and up spell letters."""
 
     pad_id, eos_id, think_open_id, think_close_id = range(4)
+    control_ids = frozenset(range(4))
 
     def decode(self, ids):
         return "".join(chr(ord("a") + i - 4) for i in ids if i > 3)
