@@ -12,7 +12,7 @@
 # Under Python 3.12 and later torch from the registry is a CUDA build: 5 GB on disk, two to three minutes.
 #
 # MATRIX_SHARE=ENVIRONMENT takes that environment's interpreter and all its packages but Megatron-core, which comes with
-# triton into a new one: 1 GB and a quarter of a minute. .ci/run does so with the environment that it made for 0.16.
+# triton into a new one: 1 GB and a quarter of a minute. tests/versions.sh does so with the one for 0.16.
 set -euo pipefail
 
 repository=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

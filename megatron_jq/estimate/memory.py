@@ -19,11 +19,11 @@ from megatron_jq.estimate.plan import Plan
 #: Resident bytes of a process after its imports and the start of its groups. CPU: measured with torch 2.13 and
 #: megatron-core 0.16.1 (docs/estimate.md); bfloat16 kernels bring workspace. CUDA: assumed, for context, libraries and
 #: NCCL's buffers; torch.cuda.max_memory_allocated does not count it.
-BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 410_000_000, 520_000_000, 1_500_000_000
+BASELINE_CPU, BASELINE_CPU_BF16, BASELINE_CUDA = 370_000_000, 480_000_000, 1_500_000_000
 
-#: What a CUDA build of torch adds to a run on CPUs: its libraries and triton. Measured with torch 2.13.0+cu130 and
-#: megatron-core 0.19.2.
-CUDA_BUILD_ON_CPU = 380_000_000
+#: What a CUDA build of torch adds to a run on CPUs: its libraries, triton and the compiler. Measured with torch
+#: 2.13.0+cu130 and megatron-core 0.19.2.
+CUDA_BUILD_ON_CPU = 420_000_000
 
 #: New blocks do not fill freed ones without gaps: glibc's heap grows to so many times the most that is alive in it,
 #: where a step has one micro-batch, and where it has several. Measured (docs/estimate.md). Under

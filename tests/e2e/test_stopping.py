@@ -177,6 +177,7 @@ def test_before_its_work_a_command_ends_with_one_line(command, number, tmp_path)
 
 def signalled_at(module, name: str):
     """Ranks that run as `program` does and receive Ctrl-C when module.name is called."""
+    assert callable(getattr(module, name, None)), name
 
     def prepare(rank: int) -> None:
         main = launch.main
@@ -212,7 +213,7 @@ def test_what_is_half_written_is_removed(tmp_path):
 
     output = tmp_path / "evaluation"
     argv = ["evaluate", "--hf", str(hf), "--eval-data", "builtin:recall", "--output", str(output), "--device", "cpu"]
-    [ended] = run([*argv, "--eval-samples", "2"], tmp_path, prepare=signalled_at(evaluation, "_engine"))
+    [ended] = run([*argv, "--eval-samples", "2"], tmp_path, prepare=signalled_at(evaluation, "load_engine"))
     assert ended.code == -signal.SIGINT and ended.err.splitlines()[-1].startswith("megatron-jq: ended by SIGINT"), ended
     assert {path.name for path in output.iterdir()} <= {"samples.jsonl"}
     shutil.rmtree(hf)
