@@ -3,11 +3,10 @@
 import argparse
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from megatron_jq.cli.parser import CommandParser, as_path, print_old_name_notes
+from megatron_jq.cli.parser import CommandParser, as_path, check_settings, print_old_name_notes
 from megatron_jq.config import Config, TrainingConfig, explicit_settings, parse_args
 from megatron_jq.config_reads import READS, refuse_unread, unread_note
 from megatron_jq.config_validate import resolve_architecture
@@ -52,25 +51,17 @@ def run_evaluate(argv: list[str], before_imports: Callable[[], None]) -> int:
         raise UserError(f"evaluate: give one of --load, --hf and --rescore, not {' and '.join(sources) or 'none'}")
     if args.rescore is not None:
         return _rescore(args, rest, before_imports)
-    flags, shape = explicit_settings(rest), resolve_architecture(Config())
-    # Refused whatever the checkpoint's settings are, and before Megatron-core is imported.
-    refuse_unread("evaluate", Config(), shape, flags - READS["evaluate"])
-    config = parse_args(rest, PROG)
-    print_old_name_notes(rest)
+    flags, deadline = check_settings("evaluate", rest)
     before_imports()
     from megatron_jq.evaluate.run import EvaluateArgs, evaluate_policy
     from megatron_jq.train.failures import Phase, peers_must_answer
 
-    phase, deadline = Phase(), timedelta(minutes=config.parallel.distributed_timeout_minutes)
-
-    def enter_phase(what: str) -> None:
-        phase.now = what
-
+    phase = Phase()
     output = args.output or Path("runs/evaluation")
     resamples, confidence = args.bootstrap_resamples, args.confidence
     evaluation = EvaluateArgs(args.load, args.hf, output, args.metrics, resamples, confidence, flags)
     with peers_must_answer(phase, deadline):
-        evaluate_policy(evaluation, partial(parse_args, rest, PROG), enter_phase)
+        evaluate_policy(evaluation, partial(parse_args, rest, PROG), phase.enter)
     return 0
 
 

@@ -4,12 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 
-from megatron_jq.cli.parser import CommandParser, as_path, print_old_name_notes
-from megatron_jq.config import Config, explicit_settings, parse_args
-from megatron_jq.config_reads import READS, refuse_unread
-from megatron_jq.config_validate import resolve_architecture
+from megatron_jq.cli.parser import CommandParser, as_path, check_settings
+from megatron_jq.config import Config, parse_args
+from megatron_jq.config_reads import READS
 from megatron_jq.errors import UserError
 
 PROG = "megatron-jq generate"
@@ -50,19 +48,12 @@ def run_generate(argv: list[str], before_imports: Callable[[], None]) -> int:
     """Parse, generate and return the exit code. before_imports: called before Megatron-core is imported."""
     args, rest = parser().parse_known_args(argv)
     _check(args)
-    flags, shape = explicit_settings(rest), resolve_architecture(Config())
-    # Refused whatever the checkpoint's settings are, and before Megatron-core is imported.
-    refuse_unread("generate", Config(), shape, flags - READS["generate"])
-    config = parse_args(rest, PROG)
-    print_old_name_notes(rest)
+    flags, deadline = check_settings("generate", rest)
     before_imports()
     from megatron_jq.evaluate.generate import GenerateArgs, generate
     from megatron_jq.train.failures import Phase, peers_must_answer
 
-    phase, deadline = Phase(), timedelta(minutes=config.parallel.distributed_timeout_minutes)
-
-    def enter_phase(what: str) -> None:
-        phase.now = what
+    phase = Phase()
 
     def with_flags(base: Config) -> Config:
         # Files of records count as held-out data for what else a command line may say of them.
@@ -72,7 +63,7 @@ def run_generate(argv: list[str], before_imports: Callable[[], None]) -> int:
 
     generation = GenerateArgs(args.load, args.hf, args.prompt, args.prompts, args.gold, args.json, flags)
     with peers_must_answer(phase, deadline):
-        generate(generation, with_flags, enter_phase)
+        generate(generation, with_flags, phase.enter)
     return 0
 
 

@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_jq import streams
-from megatron_jq.config import old_name_notes
+from megatron_jq.config import Config, explicit_settings, old_name_notes, parse_args
+from megatron_jq.config_reads import READS, refuse_unread
+from megatron_jq.config_validate import resolve_architecture
 from megatron_jq.errors import RunFailure, UserError
 from megatron_jq.interrupts import ending_at_once
 
@@ -81,6 +84,19 @@ def print_old_name_notes(argv: list[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         for note in old_name_notes(argv):
             print(note, flush=True)
+
+
+def check_settings(command: str, argv: list[str]) -> tuple[frozenset[str], timedelta]:
+    """Return the settings that a command line of evaluate or generate names, and its --distributed-timeout-minutes.
+
+    UserError for what the command does not read, whatever the checkpoint's settings are: before Megatron-core is
+    imported.
+    """
+    flags = explicit_settings(argv)
+    refuse_unread(command, Config(), resolve_architecture(Config()), flags - READS[command])
+    config = parse_args(argv, f"megatron-jq {command}")
+    print_old_name_notes(argv)
+    return flags, timedelta(minutes=config.parallel.distributed_timeout_minutes)
 
 
 def json_output_problems(path: Path | None) -> list[str]:

@@ -209,13 +209,10 @@ def _value(text: str, kind: type, place: str) -> Any:
 
 def _dataset(spec: GymSource):
     """UserError: settings that the set itself refuses."""
+    factory, seed = _import(spec.label), spec.seed * SEEDS_APART
     try:
-        factory = _import(spec.label)
-        seed = spec.seed * SEEDS_APART
         return factory.create_dataset(spec.row.name, seed=seed, size=SEEDS_APART, **spec.settings)
-    except Exception as error:  # asserts, and what else a set's own check may raise
-        if isinstance(error, UserError):
-            raise
+    except (AssertionError, ValueError, TypeError, ArithmeticError, LookupError) as error:  # the set's own checks
         raise UserError(f"{spec.label}: {spec.row.name} refuses its settings: {_reason(error)}") from error
 
 
@@ -225,7 +222,9 @@ def _item(spec: GymSource, dataset, number: int) -> tuple[str, str]:
     try:
         with _quiet():
             item = dataset[number]
-    except Exception as error:  # the set's own code
+    except MemoryError:
+        raise
+    except Exception as error:  # the set's own code may raise anything: all ranks are told
         raise UserError(f"{place} cannot be made with these settings: {_reason(error)}") from error
     question, answer = item["question"], item["answer"]
     fault = None
@@ -256,7 +255,8 @@ def _notes(repeated: int, ambiguous: int, unanswered: int) -> Iterator[str]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    words = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -27,6 +27,10 @@ class Phase:
     now: str = "set-up"
     since: float = field(default_factory=time.monotonic)
 
+    def enter(self, what: str) -> None:
+        """Of a command without steps. What it says is an error message's; nobody asks since when."""
+        self.now = what
+
     def enter_phase(self, step: int, name: str) -> None:
         self.now, self.since = f"step {step}, phase {name}", time.monotonic()
 
