@@ -255,8 +255,10 @@ def _notes(repeated: int, ambiguous: int, unanswered: int) -> Iterator[str]:
 
 
 def _reason(error: Exception) -> str:
-    words = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
+    words, kind = str(error).strip().splitlines(), type(error).__name__
+    if isinstance(error, AssertionError) and words:  # a sentence for the user
+        return words[0]
+    return f"{kind}: {words[0]}" if words else kind
 
 
 @contextlib.contextmanager
