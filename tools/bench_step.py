@@ -27,6 +27,7 @@ from megatron_jq.config_reads import refuse_unread
 from megatron_jq.config_validate import resolve_architecture, validate_training
 from megatron_jq.errors import UserError
 from megatron_jq.estimators import DEFAULT
+from megatron_jq.parallel.megatron.versions import find_version
 
 DEFAULT_VOCABULARY = 1024
 DEFAULT_ANSWER = 8
@@ -99,7 +100,7 @@ def provenance(argv: list[str]) -> dict[str, str]:
         "command": f"{prefix}{launcher} tools/bench_step.py {shlex.join(argv)}",
         "commit": _commit(),
         "machine": _machine(),
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core")),
+        "versions": f"torch {version('torch')}, megatron-core {find_version()}",
     }
 
 

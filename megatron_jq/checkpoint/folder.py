@@ -23,6 +23,7 @@ from megatron_jq.checkpoint.contents import DamagedCheckpoint, checksums, file_n
 from megatron_jq.checkpoint.lineage import descends, latest, same_run
 from megatron_jq.errors import UserError
 from megatron_jq.files import reason, sync, write_synced
+from megatron_jq.parallel.megatron.versions import find_version
 
 TRACKER, MANIFEST, TOKENIZER = "latest_checkpointed_iteration.txt", contents.MANIFEST, contents.TOKENIZER
 _FORMAT = 1
@@ -57,7 +58,8 @@ class Manifest:
 
 def package_versions(*others: str) -> dict[str, str]:
     """For a manifest: of this package, which may run from its sources, of the engine, and of `others`."""
-    return {"megatron-jq": __version__, **{name: version(name) for name in ("megatron-core", "torch", *others)}}
+    engine = {"megatron-jq": __version__, "megatron-core": find_version() or "unknown"}
+    return {**engine, **{name: version(name) for name in ("torch", *others)}}
 
 
 def folder_name(step: int) -> str:

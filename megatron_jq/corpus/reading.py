@@ -12,7 +12,6 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from megatron_jq.corpus.files import IndexedFiles, open_files, parse_data_path
 from megatron_jq.data.tokenizers import Tokenizer
 from megatron_jq.errors import UserError
 from megatron_jq.files import reason, sync
+from megatron_jq.parallel.megatron.versions import find_version
 from megatron_jq.parallel.runtime import Runtime, on_all_ranks
 from megatron_jq.records import Example
 from megatron_jq.seeds import short_seed
@@ -223,7 +223,7 @@ def _key(options: CorpusOptions, files: tuple[IndexedFiles, ...], config: GPTDat
     """Of all that the sample indices depend on: Megatron-core finds them by the files' names, whatever is in these."""
     identities = [indexed.identity() for indexed in files]
     rows = (options.train_rows, heldout_rows, options.seq_length, options.seed)
-    parts = (version("megatron-core"), identities, config.blend, config.split_matrix, rows, config.tokenizer)
+    parts = (find_version(), identities, config.blend, config.split_matrix, rows, config.tokenizer)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

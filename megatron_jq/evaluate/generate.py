@@ -108,7 +108,7 @@ def _typed_prompts(args: GenerateArgs) -> list[str] | None:
     except (OSError, UnicodeDecodeError) as error:
         origin = "standard input" if args.prompts is None else f"--prompts {args.prompts}"
         raise UserError(f"{origin} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise UserError(
             f"--prompts {args.prompts} holds no prompt; write one per line"

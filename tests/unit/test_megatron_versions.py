@@ -6,11 +6,13 @@ import logging
 import subprocess
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_jq.checkpoint import folder
 from megatron_jq.errors import UserError
 from megatron_jq.parallel.megatron import versions
 
@@ -64,6 +66,30 @@ def test_the_check_sees_a_version_test(source):
     assert version_tests(source)
 
 
+def test_a_checkout_without_metadata_is_read_for_its_version(monkeypatch):
+    """Containers have Megatron-core on PYTHONPATH: pip's records know nothing of it, or another version."""
+
+    def unknown(name: str) -> str:
+        if name == "megatron-core":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    expected = version("megatron-core")
+    for module in (versions, folder):
+        monkeypatch.setattr(module, "version", unknown)
+    monkeypatch.setattr(versions, "_collected", SimpleNamespace(deprecated=True))
+    assert versions.find_version() == folder.package_versions()["megatron-core"] == expected
+    assert f"megatron-core {expected}, " in ", ".join(versions.versions_of_engine())
+    assert f"megatron-core {expected} gives" in versions.deprecation_note()
+    asking = [path for path in PACKAGE.rglob("*.py") if "version(\"megatron-core\")" in path.read_text("utf-8")]
+    assert asking == [PACKAGE / "parallel/megatron/versions.py"]
+
+
+@pytest.mark.parametrize("compiled", [lambda wrap: wrap(len), lambda wrap: wrap(dynamic=True)(len)])
+def test_what_stands_for_the_compiler_takes_options_too(compiled):
+    assert compiled(versions._uncompiled) is len
+
+
 def test_a_router_is_set_in_both_forms_of_the_spec():
     class Router: ...
 
@@ -78,7 +104,7 @@ def test_a_missing_triton_is_named_with_the_command(monkeypatch):
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
     monkeypatch.setattr(versions.importlib, "import_module", fail)
-    with pytest.raises(UserError, match="needs the package triton.*pip install triton"):
+    with pytest.raises(UserError, match="needs the package triton.*pip install 'triton>=3,<3.8'"):
         versions.check_import()
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_jq.data.tokenizers import load_tokenizer
+from megatron_jq.evaluate import generate
 from megatron_jq.evaluate.writing import TokenStream, generated
 from megatron_jq.rollout.engine import SamplingOptions
 from megatron_jq.rollout.rationale_row import RationaleRow
@@ -34,3 +35,11 @@ def test_the_shown_text_is_the_samples(end, tmp_path, capsys):
     assert text.startswith("rationale: caf\u00e9 \U0001f642 then\n  [closed") and reason[end] in text
     assert text.endswith(f"answer: 42 \u20ac\n  [ended, after {len(answer) + 1} token(s)]\n")
     assert sum(bool(part) for part in written) > len(rationale) // 2  # as it comes, not at the end
+
+
+def test_a_line_of_a_prompt_file_ends_where_an_editor_ends_it(tmp_path):
+    """Not at a form feed or a line separator inside a prompt, at which Python's splitlines cuts too."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("one\x0c\u2028prompt\r\n\nanother\n".encode())
+    args = generate.GenerateArgs(None, None, None, path, None, False)
+    assert generate._typed_prompts(args) == ["one\x0c\u2028prompt", "another"]

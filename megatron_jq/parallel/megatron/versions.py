@@ -106,9 +106,14 @@ def check_import() -> None:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
         raise UserError(
-            f"megatron-core {version('megatron-core')} needs the package triton, which a CPU build of torch does not "
-            "bring: pip install triton"
+            f"megatron-core {find_version()} needs the package triton, which a CPU build of torch does not "
+            "bring: pip install 'triton>=3,<3.8'"
         ) from error
+
+
+def _uncompiled(function: Any = None, **_options: Any) -> Any:
+    """As torch.compile is called: on a function, or with options and then on one."""
+    return function if function is not None else _uncompiled
 
 
 @contextlib.contextmanager
@@ -123,7 +128,7 @@ def _without_compiler() -> Iterator[None]:
     if torch.version.cuda or torch.version.hip:
         yield
         return
-    compile_, torch.compile = torch.compile, lambda function: function
+    compile_, torch.compile = torch.compile, _uncompiled
     try:
         yield
     finally:
@@ -169,7 +174,7 @@ def check_hybrid_model() -> None:
         if error.name is None or not any(part.startswith(error.name) for part in parts):
             raise
         raise UserError(
-            f"--model-class hybrid needs Megatron-core 0.19 or later, and {version('megatron-core')} is installed: "
+            f"--model-class hybrid needs Megatron-core 0.19 or later, and {find_version()} is installed: "
             "--model-class gpt trains, reads and writes the same"
         ) from error
 
@@ -204,6 +209,6 @@ def deprecation_note() -> str | None:
     if not _collected.deprecated:
         return None
     return (
-        f"note: megatron-core {version('megatron-core')} gives GPTModel, which the policy is built on, critical fixes "
+        f"note: megatron-core {find_version()} gives GPTModel, which the policy is built on, critical fixes "
         "only; nothing has to be done: --model-class hybrid builds it on its successor, with the same results"
     )
